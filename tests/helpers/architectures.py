@@ -1,0 +1,90 @@
+"""Tiny random transformers models of many architectures, a few thousand parameters each."""
+
+import torch
+import transformers as hf
+
+_COMMON = {"vocab_size": 32, "max_position_embeddings": 64}
+_LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    **_COMMON,
+}
+_BERT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    **_COMMON,
+}
+
+# name: model class, config, dotted name of its blocks
+_MODELS = {
+    "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(**_LLAMA), "model.layers"),
+    "mistral": lambda: (hf.MistralForCausalLM, hf.MistralConfig(sliding_window=4, **_LLAMA), "model.layers"),
+    "qwen2": lambda: (
+        hf.Qwen2ForCausalLM,
+        hf.Qwen2Config(use_sliding_window=True, sliding_window=4, max_window_layers=1, **_LLAMA),
+        "model.layers",
+    ),
+    "gemma2": lambda: (hf.Gemma2ForCausalLM, hf.Gemma2Config(sliding_window=4, **_LLAMA), "model.layers"),
+    "phi": lambda: (hf.PhiForCausalLM, hf.PhiConfig(**{**_LLAMA, "num_key_value_heads": 2}), "model.layers"),
+    "gpt2": lambda: (
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=3, n_head=2),
+        "transformer.h",
+    ),
+    "gpt_neox": lambda: (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_BERT), "gpt_neox.layers"),
+    "opt": lambda: (
+        hf.OPTForCausalLM,
+        hf.OPTConfig(
+            hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=16, **_COMMON
+        ),
+        "model.decoder.layers",
+    ),
+    "bert": lambda: (hf.BertForMaskedLM, hf.BertConfig(**_BERT), "bert.encoder.layer"),
+    "roberta": lambda: (hf.RobertaForMaskedLM, hf.RobertaConfig(**_BERT), "roberta.encoder.layer"),
+    "mpnet": lambda: (hf.MPNetForMaskedLM, hf.MPNetConfig(**_BERT), "mpnet.encoder.layer"),
+    "t5": lambda: (
+        hf.T5EncoderModel,
+        hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2),
+        "encoder.block",
+    ),
+}
+ARCHITECTURES = tuple(_MODELS)
+
+
+def build(name):
+    """A model in evaluation mode and the dotted name of its blocks."""
+    cls, config, blocks = _MODELS[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = cls(config).eval()
+        with torch.no_grad():
+            # the usual initialisation is so small that blocks hardly do anything
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.mul_(8)
+    return model, blocks
+
+
+def token_batches(num=4, rows=1, length=10, seed=0):
+    """Batches of random tokens without padding; 0 to 2 are special in some models."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 32, (num, rows, length), generator=generator)
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
+def pad(batch, num_padded, side="right"):
+    """The same batch with padding added."""
+    zeros = torch.zeros(len(batch["input_ids"]), num_padded, dtype=torch.long)
+    order = (lambda a, b: (a, b)) if side == "right" else (lambda a, b: (b, a))
+    return {
+        "input_ids": torch.cat(order(batch["input_ids"], zeros + 1), 1),
+        "attention_mask": torch.cat(order(batch["attention_mask"], zeros), 1),
+    }
