@@ -1,0 +1,19 @@
+"""Lightning callbacks, reusable in any project."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .monitors import PeakMemoryMonitor
+    from .wandapp import WandaPPPruneCallback
+
+__all__ = ["PeakMemoryMonitor", "WandaPPPruneCallback"]
+
+_HOMES = {"PeakMemoryMonitor": ".monitors", "WandaPPPruneCallback": ".wandapp"}
+
+
+def __getattr__(name: str) -> Any:
+    # lazy, so that the plain-torch core `wandazeta.callbacks.pruning` imports without lightning
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""What a run costs, logged and kept in its checkpoints."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from .pruning.memory import peak_memory
+
+
+class PeakMemoryMonitor(Callback):
+    """Logs `peak_memory_gib`: of the device, or of the process where the device is the CPU.
+
+    A run that goes on from a checkpoint goes on from that peak; `peak_bytes` holds it.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.peak_bytes = max(self.peak_bytes, peak_memory(pl_module.device))
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (batch_idx + 1) % interval == 0:
+            pl_module.log("peak_memory_gib", self.peak_bytes / 2**30)
+
+    @override
+    def state_dict(self) -> dict[str, int]:
+        return {"peak_bytes": self.peak_bytes}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.peak_bytes = max(self.peak_bytes, state_dict["peak_bytes"])

@@ -1,0 +1,251 @@
+"""A pruned transformers model as a directory that every loader reads."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .progress import ProgressFolder, check_writable, write_json
+from .report import PruneReport
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    from wandazeta.callbacks import WandaPPPruneCallback
+
+_REPORT = "prune_report.json"
+
+
+def prune_and_export(
+    trainer: "Trainer",
+    model: "LightningModule",
+    datamodule: "LightningDataModule | None",
+    callback: "WandaPPPruneCallback",
+    output_dir: str | os.PathLike[str],
+) -> PruneReport:
+    """Prunes a module without fitting it and writes its transformers model as a Hugging Face directory.
+
+    Args:
+        trainer: Gives the device; nothing is run on it.
+        model: The module; it holds a transformers model, and a `tokenizer` if that is to be written too.
+        datamodule: The calibration data, unless the callback has its own.
+        callback: Says what to prune and how, and keeps the progress in its own `output_dir`.
+        output_dir: The directory to write.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If model, data, options or folders do not fit, before any long work.
+    """
+    target = Path(output_dir).absolute()
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"Expected one process to prune with, but got {trainer.world_size}; set trainer.devices and "
+            "trainer.num_nodes to 1."
+        )
+    progress = Path(callback.output_dir).absolute()
+    if target.is_relative_to(progress) or progress.is_relative_to(target):
+        raise ValueError(
+            f"Expected argument `output_dir` to lie apart from the callback's, which keeps the progress, but got "
+            f"'{output_dir}' and '{callback.output_dir}'; choose another folder for one of them."
+        )
+    _check_target(target, ProgressFolder(progress))
+    trainer.strategy.connect(model)
+    model.trainer = trainer
+    if datamodule is not None:
+        trainer.datamodule = datamodule  # type: ignore[attr-defined]
+        datamodule.trainer = trainer
+    model.configure_model()
+    prefix, backbone = find_pretrained(model)
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    callback.setup(trainer, model, "fit")
+    report = callback.report
+    assert report is not None
+    folder = ProgressFolder(progress)
+    folder.open_again()
+    masks = {
+        f"{block.name}.{name}".removeprefix(prefix): mask
+        for block, result in zip(report.blocks, folder.results(len(report.blocks)), strict=True)
+        for name, mask in result.masks.items()
+    }
+    tokenizer = next((t for owner in (model, datamodule) if _saves(t := getattr(owner, "tokenizer", None))), None)
+    export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key)
+    return report
+
+
+def find_pretrained(module: nn.Module) -> tuple[str, nn.Module]:
+    """Finds the transformers model in a module.
+
+    Args:
+        module: A transformers model, or a module that holds one.
+
+    Returns:
+        The dotted name of the model with a dot behind it (empty for the module itself), and the model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for name, child in module.named_modules():
+        if _saves(child) and hasattr(child, "config"):
+            return f"{name}." if name else "", child
+    raise ValueError(
+        f"Expected {type(module).__name__} to hold a transformers model, which can be written as a Hugging Face "
+        "directory, but found none; use `fit` with the callback for other modules."
+    )
+
+
+def export_pretrained(
+    model: Any,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    report: PruneReport,
+    masks: Mapping[str, Tensor],
+    *,
+    key: str | None = None,
+) -> None:
+    """Writes a Hugging Face directory: zero-filled safetensors, tokenizer, masks, report and model card.
+
+    The directory appears whole or not at all. Loaded by transformers alone, the model gives the same logits bit for
+    bit.
+
+    Args:
+        model: The pruned transformers model.
+        tokenizer: Its tokenizer, or `None`.
+        directory: Where to write; what it held before is replaced.
+        report: What was done.
+        masks: True where a weight was kept, by parameter name in `model`.
+        key: The hash that names the pruning.
+
+    Raises:
+        ValueError: If a mask is not that of a written weight.
+    """
+    directory = Path(directory).absolute()
+    fresh = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save_pretrained(fresh)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(fresh)
+    on_disk = _names_on_disk(model, dict(masks))
+    _check_masks(fresh, on_disk)
+    save_file(on_disk, fresh / "masks.safetensors", metadata={"format": "pt"})
+    write_json(fresh / _REPORT, {"key": key, **report.to_dict()})
+    (fresh / "README.md").write_text(_model_card(model, report, tokenizer is not None), encoding="utf-8")
+    _make_readable(fresh)
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_readable(directory: Path) -> None:
+    """Gives files the permissions of any other new file: safetensors leaves its own readable to the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
+def _saves(thing: Any) -> bool:
+    return callable(getattr(thing, "save_pretrained", None))
+
+
+def _check_target(target: Path, progress: ProgressFolder) -> None:
+    """Refuses a folder that holds anything but an earlier export of the same pruning."""
+    check_writable(target.parent)
+    if not target.exists():
+        return
+    check_writable(target)
+    if not any(target.iterdir()):
+        return
+    begun = progress.read_key()
+    try:
+        previous = json.loads((target / _REPORT).read_bytes())["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        previous = None
+    if begun is None or previous != begun.digest:
+        what = "other files" if previous is None else "another pruned model"
+        raise ValueError(
+            f"Expected argument `output_dir` to be a new or empty folder, but '{target}' holds {what}; choose another "
+            "one or delete it."
+        )
+
+
+def _names_on_disk(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Maps masks from the names in memory to those in the files, which transformers keeps in the original format."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if isinstance(model, PreTrainedModel):
+        masks = revert_weight_conversion(model, masks)
+    return {name: masks[name].contiguous() for name in sorted(masks)}
+
+
+def _check_masks(directory: Path, masks: Mapping[str, Tensor]) -> None:
+    unseen = set(masks)
+    for path in sorted(directory.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in unseen & set(file.keys()):
+                if bool(file.get_tensor(name)[~masks[name]].any()):
+                    raise ValueError(
+                        f"Expected the mask of `{name}` to fit the model, but a removed weight is not zero."
+                    )
+                unseen.discard(name)
+    if unseen:
+        raise ValueError(
+            f"Expected a written weight for every mask, but there is none for `{min(unseen)}` and "
+            f"{len(unseen) - 1} others."
+        )
+
+
+def _model_card(model: Any, report: PruneReport, has_tokenizer: bool) -> str:
+    options = report.options
+    base = getattr(model.config, "_name_or_path", "") or ""
+    is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    header = ["---", "library_name: transformers", "tags: [pruned, sparse, wandazeta]"]
+    if is_hub_name:
+        header.append(f"base_model: {base}")
+    layers = sum(len(block.layers) for block in report.blocks)
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in options.items())
+    name = type(model).__name__
+    lines = [
+        *header,
+        "---",
+        "",
+        f"# {base if is_hub_name else name}, pruned",
+        "",
+        f"{report.sparsity:.2%} of the weights in {layers} Linear layers of {len(report.blocks)} blocks are zero "
+        f"(method `{options.get('method')}`, pattern `{options.get('sparsity_pattern')}`). Embeddings, norms and head "
+        f"are as they were. Calibrated on {report.num_samples} samples, {report.num_tokens} tokens.",
+        "",
+        report.gain,
+        "",
+        "```python",
+        f"from transformers import {'AutoTokenizer, ' if has_tokenizer else ''}{name}",
+        "",
+        f'model = {name}.from_pretrained("path/to/this/directory")',
+        *(['tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")'] if has_tokenizer else []),
+        "```",
+        "",
+        "- `model*.safetensors`: the weights, zeros in place",
+        "- `masks.safetensors`: true where a weight was kept",
+        f"- `{_REPORT}`: what was done to each layer",
+        "",
+        "| option | value |",
+        "|---|---|",
+        settings,
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""Which weights inside the blocks are pruned, seen as (output features, input features) whatever their layout."""
+
+import re
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.blocks import nearest
+
+from .options import PruneOptions
+
+# hold matrices that no pruning method of ours applies to: nothing to say about them
+_LEFT_DENSE = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def weight_view(layer: nn.Linear, tensor: Tensor | None = None) -> Tensor:
+    """The weight of a layer, or a tensor in its layout, as a view of shape (out, in).
+
+    Args:
+        layer: A layer that `prunable_layers` gave.
+        tensor: Something with the shape of its weight (gradient, mask); the weight itself if left out.
+
+    Returns:
+        A view: writing to it writes to the weight.
+    """
+    tensor = layer.weight.detach() if tensor is None else tensor
+    return tensor.t() if is_transposed(layer) else tensor
+
+
+def prunable_layers(block: nn.Module, options: PruneOptions, name: str = "") -> dict[str, nn.Linear]:
+    """The layers of a block that are pruned.
+
+    Args:
+        block: The block.
+        options: Gives the modules to leave out.
+        name: Dotted name of the block in the model.
+
+    Returns:
+        Layers by the name of their weight relative to the block, `mlp.up_proj.weight`.
+    """
+    # a Conv1D is no Linear, but has what is used of one
+    return {
+        f"{layer_name}.weight": cast(nn.Linear, layer)
+        for layer_name, layer in block.named_modules()
+        if (isinstance(layer, nn.Linear) or is_transposed(layer)) and not _excluded(f"{name}.{layer_name}", options)
+    }
+
+
+def validate_layers(
+    blocks: nn.ModuleList, options: PruneOptions, *, model: nn.Module | None = None, block_name: str = "blocks"
+) -> None:
+    """Check that every block can be pruned as asked, before any work.
+
+    Args:
+        blocks: The blocks.
+        options: The options.
+        model: The whole model, to find weights of blocks that it uses elsewhere too.
+        block_name: Dotted name of the list of blocks, for messages.
+
+    Raises:
+        ValueError: If a width does not fit the pattern, an excluded name matches nothing, nothing is left to prune,
+            or a block holds weights that cannot be pruned: they are named, never skipped in silence.
+    """
+    names = {f"{block_name}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in block.named_modules() if n}
+    for pattern in options.exclude_modules:
+        if not any(_matches(name, pattern) for name in names):
+            known = {name.removeprefix(f"{block_name}.").split(".", 1)[1] for name in names}
+            raise ValueError(
+                f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
+                f"none; {nearest(pattern, sorted(known))}"
+            )
+    for name, module in names.items():
+        if not _excluded(name, options):
+            _check_supported(name, module)
+    layers = {
+        f"{block_name}.{i}.{n}": layer
+        for i, block in enumerate(blocks)
+        for n, layer in prunable_layers(block, options, f"{block_name}.{i}").items()
+    }
+    if not layers:
+        raise ValueError(
+            f"Expected Linear layers to prune in `{block_name}`, but found none; "
+            "check `exclude_modules` and the name of the list of blocks"
+        )
+    for name, layer in layers.items():
+        _check_layer(name, layer, options)
+    _check_shared(layers, model)
+
+
+def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
+    in_features = weight_view(layer).shape[1]
+    remedy = "choose another pattern or add the layer to `exclude_modules`"
+    if options.group is not None and in_features % options.group[1]:
+        raise ValueError(
+            f"Expected argument `sparsity_pattern` to fit the width of every layer, but {options.sparsity_pattern!r} "
+            f"does not divide the {in_features} inputs of `{name}`; {remedy}"
+        )
+    if options.group is None and int(in_features * options.target_sparsity) == 0:
+        raise ValueError(
+            f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity!r} of the "
+            f"{in_features} inputs of `{name}` is none; {remedy}"
+        )
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    remedy = "add it to `exclude_modules` to leave it dense"
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
+        if weight.is_meta or weight.numel() == 0:
+            raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
+            raise ValueError(
+                f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "
+                f"shape {tuple(weight.shape)}; prune the model before it is quantized, or {remedy}"
+            )
+        return
+    if isinstance(module, _LEFT_DENSE):
+        return
+    # a router, fused 3-D experts, nn.MultiheadAttention's in_proj_weight: Linears in disguise
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if sum(size > 1 for size in parameter.shape) >= 2:
+            kind = "fused experts" if parameter.ndim == 3 else "a matrix"
+            raise ValueError(
+                f"Expected blocks whose matrices are in Linear layers, but `{name}` ({type(module).__name__}) holds "
+                f"{kind} of its own, `{parameter_name}` of shape {tuple(parameter.shape)}, which is not supported; "
+                f"{remedy}"
+            )
+
+
+def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = owners.setdefault(layer.weight.data_ptr(), name)
+        if other != name:
+            raise ValueError(
+                f"Expected weights of their own in every layer, but `{name}` and `{other}` share one; "
+                "add both to `exclude_modules` to leave them dense"
+            )
+    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
+        owner = owners.get(parameter.data_ptr())
+        if owner not in (None, name):
+            raise ValueError(
+                f"Expected weights of their own in every layer, but `{owner}` is tied to `{name}`; "
+                "add it to `exclude_modules` to leave it dense"
+            )
+
+
+def _excluded(name: str, options: PruneOptions) -> bool:
+    return any(_matches(name, pattern) for pattern in options.exclude_modules)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A whole name, its tail at a dot, or a module above it; `pattern` is also tried as a regular expression."""
+    return any(_tail(part, pattern) for part in _prefixes(name))
+
+
+def _tail(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -1,0 +1,172 @@
+"""All that happens to one block: statistics, regional gradients, rounds of optimisation, the final pruning."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .layers import weight_view
+from .masks import make_mask
+from .options import PruneOptions
+from .regional import MasterWeights, RunBlock, optimisation_loss, optimise_block, regional_gradients
+from .report import LayerRecord
+from .scores import magnitude_score, regional_score
+from .statistics import InputNorms
+
+# the report's losses are means over the first samples: enough to see the gain, next to no cost
+NUM_PROBES = 8
+
+
+class OneBlock:
+    """Prunes one block in place.
+
+    Args:
+        index: Position of the block; decides its draws of samples, so that a resumed run draws the same.
+        layers: The layers to prune, by the name of their weight.
+        options: The options.
+        run: Runs the block on a sample.
+        masks: Positions that count, for each sample.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: Mapping[str, nn.Linear],
+        options: PruneOptions,
+        run: RunBlock,
+        masks: Sequence[Tensor | None],
+    ) -> None:
+        self.layers = dict(layers)
+        self.options = options
+        self.run = run
+        self.masks = masks
+        self.norms = InputNorms(layers)
+        self.master = MasterWeights(layers)
+        self.gradients: dict[str, Tensor] = {}
+        seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
+        self.score_moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.loss_before: float | None = None
+
+    def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
+        """Take input norms and, where the score wants them, regional gradients of the dense block.
+
+        Args:
+            hidden: The block's input for each sample.
+            keep_outputs: Keep the dense outputs of all samples, not only of those that the report looks at.
+
+        Returns:
+            The dense outputs that are kept, from the first sample on.
+        """
+        outputs: list[Tensor] = []
+
+        def on_output(index: int, output: Tensor) -> None:
+            if keep_outputs or index < NUM_PROBES:
+                outputs.append(output)
+
+        if not self.options.uses_gradients:
+            self._measure_norms(hidden, on_output=on_output)
+            return outputs
+        with self._trainable():
+            self.gradients = regional_gradients(self.run, self.layers, hidden, self.masks, self.norms, on_output)
+        return outputs
+
+    def _measure_norms(self, hidden: Sequence[Tensor], on_output: Callable[[int, Tensor], None] | None = None) -> None:
+        self.norms.reset()
+        with self.norms.collect():
+            for index, states in enumerate(hidden):
+                with self.norms.sample(self.masks[index]):
+                    output = self.run(index, states)
+                if on_output is not None:
+                    on_output(index, output)
+
+    def prune(self) -> dict[str, Tensor]:
+        """Set the lowest scores of the block as it is to zero.
+
+        Returns:
+            Masks in the layout of the weights.
+        """
+        kept = {}
+        for name in self.layers:
+            score = self._score(name)
+            self.score_moments[name] = torch.std_mean(score, correction=0)
+            kept[name] = self._in_layout(name, make_mask(score, self.options))
+        self.master.apply_masks(kept)
+        return kept
+
+    def optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Regional optimisation; afterwards the norms are those of the optimised block on all samples.
+
+        Args:
+            hidden: The block's input for each sample.
+            targets: The wanted output for each sample.
+        """
+
+        def probe() -> None:
+            self.loss_before = self.probe_loss(hidden, targets)
+
+        with self._trainable():
+            optimise_block(
+                self.run,
+                self.master,
+                self.prune,
+                hidden,
+                targets,
+                self.masks,
+                self.norms,
+                self.options,
+                self.generator,
+                on_first_prune=probe,
+            )
+        self._measure_norms(hidden)
+
+    def probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        """Mean loss of the block as it is over the first samples."""
+        probes = range(min(NUM_PROBES, len(hidden)))
+        return self.mean_loss([self.run(index, hidden[index]) for index in probes], targets)
+
+    def mean_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        """Mean loss of the first outputs."""
+        pairs = zip(outputs[:NUM_PROBES], targets, self.masks, strict=False)
+        losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
+        return sum(losses) / len(losses)
+
+    def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
+        """What to report of each layer.
+
+        Args:
+            kept: The final masks.
+        """
+        records = []
+        for name, layer in self.layers.items():
+            out_features, in_features = weight_view(layer).shape
+            sparsity = 1 - kept[name].sum().item() / kept[name].numel()
+            std, mean = (value.item() for value in self.score_moments[name])
+            pattern = self.options.pattern_label
+            records.append(LayerRecord(name, (out_features, in_features), pattern, sparsity, mean, std))
+        return tuple(records)
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.weight.requires_grad_(False)
+                layer.weight.grad = None
+
+    def _score(self, name: str) -> Tensor:
+        layer = self.layers[name]
+        weight = weight_view(layer, self.master.masters[name].detach())
+        if not self.options.uses_calibration:
+            return magnitude_score(weight)
+        gradient = self.gradients.get(name)
+        gradient = None if gradient is None else weight_view(layer, gradient)
+        return regional_score(weight, self.norms.norm(name), gradient, self.options.alpha)
+
+    def _in_layout(self, name: str, mask: Tensor) -> Tensor:
+        return weight_view(self.layers[name], mask).contiguous()

@@ -1,0 +1,150 @@
+"""What to prune and how: one frozen, plain-valued record that decides the result."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++"]
+Optimizer = Literal["rmsprop", "adamw"]
+Target = Literal["dense_block", "dense_stream"]
+Steps = Literal["sample", "batch"]
+
+UNSTRUCTURED = "unstructured"
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Options of a pruning run; two runs with equal options, model and data give the same weights.
+
+    Args:
+        method: Score and optimisation: `magnitude` (|W|), `wanda` (‖X‖·|W|), `rgs` (regional gradients), `ro`
+            (Wanda score with regional optimisation) or `wanda++` (both).
+        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
+        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        alpha: Weight of the regional gradient in the score (Wanda++, equation 4).
+        rounds: Rounds of regional optimisation, K; each prunes, then takes optimizer steps.
+        samples_per_round: Calibration samples drawn for each round, M.
+        optimizer: Optimizer of the regional optimisation, `rmsprop` (the paper's) or `adamw`.
+        learning_rate: Learning rate of the regional optimisation.
+        target: What the pruned block is fitted to: `dense_block`, the dense block's output on the same input (the
+            paper's), or `dense_stream`, what the unpruned model has at this depth.
+        steps: One optimizer step per `sample`, or one per `batch` of all samples of the round.
+        mask_updates: Keep pruned weights at zero during the steps; the paper lets them move and prunes again.
+        exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
+        seed: Seed of the draws of calibration samples.
+
+    Raises:
+        ValueError: If an option is out of range or two options contradict each other.
+
+    Example:
+        >>> PruneOptions(sparsity_pattern="2:4").group
+        (2, 4)
+        >>> PruneOptions(sparsity_pattern="unstructured", sparsity=0.6).target_sparsity
+        0.6
+    """
+
+    method: Method = "wanda++"
+    sparsity_pattern: str = "2:4"
+    sparsity: float | None = None
+    alpha: float = 100.0
+    rounds: int = 5
+    samples_per_round: int = 32
+    optimizer: Optimizer = "rmsprop"
+    learning_rate: float = 3e-7
+    target: Target = "dense_block"
+    steps: Steps = "sample"
+    mask_updates: bool = False
+    exclude_modules: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", Method), ("optimizer", Optimizer), ("target", Target), ("steps", Steps)):
+            _check_choice(name, getattr(self, name), get_args(choices))
+        self._check_pattern()
+        for name, smallest in (("rounds", 0), ("samples_per_round", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(
+                    f"Expected argument `{name}` to be an integer of at least {smallest}, but got {value!r}"
+                )
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"Expected argument `alpha` to be a number of at least 0, but got {self.alpha!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"Expected argument `learning_rate` to be larger than 0, but got {self.learning_rate!r}")
+        if isinstance(self.exclude_modules, str):
+            raise ValueError(f"Expected argument `exclude_modules` to be a list, but got {self.exclude_modules!r}")
+        # a list from YAML would make the record unhashable and unequal to its own copy read from JSON
+        object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
+        for pattern in self.exclude_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Expected argument `exclude_modules` to hold names or regular expressions, but got {pattern!r} "
+                    f"({error})"
+                ) from error
+
+    def _check_pattern(self) -> None:
+        if self.sparsity_pattern == UNSTRUCTURED:
+            if self.sparsity is None or not 0 < self.sparsity < 1:
+                raise ValueError(
+                    'Expected argument `sparsity` to be between 0 and 1 with sparsity_pattern="unstructured", '
+                    f"but got {self.sparsity!r}; 0.5 removes half of each row"
+                )
+            return
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(self.sparsity_pattern))
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ValueError(
+                'Expected argument `sparsity_pattern` to be "unstructured" or "N:M" with N < M (N of M are kept), '
+                f'but got {self.sparsity_pattern!r}; write it quoted in YAML, "2:4"'
+            )
+        if self.sparsity is not None and abs(self.sparsity - self.target_sparsity) > 1e-9:
+            raise ValueError(
+                f"Expected argument `sparsity` to be left out with sparsity_pattern={self.sparsity_pattern!r}, "
+                f"which fixes it to {self.target_sparsity:g}, but got {self.sparsity!r}"
+            )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N kept, of M), or None for an unstructured pattern."""
+        if self.sparsity_pattern == UNSTRUCTURED:
+            return None
+        kept, size = self.sparsity_pattern.split(":")
+        return int(kept), int(size)
+
+    @property
+    def target_sparsity(self) -> float:
+        """Fraction of zeros that the pattern asks for."""
+        if self.group is not None:
+            return 1 - self.group[0] / self.group[1]
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def pattern_label(self) -> str:
+        """The pattern for tables: `2:4` or `50%`."""
+        return self.sparsity_pattern if self.group is not None else f"{100 * self.target_sparsity:g}%"
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether the method looks at calibration data at all."""
+        return self.method != "magnitude"
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the score holds regional gradients (RGS)."""
+        return self.method in ("rgs", "wanda++") and self.alpha > 0
+
+    @property
+    def uses_optimisation(self) -> bool:
+        """Whether the block is optimised after pruning (RO)."""
+        return self.method in ("ro", "wanda++") and self.rounds > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and for keys."""
+        return {**asdict(self), "exclude_modules": list(self.exclude_modules)}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(choices)}, but got {value!r}")

@@ -1,0 +1,257 @@
+"""Prune a model block by block: plain torch, any model whose blocks follow one another."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.blocks import call_block, find_blocks
+
+from .calibration import isolated_rng
+from .layers import prunable_layers, validate_layers
+from .memory import peak_memory
+from .one_block import NUM_PROBES, OneBlock
+from .options import PruneOptions
+from .report import BlockRecord, PruneReport
+from .samples import Samples, capture_samples, split_rows
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A finished block, all that is needed to go on after it.
+
+    Args:
+        weights: Pruned weights in the model's precision, on the CPU, by parameter name relative to the block
+            (`mlp.up_proj.weight`).
+        masks: True where a weight was kept; names and shapes as in `weights`.
+        record: What was done.
+    """
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    record: BlockRecord
+
+
+class Progress(Protocol):
+    """Keeps finished blocks, so that a run that was killed goes on at the next one."""
+
+    def load(self, block_index: int) -> BlockResult | None:
+        """The finished block, or None if it has to be made; may be called more than once."""
+
+    def save(self, block_index: int, result: BlockResult) -> None:
+        """Keep a finished block."""
+
+
+class PruningInterrupted(Exception):  # noqa: N818 - a request that was granted, not an error
+    """Pruning stopped because `should_stop` said so; every finished block was saved.
+
+    Args:
+        block_index: The last finished block.
+    """
+
+    def __init__(self, block_index: int) -> None:
+        super().__init__(f"Pruning was interrupted after block {block_index}; start again to go on at the next block")
+        self.block_index = block_index
+
+
+def prune_model(
+    model: nn.Module,
+    forward: Callable[[Any], object],
+    batches: Sequence[Any],
+    options: PruneOptions,
+    *,
+    block_name: str | None = None,
+    token_mask: Callable[[Any], Tensor | None] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    on_block: Callable[[BlockRecord, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> PruneReport:
+    """Prune the blocks of a model in place, from the first to the last.
+
+    Args:
+        model: The model; its weights are replaced by the pruned ones.
+        forward: Runs the real model on one batch; stopped by an exception after the last block.
+        batches: Calibration batches; every row is one sample.
+        options: What to prune and how.
+        block_name: Dotted name of the list of blocks; found where it is not given.
+        token_mask: Gives the positions of a batch, bool of shape (rows, tokens), that are not padding.
+        device: Where the block at work and the hidden states are.
+        progress: Keeps finished blocks; the ones that it has are not made again.
+        on_block: Called after each block with its record and the number of blocks.
+        should_stop: Asked after each block.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the model, the options or the calibration data do not fit; before any work.
+        PruningInterrupted: If `should_stop` returned True before the last block.
+    """
+    device = torch.device(device)
+    rows = [row for batch in batches for row in split_rows(batch)]
+    # autograd is needed inside, whatever the caller is in
+    with torch.inference_mode(False), torch.no_grad(), isolated_rng(options.seed), _evaluating(model):
+        name, blocks = find_blocks(model, (lambda: forward(rows[0])) if rows else None, block_name)
+        validate_layers(blocks, options, model=model, block_name=name)
+        missing = [i for i in range(len(blocks)) if progress is None or progress.load(i) is None]
+        samples = None
+        if missing and options.uses_calibration:
+            _check_samples(len(rows), options)
+            samples = capture_samples(blocks, forward, rows, token_mask, device)
+        pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0))
+        records = []
+        for index in range(len(blocks)):
+            result = progress.load(index) if progress is not None and index not in missing else None
+            if result is not None:
+                pruner.load(index, result)
+            else:
+                result = pruner.prune(index)
+                if progress is not None:
+                    progress.save(index, result)
+            records.append(result.record)
+            if on_block is not None:
+                on_block(result.record, len(blocks))
+            if index < len(blocks) - 1 and should_stop is not None and should_stop():
+                raise PruningInterrupted(index)
+    return PruneReport(options.to_dict(), name, tuple(records))
+
+
+class _Pruner:
+    """What goes from block to block: the hidden states of the pruned model and, as a target, of the dense one."""
+
+    def __init__(
+        self,
+        name: str,
+        blocks: nn.ModuleList,
+        options: PruneOptions,
+        samples: Samples | None,
+        device: torch.device,
+        last_missing: int,
+    ) -> None:
+        self.name = name
+        self.blocks = blocks
+        self.options = options
+        self.samples = samples
+        self.device = device
+        self.last_missing = last_missing
+        keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
+        self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
+
+    def load(self, index: int, result: BlockResult) -> None:
+        """Take a finished block, and go on as if it had been made now."""
+        with self._block(index) as layers:
+            if {n: w.shape for n, w in result.weights.items()} != {n: x.weight.shape for n, x in layers.items()}:
+                raise ValueError(
+                    f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
+                    f"{', '.join(result.weights)}; remove the progress and start again"
+                )
+            if self.stream is not None and index < self.last_missing:
+                self._forward(index, self.stream)
+            for name, layer in layers.items():
+                layer.weight.copy_(result.weights[name])
+            if self.samples is not None and index < self.last_missing:
+                self._forward(index, self.samples.hidden)
+
+    def prune(self, index: int) -> BlockResult:
+        """Prune a block, and move the hidden states on."""
+        start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with self._block(index) as layers:
+            masks = self.samples.masks if self.samples is not None else ()
+            work = OneBlock(index, layers, self.options, partial(self._run, index), masks)
+            if self.samples is None:
+                kept, loss_after = work.prune(), None
+            else:
+                kept, loss_after = self._prune_calibrated(index, work, self.samples)
+            weights = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+            record = BlockRecord(
+                index,
+                f"{self.name}.{index}",
+                work.records(kept),
+                work.loss_before,
+                loss_after,
+                seconds=time.perf_counter() - start,
+                peak_memory=peak_memory(self.device),
+                num_samples=len(self.samples) if self.samples is not None else 0,
+                num_tokens=self.samples.num_tokens if self.samples is not None else 0,
+            )
+        return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
+
+    def _prune_calibrated(self, index: int, work: OneBlock, samples: Samples) -> tuple[dict[str, Tensor], float | None]:
+        if not work.layers:  # left dense
+            for hidden in (samples.hidden, self.stream):
+                if hidden is not None and index < self.last_missing:
+                    self._forward(index, hidden)
+            return {}, None
+        # at the first block the two streams are one
+        shares = self.stream is None or index == 0
+        targets = work.measure(samples.hidden, keep_outputs=shares and self.options.uses_optimisation)
+        if self.stream is not None:
+            if not shares:
+                self._forward(index, self.stream)
+                targets = self.stream
+            self.stream = targets
+        if self.options.uses_optimisation:
+            work.optimise(samples.hidden, targets)
+        kept = work.prune()
+        # the last block feeds no other: only the samples that the report looks at
+        num_needed = len(samples) if index < self.last_missing else NUM_PROBES
+        outputs = samples.hidden[:num_needed]
+        self._forward(index, outputs)
+        samples.hidden[:num_needed] = outputs
+        loss_after = work.mean_loss(outputs, targets)
+        if work.loss_before is None:
+            work.loss_before = loss_after
+        return kept, loss_after
+
+    def _run(self, index: int, sample: int, hidden: Tensor) -> Tensor:
+        assert self.samples is not None
+        return call_block(self.blocks[index], hidden, self.samples.calls[sample][index])
+
+    def _forward(self, index: int, hidden: list[Tensor]) -> None:
+        for sample, states in enumerate(hidden):
+            hidden[sample] = self._run(index, sample, states)
+
+    @contextmanager
+    def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
+        """One block on the device, its layers to prune."""
+        block = self.blocks[index]
+        home = next(block.parameters()).device
+        block.to(self.device)
+        try:
+            yield prunable_layers(block, self.options, f"{self.name}.{index}")
+        finally:
+            block.to(home)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients, put back afterwards module by module and parameter by parameter."""
+    training = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _check_samples(num_samples: int, options: PruneOptions) -> None:
+    if num_samples == 0:
+        raise ValueError(f"Expected calibration samples for method={options.method!r}, but got none")
+    if options.uses_optimisation and num_samples < options.samples_per_round:
+        raise ValueError(
+            f"Expected argument `samples_per_round` to be at most the number of calibration samples ({num_samples}), "
+            f"but got {options.samples_per_round}; lower it or calibrate on more samples"
+        )

@@ -1,0 +1,263 @@
+"""One pruning from start to end: check, read, key, prune or load, report."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from wandazeta import __version__
+from wandazeta.blocks import find_blocks
+
+from .calibration import collect_batches, digest_batches, isolated_rng
+from .key import PruneKey, digest_model
+from .layers import validate_layers
+from .options import PruneOptions
+from .progress import ProgressFolder, check_writable
+from .pruner import PruningInterrupted, prune_model
+from .report import BlockRecord, PruneReport
+
+_ARCHITECTURE = "(architecture)"
+
+
+@dataclass
+class PruneRun:
+    """What a pruning needs to know, and the three ways to get it: make it, load it, load what another rank made.
+
+    Args:
+        module: The module that is pruned in place, or that holds the model.
+        options: What to prune and how.
+        folder: Where the progress is kept.
+        forward: Runs the model on one batch.
+        token_mask: Marks the positions of a batch that are not padding.
+        num_samples: The number of calibration samples.
+        block_name: Dotted name of the list of blocks in `module`; found where it is not given.
+    """
+
+    module: nn.Module
+    options: PruneOptions
+    folder: ProgressFolder
+    forward: Callable[[Any], object]
+    token_mask: Callable[[Any], Tensor | None]
+    num_samples: int
+    block_name: str | None = None
+    was_complete: bool = field(default=False, init=False)
+    """Whether `prune` found nothing left to do."""
+
+    def prune(
+        self,
+        loader: Callable[[], Iterable[Any]],
+        *,
+        device: torch.device,
+        on_block: Callable[[BlockRecord, int], None],
+        should_stop: Callable[[], bool],
+        show_progress: bool,
+    ) -> PruneReport | None:
+        """Prunes the module, or goes on with its pruning, or loads it if it is complete.
+
+        Args:
+            loader: Makes the calibration loader; called once the cheap checks are through.
+            device: Where the block at work is.
+            on_block: Called after each block.
+            should_stop: Asked after each block.
+            show_progress: Whether to draw a progress bar.
+
+        Returns:
+            The report, or `None` if `should_stop` ended it.
+
+        Raises:
+            ValueError: If anything does not fit, before any long work.
+        """
+        name, blocks = find_blocks(self.module, name=self.block_name)
+        validate_layers(blocks, self.options, model=self.module, block_name=name)
+        weights = [weight for weight in blocks.parameters() if weight.ndim >= 2]
+        room = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
+        check_writable(self.folder.directory, needed_bytes=room)
+        batches = (
+            collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
+        )
+        if batches and self.block_name is None:
+            with isolated_rng(self.options.seed):
+                name, blocks = find_blocks(self.module, lambda: self.forward(batches[0]))
+        self.folder.open(self._key(name, blocks, batches, device))
+        finished = self._load(blocks)
+        if finished is not None:
+            self.was_complete = True
+            return finished
+        with _progress_bar(len(blocks), show_progress) as advance:
+
+            def after_block(record: BlockRecord, num_blocks: int) -> None:
+                advance(record)
+                on_block(record, num_blocks)
+
+            try:
+                report = prune_model(
+                    self.module,
+                    self.forward,
+                    batches,
+                    self.options,
+                    block_name=name,
+                    token_mask=self.token_mask,
+                    device=device,
+                    progress=self.folder,
+                    on_block=after_block,
+                    should_stop=should_stop,
+                )
+            except PruningInterrupted:
+                return None
+        self.folder.finish(report)
+        return report
+
+    def load_finished(self) -> PruneReport:
+        """Loads a finished pruning into the dense module, without calibration data.
+
+        Raises:
+            ValueError: If the folder holds none, or that of another model or with other options.
+        """
+        found = self.folder.read_key()
+        name = self.block_name or (found.options.get("blocks") if found is not None else None)
+        name, blocks = find_blocks(self.module, name=name)
+        everything = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        wanted = found.model if found is not None else {}
+        model = digest_model({key: everything[key] for key in wanted if key in everything})
+        model[_ARCHITECTURE] = _architecture(blocks)
+        self.folder.open_finished(PruneKey({**self.options.to_dict(), "blocks": name}, model))
+        report = self._load(blocks)
+        if report is None:
+            raise ValueError(
+                f"Expected argument `output_dir` to hold a whole pruning, but a file in '{self.folder.directory}' is "
+                "damaged; run `fit` or `prune` again to make it anew."
+            )
+        return report
+
+    def load_shared(self, key_digest: str) -> PruneReport:
+        """Loads the pruning that rank 0 has just made.
+
+        Args:
+            key_digest: The hash of its key, as rank 0 told it.
+
+        Raises:
+            ValueError: If the folder is not the one rank 0 wrote to.
+        """
+        found = self.folder.read_key()
+        if found is None or found.digest != key_digest:
+            raise ValueError(
+                f"Expected argument `output_dir` to be a folder that all ranks share, but '{self.folder.directory}' "
+                "does not hold what rank 0 wrote; choose one on a shared file system."
+            )
+        self.folder.open_again()
+        report = self._load(find_blocks(self.module, name=found.options["blocks"])[1])
+        if report is None:
+            raise ValueError(f"Expected whole blocks from rank 0 in '{self.folder.directory}', but they are damaged.")
+        return report
+
+    def _load(self, blocks: nn.ModuleList) -> PruneReport | None:
+        try:
+            report = self.folder.read_report()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return report if self.folder.load_into(blocks) else None
+
+    def _key(self, name: str, blocks: nn.ModuleList, batches: list[Any], device: torch.device) -> PruneKey:
+        calibration = {}
+        tensors = {f"{name}.{key}": tensor for key, tensor in _tensors(blocks)}
+        if batches:
+            rows = {"num_samples": self.num_samples, "contents": digest_batches(batches, self.token_mask)}
+            calibration = rows
+            with isolated_rng(self.options.seed):
+                tensors |= _read_before(self.module, blocks, lambda: self.forward(batches[0]))
+        environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}
+        model = {**digest_model(tensors), _ARCHITECTURE: _architecture(blocks)}
+        return PruneKey({**self.options.to_dict(), "blocks": name}, model, calibration, environment)
+
+
+class _BlocksReached(Exception):
+    """Ends a forward at the first block."""
+
+
+class _ReadTensors(TorchFunctionMode):
+    """Notes every tensor that an operation is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, Tensor):
+                    self.read.add(id(item))
+        return func(*args, **(kwargs or {}))
+
+
+def _read_before(module: nn.Module, blocks: nn.ModuleList, forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Finds the parameters and buffers that a forward reads before its first block: embeddings, rotary tables.
+
+    A head, which may be new and random at every start, does not decide what is pruned and is not among them.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _BlocksReached
+
+    handle = blocks[0].register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), _ReadTensors() as mode:
+            forward()
+    except _BlocksReached:
+        pass
+    finally:
+        handle.remove()
+    return {name: tensor for name, tensor in _tensors(module) if id(tensor) in mode.read}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _architecture(blocks: nn.ModuleList) -> str:
+    return hashlib.sha256(repr(blocks).encode()).hexdigest()[:32]
+
+
+def _saved_bytes(weight: Tensor) -> int:
+    # the weight, and one byte an element for its mask
+    return weight.numel() * (weight.element_size() + 1)
+
+
+@contextmanager
+def _progress_bar(num_blocks: int, visible: bool) -> Iterator[Callable[[BlockRecord], None]]:
+    from rich.console import Console  # not at import: the core needs torch alone
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("Pruning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("blocks"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task("", total=num_blocks)
+
+        def advance(record: BlockRecord) -> None:
+            losses = ""
+            if record.loss_before is not None and record.loss_after is not None:
+                losses = f"loss {record.loss_before:.3g} → {record.loss_after:.3g}"
+            bar.update(task, completed=record.index + 1, description=losses)
+
+        yield advance

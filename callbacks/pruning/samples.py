@@ -1,0 +1,126 @@
+"""Calibration samples: one row of a batch each, as hidden states and calls of the blocks."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.blocks import BlockCall, CallCapture
+
+
+@dataclass
+class Samples:
+    """All calibration samples.
+
+    Args:
+        hidden: Hidden states at the input of the current block, each of shape (1, tokens, width).
+        calls: For each sample the other arguments of each block.
+        masks: For each sample the positions that count, None where all do.
+    """
+
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]
+    masks: list[Tensor | None]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that count."""
+        counts = (
+            h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks, strict=True)
+        )
+        return sum(counts)
+
+
+def split_rows(batch: Any) -> list[Any]:
+    """Split a batch into batches of one row.
+
+    Args:
+        batch: Tensors in any nesting of mappings, lists and tuples; the length of the first one is the number of
+            rows, and everything of that length is split. Anything else is one row.
+
+    Returns:
+        The rows, each a batch of the same kind.
+
+    Example:
+        >>> split_rows({"x": torch.tensor([[1], [2]]), "name": ["a", "b"]})
+        [{'x': tensor([[1]]), 'name': ['a']}, {'x': tensor([[2]]), 'name': ['b']}]
+    """
+    num_rows = _first_length(batch)
+    return [batch] if num_rows in (None, 1) else [_row(batch, i, num_rows) for i in range(num_rows)]
+
+
+def _first_length(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((length for item in items if (length := _first_length(item)) is not None), None)
+
+
+def _row(batch: Any, index: int, num_rows: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1] if batch.ndim and batch.shape[0] == num_rows else batch
+    if isinstance(batch, Mapping):
+        row = copy.copy(batch)  # keeps what a BatchEncoding or an ordered dict adds
+        for key, value in batch.items():
+            row[key] = _row(value, index, num_rows)  # type: ignore[index]
+        return row
+    if isinstance(batch, (list, tuple)):
+        if all(isinstance(item, (str, int, float)) for item in batch):
+            return batch[index : index + 1] if len(batch) == num_rows else batch
+        items = [_row(item, index, num_rows) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def capture_samples(
+    blocks: nn.ModuleList,
+    forward: Callable[[Any], object],
+    rows: Sequence[Any],
+    token_mask: Callable[[Any], Tensor | None] | None,
+    device: torch.device,
+) -> Samples:
+    """Run the real model on every row, up to the blocks' end, and keep what the blocks are called with.
+
+    Args:
+        blocks: The blocks.
+        forward: Runs the model on a row.
+        rows: Batches of one row.
+        token_mask: Gives the positions of a row that are not padding.
+        device: Where the samples are kept.
+
+    Raises:
+        ValueError: If the model does not run its blocks one after another, or a mask does not fit.
+    """
+    capture = CallCapture(blocks, device)
+    samples = Samples([], [], [])
+    for row in rows:
+        hidden, calls = capture(lambda row=row: forward(row))  # type: ignore[misc]
+        if _first_length(row) is None and hidden.ndim > 2 and min(hidden.shape[:2]) > 1:
+            raise ValueError(
+                f"Expected calibration batches of tensors, mappings or lists, but got {type(row).__name__} with "
+                f"{hidden.shape[0]} samples, which cannot be split; use batches of one sample"
+            )
+        samples.hidden.append(hidden)
+        samples.calls.append(calls)
+        samples.masks.append(_mask(row, hidden, token_mask))
+    return samples
+
+
+def _mask(row: Any, hidden: Tensor, token_mask: Callable[[Any], Tensor | None] | None) -> Tensor | None:
+    mask = token_mask(row) if token_mask is not None else None
+    if mask is None:
+        return None
+    mask = mask.to(device=hidden.device, dtype=torch.bool)
+    if mask.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"Expected `token_mask` to give a mask of shape {tuple(hidden.shape[:-1])}, but got {tuple(mask.shape)}"
+        )
+    if not mask.any():
+        raise ValueError("Expected calibration samples with text, but one is all padding; leave it out")
+    return None if mask.all() else mask

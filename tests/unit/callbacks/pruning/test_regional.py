@@ -1,0 +1,185 @@
+import pytest
+import torch
+from torch import nn
+
+from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.callbacks.pruning.regional import (
+    MasterWeights,
+    optimisation_loss,
+    optimise_block,
+    regional_gradients,
+    regional_loss,
+)
+from wandazeta.callbacks.pruning.statistics import InputNorms
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
+HIDDEN = [torch.randn(1, length, 8, generator=torch.Generator().manual_seed(length)) for length in (5, 6, 7, 8)]
+MASKS = [None, None, torch.tensor([[True] * 5 + [False] * 2]), None]
+
+
+def parts(block):
+    layers = {"up": block.up, "down": block.down}
+    return lambda index, hidden: block(hidden), layers, InputNorms(layers)
+
+
+def test_gradients_equal_the_root_mean_square_of_autograd_sample_by_sample(block):
+    run, layers, norms = parts(block)
+    outputs = {}
+    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.__setitem__)
+    for name, layer in layers.items():
+        squares = []
+        for hidden, mask in zip(HIDDEN, MASKS, strict=True):
+            output = block(hidden)
+            output = output if mask is None else output[:, : mask.sum()]
+            squares.append(torch.autograd.grad(output.pow(2).sum().sqrt(), layer.weight)[0] ** 2)
+        torch.testing.assert_close(found[name], torch.stack(squares).mean(0).sqrt())
+        assert layer.weight.grad is None
+    assert torch.equal(outputs[1], block(HIDDEN[1]))
+    assert norms.num_samples == 4
+    block(HIDDEN[0]).sum().backward()  # no hook is left to drop this gradient
+    assert block.up.weight.grad is not None
+
+
+def test_losses():
+    output, target = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    mask = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(regional_loss(output), output.flatten().norm())
+    torch.testing.assert_close(regional_loss(output, mask), output[:, :3].flatten().norm())
+    torch.testing.assert_close(optimisation_loss(output, target, mask), (output - target)[:, :3].pow(2).mean())
+    assert regional_loss(output.bfloat16()).dtype == torch.float32
+
+
+def halve(block):
+    """A pruning that is easy to follow: the even columns go."""
+    master = MasterWeights({"up": block.up, "down": block.down})
+    kept = {name: torch.arange(weight.shape[1]).expand_as(weight) % 2 == 1 for name, weight in master.masters.items()}
+
+    def prune():
+        master.apply_masks(kept)
+        return kept
+
+    return master, prune
+
+
+def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
+    run, _, norms = parts(block)
+    targets = targets if targets is not None else [block(h).detach() for h in hidden]
+    master, prune = halve(block)
+    generator = torch.Generator().manual_seed(0)
+    optimise_block(run, master, prune, hidden, targets, masks, norms, options, generator, lambda: None)
+    return norms
+
+
+def reference(block, options, optimizer_class, **kwargs):
+    """The rounds, written out for float32 weights."""
+    targets = [block(h).detach() for h in HIDDEN]
+    weights, generator = [block.up.weight, block.down.weight], torch.Generator().manual_seed(0)
+    optimizer = optimizer_class(weights, lr=options.learning_rate, **kwargs)
+    for _ in range(options.rounds):
+        for weight in weights:
+            weight.data[:, ::2] = 0
+        for i in torch.randperm(4, generator=generator)[: options.samples_per_round].tolist():
+            count = 5 if i == 2 else None
+            loss = (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean()
+            if options.steps == "sample":
+                optimizer.zero_grad()
+            (loss if options.steps == "sample" else loss / options.samples_per_round).backward()
+            if options.steps == "sample":
+                optimizer.step()
+        if options.steps == "batch":
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("steps", ["sample", "batch"])
+@pytest.mark.parametrize(
+    ("optimizer", "cls", "kwargs"),
+    [("rmsprop", torch.optim.RMSprop, {}), ("adamw", torch.optim.Adam, {})],
+)
+def test_rounds_equal_a_plain_loop(steps, optimizer, cls, kwargs):
+    options = PruneOptions(rounds=3, samples_per_round=3, learning_rate=1e-2, optimizer=optimizer, steps=steps)
+    torch.manual_seed(0)
+    ours = Block()
+    torch.manual_seed(0)
+    theirs = Block()
+    run_rounds(ours, options)
+    reference(theirs, options, cls, **kwargs)
+    torch.testing.assert_close(ours.up.weight, theirs.up.weight)
+    torch.testing.assert_close(ours.down.weight, theirs.down.weight)
+
+
+def test_updates_are_masked_only_when_asked(block):
+    options = {"rounds": 1, "samples_per_round": 2, "learning_rate": 1e-2}
+    run_rounds(block, PruneOptions(mask_updates=False, **options))
+    assert (block.up.weight[:, ::2] != 0).any()
+    run_rounds(block, PruneOptions(mask_updates=True, **options))
+    assert (block.up.weight[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_positive(block, dtype):
+    block.to(dtype)
+    assert (block.up.weight[:, ::2] < 0).any()
+    _, prune = halve(block)
+    prune()
+    assert (block.up.weight[:, ::2] == 0).all()
+    assert not block.up.weight[:, ::2].signbit().any()
+
+
+def test_norms_come_from_the_rounds_own_forwards(block):
+    norms = run_rounds(block, PruneOptions(rounds=2, samples_per_round=3, learning_rate=1e-2))
+    assert norms.num_samples == 3
+
+
+def test_sixteen_bits_keep_a_float32_master():
+    # a step far below half an ulp of bfloat16: without a master nothing would ever move
+    torch.manual_seed(0)
+    block = Block().bfloat16()
+    hidden = [h.bfloat16() for h in HIDDEN]
+    targets = [torch.zeros_like(h) for h in hidden]
+    before = block.up.weight.detach().clone()
+    options = PruneOptions(rounds=1, samples_per_round=4, learning_rate=1e-4)
+    master, prune = halve(block)
+    run, _, norms = parts(block)
+    for _ in range(20):
+        optimise_block(
+            run, master, prune, hidden, targets, MASKS, norms, options, torch.Generator().manual_seed(0), lambda: None
+        )
+    assert block.up.weight.dtype == torch.bfloat16
+    assert master.masters["up"].dtype == torch.float32
+    assert torch.equal(block.up.weight, master.masters["up"].bfloat16())
+    assert (block.up.weight != before)[:, 1::2].any()
+
+
+def test_half_precision_gradients_do_not_vanish():
+    torch.manual_seed(0)
+    wide, half = Block(), Block().half()
+    half.load_state_dict(wide.state_dict())
+    found = []
+    for block in (wide, half):
+        run, layers, norms = parts(block)
+        hidden = [h.to(block.up.weight.dtype) for h in HIDDEN]
+        found.append(regional_gradients(run, layers, hidden, MASKS, norms, lambda *_: None))
+    torch.testing.assert_close(found[0]["up"], found[1]["up"], rtol=2e-2, atol=2e-3)
+
+
+def test_weights_that_blow_up_are_an_error(block):
+    hidden = [h.clone() for h in HIDDEN]
+    targets = [torch.full_like(h, float("nan")) for h in hidden]
+    with pytest.raises(ValueError, match="`learning_rate` to keep the weights finite"):
+        run_rounds(block, PruneOptions(rounds=1, samples_per_round=2), hidden, MASKS, targets)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from wandazeta.callbacks.pruning.statistics import InputNorms
+
+
+def measure(layer, samples, masks):
+    norms = InputNorms({"layer": layer})
+    with norms.collect(), torch.no_grad():
+        for sample, mask in zip(samples, masks, strict=True):
+            with norms.sample(mask):
+                layer(sample)
+    return norms
+
+
+def test_norm_is_the_mean_over_samples_of_the_squared_norm():
+    samples = [torch.randn(1, length, 3) for length in (4, 7)]
+    norms = measure(nn.Linear(3, 2), samples, [None, None])
+    wanted = torch.stack([s[0].norm(dim=0) ** 2 for s in samples]).mean(0).sqrt()
+    torch.testing.assert_close(norms.norm("layer"), wanted)
+
+
+def test_padded_positions_do_not_count():
+    sample, garbage = torch.randn(1, 4, 3), torch.full((1, 2, 3), 1e3)
+    mask = torch.tensor([[True] * 4 + [False] * 2])
+    layer = nn.Linear(3, 2)
+    padded = measure(layer, [torch.cat([sample, garbage], 1)], [mask])
+    assert torch.equal(padded.norm("layer"), measure(layer, [sample], [None]).norm("layer"))
+
+
+def test_inputs_flattened_by_the_model_are_understood():
+    sample, mask = torch.randn(6, 3), torch.tensor([[True] * 4 + [False] * 2])
+    torch.testing.assert_close(measure(nn.Linear(3, 2), [sample], [mask]).norm("layer"), sample[:4].norm(dim=0))
+    with pytest.raises(ValueError, match="6 positions at the input of `layer`"):
+        measure(nn.Linear(3, 2), [torch.randn(2, 3)], [mask])
+
+
+def test_layers_that_share_an_input_and_sixteen_bits():
+    layers = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}).bfloat16()
+    norms, x = InputNorms(layers), torch.randn(1, 5, 3).bfloat16()
+    with norms.collect():
+        for _ in range(2):
+            with norms.sample():
+                layers["a"](x)
+                layers["b"](x)
+                layers["b"](2 * x)  # a layer may run twice
+    assert norms.norm("a").dtype == torch.float32
+    torch.testing.assert_close(norms.norm("a"), x.float()[0].norm(dim=0))
+    torch.testing.assert_close(norms.norm("b"), x.float()[0].norm(dim=0) * 5**0.5)
+
+
+def test_a_layer_that_never_ran_is_named_and_hooks_are_removed():
+    layer = nn.Linear(3, 2)
+    norms = InputNorms({"layer": layer})
+    with norms.collect():
+        pass
+    layer(torch.randn(1, 2, 3))
+    with pytest.raises(ValueError, match="`layer` did not"):
+        norms.norm("layer")

@@ -1,0 +1,346 @@
+import pytest
+import torch
+from helpers.pruning import Tiny, callback, loader, same, trainer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.callbacks.pruning import run as run_module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def forbid_pruning(monkeypatch):
+    def forbid():
+        def refuse(*args, **kwargs):
+            raise AssertionError("pruned again")
+
+        monkeypatch.setattr(run_module, "prune_model", refuse)
+
+    return forbid
+
+
+def fit(callback, module=None, data=None, ckpt_path=None, **kwargs):
+    module = module or Tiny()
+    trainer(callback, **kwargs).fit(module, data if data is not None else loader(), ckpt_path=ckpt_path)
+    return module
+
+
+# -- what pruning does ------------------------------------------------------------------------------------------------
+
+
+def test_fit_prunes_linears_of_the_blocks_and_nothing_else(folder):
+    pruning = callback(folder)
+    module, dense = fit(pruning), Tiny()
+    for name, weight in module.named_parameters():
+        if name.startswith("layers.") and weight.ndim == 2:
+            assert ((weight.view(weight.shape[0], -1, 4) != 0).sum(-1) == 2).all()
+        else:
+            assert torch.equal(weight, dense.get_parameter(name)), name
+        assert weight.requires_grad
+    assert all(part.training for part in module.modules())
+    assert pruning.report.sparsity == 0.5
+    assert [block.name for block in pruning.report.blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert (folder / "report.json").exists()
+
+
+def test_a_run_that_prunes_and_one_that_loads_train_alike(folder, forbid_pruning, caplog):
+    modules = []
+    for _ in range(2):
+        assert "it was complete" not in caplog.text
+        torch.manual_seed(1)
+        modules.append(fit(callback(folder), Tiny(learning_rate=0.1), loader(shuffle=True)))
+        forbid_pruning()
+    assert "it was complete" in caplog.text
+    assert same(*modules)
+    assert not same(modules[0], Tiny())
+
+
+def test_pruning_leaves_the_random_numbers_alone(folder):
+    draws = []
+    for callbacks in ([], [callback(folder)]):
+        module = Tiny()
+        module.on_fit_start = lambda: draws.append(torch.rand(1))
+        torch.manual_seed(1)
+        trainer(*callbacks).fit(module, loader(shuffle=True))
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 5.0}, r"`alpha` \(100.0 there, 5.0 here\)"),
+        ({"exclude_modules": ["up"]}, "`exclude_modules`"),
+        ({"num_calibration_samples": 12}, r"the calibration data \(contents, num_samples\)"),
+        ({"module": Tiny(seed=1)}, "model tensors, first"),
+        ({"module": Tiny(num_blocks=2)}, "model tensors, first"),
+        ({"data": loader(seed=1)}, r"the calibration data \(contents\)"),
+    ],
+)
+def test_another_option_model_or_calibration_is_refused(folder, forbid_pruning, change, message):
+    fit(callback(folder))
+    forbid_pruning()
+    module, data = change.pop("module", None), change.pop("data", None)
+    with pytest.raises(ValueError, match=message):
+        fit(callback(folder, **change), module, data)
+
+
+def test_a_new_head_changes_nothing_but_an_embedding_does(folder, forbid_pruning):
+    fit(callback(folder))
+    forbid_pruning()
+    module = Tiny()
+    nn.init.ones_(module.head.weight)
+    fit(callback(folder), module)
+    module = Tiny()
+    nn.init.ones_(module.embedding.weight)
+    with pytest.raises(ValueError, match=r"1 of 20 model tensors, first `embedding\.weight`"):
+        fit(callback(folder), module)
+
+
+def test_a_damaged_block_is_made_again(folder):
+    expected = fit(callback(folder))
+    content = (folder / "block_0001.safetensors").read_bytes()
+    (folder / "block_0001.safetensors").write_bytes(content[:-5])
+    assert same(fit(callback(folder)), expected)
+    assert (folder / "block_0001.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++"])
+def test_every_method_comes_back_from_its_folder(folder, forbid_pruning, method):
+    expected = fit(callback(folder, method=method))
+    forbid_pruning()
+    assert same(fit(callback(folder, method=method)), expected)
+
+
+def test_magnitude_needs_no_calibration_data(folder):
+    pruning = callback(folder, method="magnitude", num_calibration_samples=10**6)
+    fit(pruning)
+    assert pruning.report.sparsity == 0.5
+
+
+# -- the other stages -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_other_stages_load_the_pruning_or_refuse(folder, forbid_pruning, stage):
+    with pytest.raises(ValueError, match="holds no pruning; run `fit` or `prune` first"):
+        getattr(trainer(callback(folder)), stage)(Tiny(), loader())
+    expected = fit(callback(folder))
+    forbid_pruning()
+    module, pruning = Tiny(), callback(folder)
+    # other data than it was calibrated on, and none to train on
+    getattr(trainer(pruning), stage)(module, loader(seed=5))
+    assert same(module, expected)
+    assert pruning.report.sparsity == 0.5
+    with pytest.raises(ValueError, match=r"model tensors, first `embedding\.weight`"):
+        getattr(trainer(callback(folder)), stage)(Tiny(seed=1), loader())
+    with pytest.raises(ValueError, match="alpha"):
+        getattr(trainer(callback(folder, alpha=1.0)), stage)(Tiny(), loader())
+    (folder / "block_0002.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged; run `fit` or `prune` again"):
+        getattr(trainer(callback(folder)), stage)(Tiny(), loader())
+    (folder / "complete.json").unlink()
+    with pytest.raises(ValueError, match="holds an unfinished pruning"):
+        getattr(trainer(callback(folder)), stage)(Tiny(), loader())
+
+
+def test_testing_after_fitting_keeps_what_was_trained(folder, forbid_pruning):
+    runner = trainer(callback(folder))
+    module = Tiny(learning_rate=0.1)
+    runner.fit(module, loader())
+    trained = {name: weight.clone() for name, weight in module.state_dict().items()}
+    forbid_pruning()
+    runner.test(module, loader())
+    runner.fit_loop.max_epochs = 2
+    runner.validate(module, loader())
+    assert all(torch.equal(weight, trained[name]) for name, weight in module.state_dict().items())
+
+
+def test_the_module_is_told_what_it_stands_on(folder):
+    module = Tiny()
+    module.pruned_backbone_key = None
+    pruning = callback(folder)
+    fit(pruning, module)
+    assert module.pruned_backbone_key == pruning.key
+    loaded = Tiny()
+    loaded.pruned_backbone_key = None
+    trainer(callback(folder)).validate(loaded, loader())
+    assert loaded.pruned_backbone_key == pruning.key
+
+
+def test_training_goes_on_from_a_checkpoint_but_not_from_one_of_another_pruning(folder, tmp_path):
+    saving = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    module = Tiny(learning_rate=0.1)
+    trainer(callback(folder), saving, enable_checkpointing=True).fit(module, loader())
+    assert (module.layers[0].up.weight == 0).sum() == 0
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    resumed = fit(callback(folder), Tiny(learning_rate=0.1), ckpt_path=last, max_epochs=2)
+    assert not same(resumed, module)
+    with pytest.raises(ValueError, match="this one was trained on another; give it the `output_dir`"):
+        fit(callback(tmp_path / "other", alpha=1.0), Tiny(learning_rate=0.1), ckpt_path=last, max_epochs=2)
+
+
+# -- how foreign modules are built and called -------------------------------------------------------------------------
+
+
+class InConfigureModel(Tiny):
+    def __init__(self, once):
+        LightningModule.__init__(self)
+        self.learning_rate, self.once = 0.0, once
+
+    def configure_model(self):
+        if not (self.once and hasattr(self, "layers")):
+            for name, part in Tiny().named_children():
+                setattr(self, name, part)
+
+
+class InSetup(InConfigureModel):
+    def configure_model(self):
+        pass
+
+    def setup(self, stage):
+        super().configure_model()
+
+
+def test_a_module_that_builds_in_configure_model_is_built_first(folder):
+    pruning = callback(folder)
+    module = fit(pruning, InConfigureModel(once=True))
+    assert same(module, fit(callback(folder)))
+    assert (module.layers[0].up.weight == 0).float().mean() == 0.5
+
+
+def test_a_module_that_is_built_twice_is_refused(folder):
+    with pytest.raises(ValueError, match="InConfigureModel built it anew afterwards; build the model once"):
+        fit(callback(folder), InConfigureModel(once=False))
+
+
+def test_a_module_that_builds_in_setup_is_refused(folder):
+    with pytest.raises(ValueError, match="move what builds it from `setup` to `configure_model`"):
+        fit(callback(folder), InSetup(once=True))
+
+
+def test_weights_that_are_loaded_too_late_are_noticed(folder):
+    class LoadsLate(Tiny):
+        def setup(self, stage):
+            self.load_state_dict(Tiny(seed=2).state_dict())
+
+    with pytest.raises(ValueError, match="LoadsLate filled it with other values afterwards; load weights in"):
+        fit(callback(folder), LoadsLate())
+
+
+class StepOnly(Tiny):
+    """A module whose forward is not its own, and that logs before it computes."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch):
+        self.log("rows", float(len(batch[0])))
+        return Tiny.forward(self, batch[0]).mean()
+
+
+class Special(Tiny):
+    def forward(self, *args):
+        raise AssertionError("not this one")
+
+    def training_step(self, batch, batch_idx):
+        return Tiny.forward(self, batch[0]).mean()
+
+    def calibration_forward(self, batch):
+        return Tiny.forward(self, batch[0])
+
+
+@pytest.mark.parametrize("kind", [StepOnly, Special])
+def test_modules_are_called_as_they_can_be(folder, kind):
+    module = fit(callback(folder), kind())
+    expected = fit(callback(folder.with_name("plain")))
+    assert same(module, expected)
+    assert "log" not in vars(module)
+
+
+def test_a_module_like_no_other_is_called_by_an_override(folder):
+    class Mine(WandaPPPruneCallback):
+        def forward_batch(self, pl_module, batch):
+            return pl_module(batch[0] % 4)
+
+        def token_mask(self, batch):
+            return batch[0] > 8
+
+    pruning = Mine(num_calibration_samples=8, samples_per_round=4, rounds=1, output_dir=str(folder))
+    fit(pruning)
+    counted = torch.cat([batch[0] for batch in loader()])[:8] > 8
+    assert pruning.report.num_tokens == int(counted.sum())
+
+
+def test_the_callback_is_written_in_yaml(tmp_path):
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(WandaPPPruneCallback, "pruning")
+    config = tmp_path / "config.yaml"
+    config.write_text("""
+class_path: wandazeta.callbacks.WandaPPPruneCallback
+init_args:
+  sparsity_pattern: "4:8"
+  method: ro
+  exclude_modules: [o_proj, ".*down"]
+  calibration:
+    class_path: lightning.pytorch.demos.boring_classes.BoringDataModule
+""")
+    pruning = parser.instantiate_classes(parser.parse_args([f"--pruning={config}"]))
+    assert pruning.pruning.options.group == (4, 8)
+    assert pruning.pruning.options.exclude_modules == ("o_proj", ".*down")
+    assert type(pruning.pruning.calibration).__name__ == "BoringDataModule"
+
+
+def test_padding_is_found_in_the_attention_mask():
+    pruning = WandaPPPruneCallback()
+    mask = torch.tensor([[1, 1, 0]])
+    assert torch.equal(pruning.token_mask({"attention_mask": mask}), mask.bool())
+    assert pruning.token_mask({"input_ids": mask}) is None
+    assert pruning.token_mask([mask]) is None
+
+
+# -- what a user gets wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity_pattern": "4:2"}, "`sparsity_pattern`"),
+        ({"sparsity_pattern": "unstructured"}, "`sparsity`"),
+        ({"method": "sparse"}, "`method`"),
+        ({"alpha": -1.0}, "`alpha`"),
+        ({"num_calibration_samples": 0}, "`num_calibration_samples` to be at least 1"),
+        ({"num_calibration_samples": 8}, "`samples_per_round` to be at most `num_calibration_samples`"),
+        ({"device": "tpu-of-mine"}, "`device`"),
+        ({"exclude_modules": "up"}, "`exclude_modules` to be a list"),
+    ],
+)
+def test_options_are_checked_when_they_are_given(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WandaPPPruneCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "message"),
+    [
+        ({"sparsity_pattern": "2:3"}, None, "'2:3' does not divide the 8 inputs"),
+        ({"exclude_modules": ["upp"]}, None, "did you mean `up`"),
+        ({"blocks": "layer"}, None, "did you mean `layers`"),
+        ({"num_calibration_samples": 17}, None, "`num_calibration_samples` to be at most 16"),
+        ({}, [], "empty loader"),
+        ({"output_dir": "/proc/pruned"}, None, "`output_dir` to be a folder that can be written to"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_any_work(folder, forbid_pruning, arguments, data, message):
+    forbid_pruning()
+    module = Tiny()
+    with pytest.raises(ValueError, match=message) as error:
+        fit(callback(arguments.pop("output_dir", folder), **arguments), module, data)
+    assert "\n" not in str(error.value)
+    assert same(module, Tiny())
