@@ -1,0 +1,19 @@
+"""LightningModules: a language model to evaluate, and the same fine-tuned with forward passes alone."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+    from .zeroth_order import ZerothOrderModule
+
+__all__ = ["LanguageModel", "ZerothOrderModule"]
+
+_HOMES = {"LanguageModel": ".language_model", "ZerothOrderModule": ".zeroth_order"}
+
+
+def __getattr__(name: str) -> Any:
+    # lazy, so that the plain-torch cores (adapters, zo) import without lightning
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,124 @@
+"""Put adapters into a model and take them out again, without hooks."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bank import AdapterBank, Site
+from .sites import block_indices, default_sites, parse_site
+
+
+class AdaptedModule(nn.Module):
+    """A module with an adapter before or after it.
+
+    Everything else the model may ask of the module (`weight`, `in_features`, …) is answered by the module itself.
+
+    Args:
+        base: The module as it was.
+        bank: Holder of the adapter; referenced, not registered, as it belongs to whoever injected it.
+        index: Which of the bank's sites this is.
+    """
+
+    bank: AdapterBank
+
+    def __init__(self, base: nn.Module, bank: AdapterBank, index: int) -> None:
+        super().__init__()
+        self.base = base
+        self.index = index
+        self.position: Literal["before", "after"] = "before" if bank.sites[index].position == "before" else "after"
+        # past nn.Module.__setattr__, which would register the bank once per site
+        object.__setattr__(self, "bank", bank)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on adapted input, or adapt its output (the first item if it returns a tuple)."""
+        if self.position == "before":
+            return self.base(self.bank.adapt(self.index, x), *args, **kwargs)
+        output = self.base(x, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.bank.adapt(self.index, output[0]), *output[1:])
+        return self.bank.adapt(self.index, output)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def extra_repr(self) -> str:
+        """Where the adapter sits, for `print(model)`."""
+        return f"position={self.position}"
+
+
+def inject_adapters(
+    model: nn.Module,
+    *,
+    blocks: nn.ModuleList,
+    sites: Sequence[str] | None = None,
+    layers: slice | Sequence[int] | None = None,
+    rank: int = 5,
+    bottleneck: int = 64,
+    num_factors: tuple[int, int] = (3, 3),
+    identity_start: bool = True,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterBank:
+    """Wrap modules of the chosen blocks so that a new bank adapts their input or output.
+
+    The bank starts on the CPU; register it somewhere (`self.adapters = bank`) so that it moves with the model.
+
+    Args:
+        model: Model that holds the blocks; changed in place.
+        blocks: Its decoder or encoder blocks.
+        sites: Adapter places in every block, such as `before:mlp.up_proj`; by default the paper's for LLaMA-like models
+            and encoders, else after the last Linear outside attention.
+        layers: Which blocks carry adapters; all by default.
+        rank: TT rank.
+        bottleneck: Inner width of every adapter.
+        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
+        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        generator: Source of the initial values; seed 0 if not given.
+        dtype: Type of the vector and of the adapters' arithmetic.
+
+    Returns:
+        The bank with all adapters in its buffer `theta`.
+
+    Raises:
+        ValueError: If a site or layer does not exist, or the model has adapters already.
+    """
+    if any(isinstance(module, AdaptedModule) for module in model.modules()):
+        raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
+    if sites is not None and not 0 < len(set(sites)) == len(sites):
+        raise ValueError(f"Expected argument `sites` to name at least one place and each once, but got {list(sites)}.")
+    found = []
+    for index in block_indices(layers, len(blocks)):
+        _refuse_fused(blocks[index])
+        for site in default_sites(blocks[index]) if sites is None else sites:
+            position, name, width = parse_site(site, blocks[index])
+            found.append(Site(index, name, position, width))
+    bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
+    for site_index, place in enumerate(found):
+        parent_name, _, child = place.name.rpartition(".")
+        parent = blocks[place.block].get_submodule(parent_name)
+        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index))
+    return bank
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put the wrapped modules back as they were before `inject_adapters`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            while isinstance(child, AdaptedModule):
+                child = child.base
+                setattr(parent, name, child)
+
+
+def _refuse_fused(block: nn.Module) -> None:
+    if isinstance(block, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            "Expected blocks that call their submodules, but got nn.TransformerEncoderLayer, whose fast path passes "
+            "adapters by in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first."
+        )

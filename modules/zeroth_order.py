@@ -1,0 +1,401 @@
+"""Fine-tuning with forward passes alone, as a LightningModule that stock strategies run (AdaZeta, arXiv 2406.18060)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
+
+from wandazeta.blocks import find_blocks
+
+from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
+from .adapters import AdaptedModule, AdapterBank, inject_adapters
+from .arguments import check_range, top_blocks
+from .exchange import Exchange
+from .language_model import LanguageModel, evaluating
+from .prefix import FrozenPrefix
+from .scoring import Prepared, option_losses
+from .zo import (
+    AdaZetaSchedule,
+    ConstantSchedule,
+    QueryLosses,
+    RAdaZOUpdate,
+    SGDUpdate,
+    estimated_gradient,
+    projected_gradients,
+    two_sided,
+)
+
+# By the unit roundoff of the forward: on a small random LLaMA the two-sided estimate correlates with the exact
+# directional derivative by 1.00 at 1e-3 in fp32; in bf16 by 0.78 at 1e-3 and 0.99 at 1e-2. fp16 lies between.
+EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+
+class ZerothOrderModule(LanguageModel):
+    """A causal language model whose tensor-train adapters are trained by forward passes alone.
+
+    The backbone is frozen. Every step draws Q directions from (seed, step, query), compares the loss at both sides of
+    each and moves the adapters by the mean of the slopes (two-sided Gaussian SPSA with plain SGD). The stored adapters
+    are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in one flat fp32
+    buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that they ask
+    for, whose learning rate and scheduler are the real ones.
+
+    Args:
+        model_name_or_path: Hugging Face name or local directory of a causal language model.
+        dtype: Precision that the backbone is loaded in; the adapters are fp32 always.
+        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
+        trust_remote_code: Run code that comes with the model; only for sources that you trust.
+        pad_token: Token to pad with, for tokenizers that have none.
+        schedule: Number of queries as a function of the epoch, `ConstantSchedule` or `AdaZetaSchedule`.
+        update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
+        learning_rate: Learning rate of the update.
+        lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
+        weight_decay: Weight decay of the adapters' matrices; biases have none.
+        epsilon: Distance of the two sides from the adapters; by default fits the precision of the forward.
+        query_chunk_size: Queries folded into one forward; halved when memory runs out.
+        adapter_rank: Tensor-train rank of the adapters.
+        adapter_bottleneck: Inner width of the adapters.
+        adapter_sites: Places in every block such as `before:mlp.up_proj`; by default the paper's.
+        adapter_layers: Blocks with adapters, `all` or the top ones as in `last:2`.
+        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
+        prefix_cache: Compute what lies below the adapters once per example and keep it.
+        prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
+        max_nonfinite_steps: Steps in a row without any finite loss after which the run stops.
+        seed: Seed of the directions and of the adapters' start.
+
+    Raises:
+        ValueError: If an argument is out of range, or does not fit the model or the trainer.
+    """
+
+    progress: Tensor
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        pad_token: str | None = None,
+        schedule: ConstantSchedule | AdaZetaSchedule | None = None,
+        update: SGDUpdate | RAdaZOUpdate | None = None,
+        learning_rate: float = 1e-4,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        weight_decay: float = 0.0,
+        epsilon: float | None = None,
+        query_chunk_size: int = 8,
+        adapter_rank: int = 5,
+        adapter_bottleneck: int = 64,
+        adapter_sites: list[str] | None = None,
+        adapter_layers: str = "all",
+        identity_start: bool = True,
+        parallel: Literal["queries", "data"] = "queries",
+        prefix_cache: bool = True,
+        prefix_cache_gib: float = 4.0,
+        max_nonfinite_steps: int = 10,
+        seed: int = 0,
+    ) -> None:
+        check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        check_range("epsilon", epsilon, epsilon is None or epsilon > 0, "above 0")
+        check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
+        check_range("adapter_rank", adapter_rank, adapter_rank >= 1, "at least 1")
+        check_range("adapter_bottleneck", adapter_bottleneck, adapter_bottleneck >= 1, "at least 1")
+        check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
+        check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
+        check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
+        num_top_blocks = top_blocks(adapter_layers)
+        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
+        if self.tokenizer.pad_token is None:
+            raise ValueError(
+                f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
+                f"set `pad_token`, for example to {self.tokenizer.eos_token!r}"
+            )
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.schedule = schedule or ConstantSchedule(8)
+        self.update_rule = update or SGDUpdate()
+        self.learning_rate = learning_rate
+        self.lr_scheduler = lr_scheduler
+        self.weight_decay = weight_decay
+        self.epsilon = epsilon
+        self.query_chunk_size = query_chunk_size
+        self.adapter_rank = adapter_rank
+        self.adapter_bottleneck = adapter_bottleneck
+        self.adapter_sites = adapter_sites
+        self.adapter_layers = slice(None) if num_top_blocks is None else slice(-num_top_blocks, None)
+        self.identity_start = identity_start
+        self.parallel = parallel
+        self.prefix_cache = prefix_cache
+        self.prefix_cache_gib = prefix_cache_gib
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.seed = seed
+
+        self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
+        self.backbone_key = ""
+        self.adapters: AdapterBank | None = None
+        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
+        # updates of the adapters and forwards spent: beside them, so that both are written in one go
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
+        self._updates = 0
+        self._nonfinite_steps = 0
+        num_blocks = len(find_blocks(self.backbone)[1])
+        if num_top_blocks is not None and num_top_blocks > num_blocks:
+            raise ValueError(
+                f"Expected argument `adapter_layers` to name at most the {num_blocks} blocks of the model, "
+                f"but got {adapter_layers!r}"
+            )
+
+    @property
+    def data_sharding(self) -> tuple[int, int]:
+        """How the training data are shared out: (number of replicas, index of this one)."""
+        if self.parallel == "queries" or self._trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Freeze the backbone, which may have been pruned by now, and put the adapters in."""
+        if self.adapters is None:
+            self._insert_adapters()
+        if stage == "fit":
+            self._check_trainer()
+            self._adjust_strategy()
+
+    def _insert_adapters(self) -> None:
+        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        self.backbone.requires_grad_(False)
+        _, blocks = find_blocks(self.backbone)
+        self.adapters = inject_adapters(
+            self.backbone,
+            blocks=blocks,
+            sites=self.adapter_sites,
+            layers=self.adapter_layers,
+            rank=self.adapter_rank,
+            bottleneck=self.adapter_bottleneck,
+            identity_start=self.identity_start,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
+        # in the bank, which keeps its precision whatever the strategy casts to
+        self.adapters.register_buffer("update_states", states)
+        sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
+        if self.prefix_cache:
+            self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
+        # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self._backbone_modules = list(self.backbone.modules())
+        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in {len(sites)} adapters")
+
+    def _check_trainer(self) -> None:
+        world_size = self.trainer.world_size
+        if self.parallel == "queries" and self.schedule.max_queries < world_size:
+            rank_zero_warn(f"{self.schedule.max_queries} queries on {world_size} ranks: some ranks have nothing to do")
+        dtype = self.compute_dtype
+        if self.epsilon is not None and self.epsilon < EPSILON[dtype] / 3:
+            rank_zero_warn(
+                f"epsilon={self.epsilon} is small for {dtype}: rounding noise will drown the loss differences; "
+                f"{EPSILON[dtype]} is the default"
+            )
+
+    def _adjust_strategy(self) -> None:
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "exclude_frozen_parameters"):  # DeepSpeed
+            strategy.exclude_frozen_parameters = True
+            # only logged; Lightning would ask the loader's batch sampler, and loaders of whole batches have none
+            (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the forward."""
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16"):
+            return torch.bfloat16
+        if precision.startswith("16"):
+            return torch.float16
+        # ZeRO-3 keeps the dtype of what it shards
+        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        return dtype if dtype in EPSILON else torch.float32
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD([self.anchor], lr=self.learning_rate)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_fit_start(self) -> None:
+        # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
+        sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
+        self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
+        if sharded and self.scorer.prefix is not None:
+            self.scorer.prefix = None
+            rank_zero_info("The frozen prefix is not reused: the strategy shards the backbone's weights.")
+
+    @override
+    def on_train_start(self) -> None:
+        step = self.trainer.global_step
+        self._updates = int(self.progress[0])
+        if self._updates not in (step, step + 1):
+            # adapters from elsewhere start a run of their own
+            self._updates = step
+            self.progress[0] = step
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        step = self.trainer.global_step
+        self._advance_scheduler(step)
+        # a checkpoint written by a signal handler may hold the update of a step whose bookkeeping was still to come
+        if self._updates == step:
+            self._update_adapters(batch, step)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        self.manual_backward(self.anchor.sum() * 0.0)
+        optimizer.step()
+        self._advance_scheduler(step + 1)
+
+    def _advance_scheduler(self, step: int) -> None:
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LRScheduler) and scheduler.last_epoch < step:
+            scheduler.step()
+
+    def num_queries(self, step: int) -> int:
+        """Queries of a step, by the epoch that it belongs to."""
+        return self.schedule.num_queries(int(step // self.trainer.num_training_batches))
+
+    def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
+        assert self.adapters is not None
+        theta = self.adapters.theta
+        epsilon = self.epsilon or EPSILON[self.compute_dtype]
+        num_queries = self.num_queries(step)
+        losses = self._estimate(batch, step, num_queries, epsilon)
+        slopes = projected_gradients(losses, epsilon)
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+
+        stored_states = self.adapters.get_buffer("update_states")
+        updated, states = theta.clone(), stored_states.clone()
+        grad = estimated_gradient(theta, slopes, self.seed, step)
+        if grad is not None:
+            self.update_rule.step_(updated, grad, states, int(self.progress[0]), learning_rate)
+            # decoupled from the moments, and the same as in the gradient where there are none
+            updated.sub_(theta * self.adapters.decay_mask, alpha=learning_rate * self.weight_decay)
+        done = self.progress + self.progress.new_tensor([1, 2 * num_queries])
+        # one call: a signal handler that writes a checkpoint sees the adapters and their step both old or both new
+        torch._foreach_copy_([theta, stored_states, self.progress], [updated, states, done])
+        self._updates = step + 1
+
+        self.log("train/loss", losses.mean, prog_bar=True)
+        # logging costs a good part of a millisecond a value, as much as a fast step's arithmetic
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps):
+            self.log_dict(
+                {
+                    "zo/queries": float(num_queries),
+                    "zo/forwards": float(done[1]),
+                    "zo/projected_grad_std": slopes.std,
+                    "zo/dropped_queries": float(slopes.num_dropped),
+                    "lr": learning_rate,
+                }
+            )
+        self._nonfinite_steps = 0 if slopes.values else self._nonfinite_steps + 1
+        if self._nonfinite_steps >= self.max_nonfinite_steps:
+            raise ValueError(
+                f"Expected finite losses, but for {self._nonfinite_steps} steps (up to step {step}) every query was "
+                "nan or infinite; lower `learning_rate` or `epsilon`, and check the data and the precision"
+            )
+
+    def _estimate(self, batch: dict[str, Tensor], step: int, num_queries: int, epsilon: float) -> QueryLosses:
+        assert self.adapters is not None
+        theta = self.adapters.theta
+        queries = self._exchange.share(num_queries)
+        with torch.no_grad(), evaluating(self._backbone_modules):
+            prepared = self.scorer.prepare(batch)
+            losses = two_sided(
+                lambda theta_Pd: self.losses(theta_Pd, prepared),
+                theta,
+                self.seed,
+                step,
+                queries,
+                epsilon,
+                self.query_chunk_size,
+            )
+        self.query_chunk_size = losses.chunk_size
+        return self._exchange.gather(losses, num_queries, theta, batch["input_ids"])
+
+    def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
+        """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
+        assert self.adapters is not None
+        losses = []
+        for part in theta_Pd.split(self.scorer.max_repeats(prepared)):
+            with self.adapters.use(part):
+                if prepared.labels is not None:
+                    scores = self.scorer.option_scores(prepared, len(part))
+                    losses.append(option_losses(scores, prepared.labels))
+                else:
+                    nll = self.scorer.token_nll(prepared, len(part))
+                    losses.append(nll.double().sum((1, 2)) / prepared.rows.attention_mask[:, 1:].sum())
+        return torch.cat(losses)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        checkpoint["zeroth_order"] = {
+            **self._description(),
+            "update": type(self.update_rule).__name__,
+            "query_chunk_size": self.query_chunk_size,
+            "nonfinite_steps": self._nonfinite_steps,
+            "theta_sum": self._theta_sum(),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("zeroth_order")
+        if saved is None:
+            raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
+        require_same(saved, self._description() | {"update": type(self.update_rule).__name__})
+        if "state_dict" in checkpoint:
+            expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
+            found = set(checkpoint["state_dict"])
+            if expected != found:
+                raise ValueError(
+                    f"Expected a checkpoint with exactly {sorted(expected)}, but it lacks {sorted(expected - found)} "
+                    f"and has {sorted(found - expected)} too"
+                )
+        elif self._theta_sum() != saved["theta_sum"]:  # DeepSpeed has loaded its own file by now
+            raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
+        self.query_chunk_size = saved["query_chunk_size"]
+        self._nonfinite_steps = saved["nonfinite_steps"]
+
+    def save_adapters(self, directory: str | Path) -> None:
+        """Write the adapters to `adapters.safetensors` and what they fit to `adapters.json`."""
+        assert self.adapters is not None
+        save_adapter_files(Path(directory), self.adapters.theta, self._description())
+
+    def load_adapters(self, directory: str | Path) -> None:
+        """Load adapters that `save_adapters` wrote for the same backbone and sites.
+
+        Raises:
+            ValueError: If they are for another backbone or other sites.
+        """
+        if self.adapters is None:
+            self._insert_adapters()
+        assert self.adapters is not None
+        self.adapters.theta.copy_(load_adapter_files(Path(directory), self._description()))
+
+    def _description(self) -> dict[str, Any]:
+        assert self.adapters is not None
+        return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+
+    def _theta_sum(self) -> float:
+        assert self.adapters is not None
+        return float(self.adapters.theta.double().sum())

@@ -1,0 +1,40 @@
+"""Run the helpers' programs in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def start(program, settings, root, **environment):
+    """Start `helpers/<program>.py` with settings; its output goes to a file."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    settings_file = root / "settings.json"
+    settings_file.write_text(json.dumps({**settings, "root": str(root)}))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    kept = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")}
+    environment = kept | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+    script = Path(__file__).with_name(f"{program}.py")
+    log = (root / "log.txt").open("w")
+    return subprocess.Popen(
+        [sys.executable, str(script), str(settings_file)], env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def run(program, settings, root, timeout=300, **environment):
+    """Run to the end and return what every rank left."""
+    process = start(program, settings, root, **environment)
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+    assert code == 0, (Path(root) / "log.txt").read_text()[-4000:]
+    ranks = sorted(Path(root).glob("result-*.pt"))
+    return [torch.load(rank, weights_only=True) for rank in ranks]

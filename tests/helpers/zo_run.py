@@ -1,0 +1,184 @@
+"""A short zeroth-order training that tests run in the process, or as a program of its own to kill or to spread out."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+class Recorder:
+    """What a run leaves behind: per step the loss, the batch and the number of queries; at the end the adapters."""
+
+    def __init__(self):
+        from lightning.pytorch import Callback
+
+        recorder = self
+        self.steps = {}
+
+        class _Record(Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                recorder.steps[trainer.global_step] = {
+                    "loss": float(trainer.callback_metrics.get("train/loss", torch.nan)),
+                    "batch": batch["input_ids"].flatten().tolist(),
+                    "queries": module.num_queries(trainer.global_step - 1),
+                }
+
+        self.callback = _Record()
+
+
+class CountBytes:
+    """Counts what the collectives of the steps are given."""
+
+    def __init__(self):
+        self.bytes = 0
+        self.counting = False
+
+    def callback(self):
+        """Count from the first step to the last."""
+        from lightning.pytorch import Callback
+
+        counter = self
+
+        class _Count(Callback):
+            def on_train_start(self, *_):
+                counter.watch()
+                counter.counting = True
+
+            def on_train_end(self, *_):
+                counter.counting = False
+
+        return _Count()
+
+    def watch(self):
+        """Wrap what Python calls; the reducer of DDP adds the gradient of the anchor, one value."""
+        import torch.distributed as dist
+
+        def wrap(name, size):
+            original = getattr(dist, name)
+
+            def wrapped(tensor, *args, **kwargs):
+                self.bytes += size(tensor) if self.counting else 0
+                return original(tensor, *args, **kwargs)
+
+            setattr(dist, name, wrapped)
+
+        wrap("all_reduce", lambda tensor: tensor.numel() * tensor.element_size())
+        wrap("broadcast", lambda tensor: tensor.numel() * tensor.element_size())
+        original = dist._broadcast_coalesced
+
+        def coalesced(group, tensors, *args, **kwargs):
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors) if self.counting else 0
+            return original(group, tensors, *args, **kwargs)
+
+        dist._broadcast_coalesced = coalesced
+
+
+def train(
+    model_dir,
+    root,
+    *,
+    steps=12,
+    num_examples=20,
+    batch_size=4,
+    save_every=0,
+    resume=False,
+    strategy="auto",
+    devices=1,
+    queries=3,
+    text=False,
+    sleep=0.0,
+    callbacks=(),
+    trainer_options=None,
+    corrupt_rank=None,
+    shuffle_per_rank=False,
+    **options,
+):
+    """Train; return the trainer, the module and the recorder."""
+    from helpers.causal_lms import classification_batch, step_loader, text_batch
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from wandazeta.modules import ZerothOrderModule
+    from wandazeta.modules.zo import ConstantSchedule
+
+    root = Path(root)
+    if isinstance(strategy, dict):
+        from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
+
+        strategy = CPUDeepSpeedStrategy(**strategy)
+
+    class Slow(Callback):
+        def on_train_batch_start(self, *_):
+            import time
+
+            time.sleep(sleep)
+
+    class Corrupt(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if trainer.global_rank == corrupt_rank and trainer.global_step == 3:
+                module.adapters.theta[5] += 1e-3
+
+    recorder = Recorder()
+    every = [Corrupt(), recorder.callback, *callbacks, *([Slow()] if sleep else [])]
+    if save_every:
+        every.append(
+            ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
+        )
+    options = {
+        "learning_rate": 3e-3,
+        "adapter_rank": 2,
+        "adapter_bottleneck": 8,
+        "query_chunk_size": 1,
+        "identity_start": False,
+        "schedule": ConstantSchedule(queries),
+    } | options
+    module = ZerothOrderModule(str(model_dir), **options)
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices=devices,
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=bool(save_every),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=root,
+        callbacks=every,
+        **(trainer_options or {}),
+    )
+    batch = text_batch(num_examples) if text else classification_batch(num_examples)
+    seed = trainer.global_rank if shuffle_per_rank else 0
+    trainer.fit(module, step_loader(batch, batch_size, trainer, seed), ckpt_path="last" if resume else None)
+    return trainer, module, recorder
+
+
+def main():
+    """Train as the JSON file given says; every rank writes what it ended with."""
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    counter = CountBytes() if settings.pop("count_bytes", False) else None
+    if counter:
+        settings["callbacks"] = [counter.callback()]
+    trainer, module, recorder = train(**settings)
+    result = {
+        "theta": module.adapters.theta.clone(),
+        "steps": recorder.steps,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "updates": int(module.progress[0]),
+        "global_step": trainer.global_step,
+        # ZeRO-3 leaves a share of each weight
+        "sharded": any(
+            p.ds_tensor.numel() < p.ds_numel for p in module.backbone.parameters() if hasattr(p, "ds_tensor")
+        ),
+    }
+    if counter:
+        result["bytes_per_step"] = counter.bytes / settings["steps"]
+    torch.save(result, Path(settings["root"]) / f"result-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,54 @@
+"""DeepSpeed's stages on gloo against one plain process."""
+
+import pytest
+import torch
+from helpers.causal_lms import save_tiny_lm
+from helpers.processes import run
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    model_dir = save_tiny_lm(tmp_path_factory.mktemp("model"))
+    return {"model_dir": str(model_dir), "steps": 6, "queries": 3, "adapter_layers": "last:1"}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    (result,) = run("zo_run", settings, tmp_path_factory.mktemp("alone"))
+    return result
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stage_trains_as_one_process_does(settings, alone, tmp_path, stage, devices):
+    # three queries on two ranks: under stage 3 both must run two forwards
+    ranks = run("zo_run", settings | {"strategy": {"stage": stage}, "devices": devices}, tmp_path)
+    assert len(ranks) == devices
+    for rank in ranks:
+        assert rank["updates"] == rank["global_step"] == 6
+        assert rank["theta"].dtype == torch.float32
+        if stage < 3:
+            assert torch.equal(rank["theta"], alone["theta"])
+        else:  # no frozen prefix: equal to rounding
+            torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
+        assert rank["sharded"] == (stage == 3 and devices > 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoint_holds_adapters_only_and_resumes(settings, alone, tmp_path, stage):
+    settings = settings | {"strategy": {"stage": stage}, "devices": 2, "save_every": 3}
+    run("zo_run", settings | {"steps": 3}, tmp_path)
+    states = sorted((tmp_path / "last.ckpt").rglob("*model_states.pt"))
+    assert states
+    for state in states:
+        module = torch.load(state, weights_only=False)["module"]
+        assert not any(name.startswith("backbone.model") for name in module), sorted(module)
+    ranks = run("zo_run", settings | {"resume": True}, tmp_path)
+    whole = alone["theta"]
+    if stage == 3:
+        whole = run("zo_run", settings, tmp_path / "whole")[0]["theta"]
+    for rank in ranks:
+        assert min(rank["steps"]) == 4
+        assert torch.equal(rank["theta"], whole)

@@ -1,0 +1,69 @@
+"""Two processes on gloo against one: DDP here, DeepSpeed in its own file."""
+
+import pytest
+import torch
+from helpers.causal_lms import save_tiny_lm
+from helpers.processes import run, start
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_lm(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def settings(model_dir):
+    return {"model_dir": str(model_dir), "steps": 8, "queries": 3, "adapter_layers": "last:2"}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    (result,) = run("zo_run", settings, tmp_path_factory.mktemp("alone"))
+    return result
+
+
+TWO = {"strategy": "ddp", "devices": 2}
+
+
+@pytest.mark.parametrize("queries", [3, 1], ids=["more queries than ranks", "a rank without a query"])
+def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, queries):
+    settings = settings | {"queries": queries}
+    if queries != 3:
+        (alone,) = run("zo_run", settings, tmp_path / "alone")
+    ranks = run("zo_run", settings | TWO, tmp_path / "two")
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert torch.equal(rank["theta"], alone["theta"])
+        assert rank["steps"] == alone["steps"], "the same batches, and losses of all queries"
+
+
+def test_data_shares_the_batch(settings, tmp_path):
+    """Two ranks with batches of two see what one process sees with batches of four."""
+    (alone,) = run("zo_run", settings, tmp_path / "alone")
+    ranks = run("zo_run", settings | TWO | {"parallel": "data", "batch_size": 2}, tmp_path / "two")
+    assert torch.equal(ranks[0]["theta"], ranks[1]["theta"])
+    torch.testing.assert_close(ranks[0]["theta"], alone["theta"], atol=1e-4, rtol=1e-3)
+    for step, seen in alone["steps"].items():
+        batches = [rank["steps"][step]["batch"] for rank in ranks]
+        assert batches[0] + batches[1] == seen["batch"]
+        assert ranks[0]["steps"][step]["loss"] == pytest.approx(seen["loss"], rel=1e-4)
+
+
+def test_what_goes_over_the_wire(settings, tmp_path):
+    """No buffer is broadcast: a step exchanges its losses, four marks and the anchor's gradient."""
+    ranks = run("zo_run", settings | TWO | {"count_bytes": True}, tmp_path)
+    sent = ranks[0]["bytes_per_step"]
+    assert 0 < sent <= 8 * (2 * 3 + 5) + 64, sent
+
+
+@pytest.mark.parametrize(
+    ("settings_changed", "message"),
+    [
+        ({"corrupt_rank": 1}, "adapters differ between ranks"),
+        ({"shuffle_per_rank": True}, "same batch"),
+    ],
+)
+def test_disagreement_is_noticed(settings, tmp_path, settings_changed, message):
+    process = start("zo_run", settings | TWO | settings_changed, tmp_path)
+    assert process.wait(120) != 0
+    assert message in (tmp_path / "log.txt").read_text()
