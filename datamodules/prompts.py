@@ -1,0 +1,85 @@
+"""Tokens of prompts and of their answer options."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, after the beginning-of-sequence token where the tokenizer puts one; nothing at its end."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with_special = tokenizer("a", verbose=False)["input_ids"]
+    starts = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *tokens] if starts else tokens
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, text: str, max_length: int | None, truncate: bool
+) -> list[int]:
+    """Return the tokens of `template` with the text put in.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: Prompt with {text} in it.
+        text: The text.
+        max_length: Most tokens that the prompt may have; None for no bound.
+        truncate: Shorten the text (at its end) where the prompt would be longer.
+
+    Raises:
+        ValueError: If the prompt is longer than `max_length` and may not, or cannot, be shortened.
+    """
+    tokens = _encode(tokenizer, template.replace("{text}", text))
+    if max_length is None or len(tokens) <= max_length:
+        return tokens
+    if not truncate:
+        raise ValueError(
+            f"Expected every prompt to have at most `max_length` {max_length} tokens, but got {len(tokens)} for "
+            f"{text[:40]!r}…; raise `max_length` or set `truncate`"
+        )
+    text_tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    keep = len(text_tokens) - (len(tokens) - max_length)
+    # decoding what was cut off and encoding it again can give a token more: then cut once more
+    while keep > 0:
+        shorter = str(tokenizer.decode(text_tokens[:keep]))
+        tokens = _encode(tokenizer, template.replace("{text}", shorter))
+        if len(tokens) <= max_length:
+            return tokens
+        keep -= 1
+    raise ValueError(f"Expected argument `max_length` to leave room for text in the template, but got {max_length}")
+
+
+def encode_options(
+    tokenizer: PreTrainedTokenizerBase, template: str, options: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens that each option adds after the prompt.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: Prompt with {text} in it.
+        options: The C answers.
+
+    Returns:
+        The option tokens (C, L) int64, shorter options filled up with 0, and the mask (C, L) of real tokens.
+
+    Raises:
+        ValueError: If an option adds no token, changes the prompt's last token, or is tokenised like another.
+    """
+    prompt = template.replace("{text}", "text")
+    start = _encode(tokenizer, prompt)
+    rows: list[list[int]] = []
+    for option in options:
+        whole = _encode(tokenizer, prompt + option)
+        if whole == start:
+            raise ValueError(f"Expected every one of `options` to have a token, but {option!r} tokenises to nothing")
+        if whole[: len(start)] != start:
+            raise ValueError(
+                f"Expected every one of `options` to start a token of its own, but {option!r} merges with the end of "
+                f"the template {template!r}; start the option, not end the template, with a space"
+            )
+        rows.append(whole[len(start) :])
+    for index, row in enumerate(rows):
+        if row in rows[:index]:
+            raise ValueError(f"Expected `options` to differ in tokens, but {options[index]!r} equals another")
+    length = max(map(len, rows))
+    option_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    option_mask = torch.tensor([[place < len(row) for place in range(length)] for row in rows])
+    return option_ids, option_mask

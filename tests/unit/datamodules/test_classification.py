@@ -1,0 +1,174 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.tokenizer import byte_tokenizer
+
+from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
+from wandazeta.datamodules.sources import split_of
+
+SPLITS = ("train", "val", "test")
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def source(tmp_path):
+    # twice as many of class 0 as of class 1
+    rows = [
+        {"id": f"r{index}", "text": f"{index}{'x' * (index % 9)}", "label": int(index % 3 == 0)} for index in range(300)
+    ]
+    return write(tmp_path / "reviews.jsonl", rows)
+
+
+def build(source, words=(" good", " bad"), **kwargs):
+    settings = {"num_train": 60, "num_val": 10, "num_test": 10, "batch_size": 8, "eval_batch_size": 3} | kwargs
+    data = PromptedClassificationDataModule(
+        source, "{text} It was", [" bad", " good"], byte_tokenizer(words), **settings
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_batches(source):
+    data = build(source)
+    tokenizer = byte_tokenizer((" good", " bad"))
+    for loader, rows in ((data.train_dataloader(), 8), (data.val_dataloader(), 3), (data.test_dataloader(), 3)):
+        batch = next(iter(loader))
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (rows, batch["input_ids"].shape[1])
+        assert batch["label"].shape == batch["example_id"].shape == (rows,)
+        assert tokenizer.batch_decode(batch["option_ids"]) == [" bad", " good"]
+        assert batch["option_mask"].all()
+        for row in range(rows):
+            real = batch["attention_mask"][row].bool()
+            # padded on the right
+            assert real.tolist() == sorted(real.tolist(), reverse=True)
+            assert (batch["input_ids"][row][~real] == tokenizer.pad_token_id).all()
+            prompt = tokenizer.decode(batch["input_ids"][row][real])
+            number = int(prompt.removesuffix(" It was").rstrip("x"))
+            assert int(batch["label"][row]) == int(number % 3 == 0)
+
+
+def test_splits_are_balanced_disjoint_and_by_id(source):
+    data = build(source)
+    seen = set()
+    for split, size in zip(SPLITS, (60, 10, 10), strict=True):
+        labels = [example.label for example in data.examples(split)]
+        assert len(labels) == size
+        assert sum(labels) == size // 2
+        texts, text_labels = data.texts(split)
+        assert text_labels == labels
+        assert {split_of(f"r{text.rstrip('x')}", data.split_fractions) for text in texts} == {split}
+        seen |= {example.example_id for example in data.examples(split)}
+    assert seen == set(range(80))
+
+
+def test_all_that_can_be_balanced(source):
+    data = build(source, num_train=None)
+    labels = [example.label for example in data.examples("train")]
+    assert len(labels) > 60
+    assert sum(labels) * 2 == len(labels)
+
+
+def test_padding(source):
+    fixed = {batch["input_ids"].shape[1] for batch in build(source).train_dataloader()}
+    assert len(fixed) == 1
+    for batch in build(source, padding="batch").val_dataloader():
+        assert batch["attention_mask"].any(dim=0).all()
+
+
+def test_the_seed_decides_the_choice(source):
+    first, again, other = (build(source, seed=seed).texts("train") for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_label_names(tmp_path):
+    rows = [{"text": f"text {index}", "label": ("neg", "pos")[index % 2]} for index in range(300)]
+    source = write(tmp_path / "named.jsonl", rows)
+    data = build(source, label_names=["neg", "pos"])
+    texts, labels = data.texts("train")
+    assert all(int(text.removeprefix("text ")) % 2 == label for text, label in zip(texts, labels, strict=True))
+    with pytest.raises(ValueError, match=r"among \[0, 1\], but got 'neg'"):
+        build(source)
+
+
+def test_calibration(source, tmp_path):
+    prompts = list(build(source, num_calibration_samples=5).calibration_dataloader())
+    assert len(prompts) == 5
+    assert all(batch["input_ids"].shape[0] == 1 and batch["attention_mask"].all() for batch in prompts)
+    with pytest.raises(ValueError, match="at most the 60 training examples"):
+        build(source, num_calibration_samples=61).calibration_dataloader()
+    text = write(tmp_path / "text.jsonl", [{"text": f"{index} " * 30} for index in range(50)])
+    calibration = TextDataModule(text, sequence_length=16, num_calibration_samples=7)
+    batches = list(build(source, calibration=calibration).calibration_dataloader())
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 16)] * 7
+
+
+def test_the_models_own_tokenizer_is_the_default(source):
+    data = PromptedClassificationDataModule(source, num_train=10, num_val=10, num_test=10)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=byte_tokenizer()))
+    data.setup("fit")
+    assert data.tokenizer is data.trainer.lightning_module.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"template": "no place for it"}, r"`template` to contain \{text\}"),
+        ({"options": [" yes"]}, "two or more different answers"),
+        ({"options": [" yes", " yes"]}, "two or more different answers"),
+        ({"num_val": 11}, "`num_val` to be a multiple of the number of options"),
+        ({"num_test": 0}, "`num_test` to be a multiple"),
+        ({"label_names": ["a"]}, "one name per option"),
+        ({"padding": "left"}, '"fixed" or "batch"'),
+        ({"batch_size": 0}, "`batch_size` to be an integer larger than 0"),
+        ({"split_fractions": (0.5, 0.5, 0.5)}, "add up to 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PromptedClassificationDataModule(**arguments)
+
+
+def test_bad_data(source, tmp_path):
+    with pytest.raises(ValueError, match="`num_test` to be at most"):
+        build(source, num_test=1000)
+    with pytest.raises(ValueError, match="at most `max_length` 8 tokens"):
+        build(source, max_length=8)
+    with pytest.raises(ValueError, match="'' tokenises to nothing"):
+        PromptedClassificationDataModule(
+            source, "{text}", ["", " a"], byte_tokenizer(), num_train=10, num_val=10, num_test=10
+        ).setup()
+    assert build(source, max_length=16, truncate=True)._length <= 16
+
+
+def test_pad_token(source):
+    def data(**kwargs):
+        return PromptedClassificationDataModule(
+            source, tokenizer=byte_tokenizer(pad=False), num_train=10, num_val=10, num_test=10, **kwargs
+        )
+
+    with pytest.raises(ValueError, match="to have a pad token, but got none"):
+        data().setup("fit")
+    with pytest.raises(ValueError, match="no token 'nothing'"):
+        data(pad_token="nothing").setup("fit")
+    padded = data(pad_token="<eos>")
+    padded.setup("fit")
+    batch = next(iter(padded.val_dataloader()))
+    filled = batch["input_ids"][batch["attention_mask"] == 0]
+    assert torch.equal(filled, torch.full_like(filled, byte_tokenizer().eos_token_id))
+
+
+@pytest.mark.samples
+def test_the_sentiment_sample_has_a_thousand_balanced_test_items():
+    from wandazeta.datamodules.samples import sample_model
+
+    data = PromptedClassificationDataModule(tokenizer=str(sample_model()), num_train=2000)
+    data.setup("fit")
+    assert len(data.examples("test")) == 1000
+    assert next(iter(data.train_dataloader()))["option_mask"].shape == (2, 1)
