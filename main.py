@@ -1,0 +1,190 @@
+"""The command line: `wandazeta fit | prune | validate | test | predict`."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+try:
+    from wandazeta import __version__
+except ModuleNotFoundError as error:
+    if error.name != "wandazeta":
+        raise
+    raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout") from None
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+# imported for their short names in YAML (`class_path: ZerothOrderModule`), too
+from wandazeta.callbacks import PeakMemoryMonitor, WandaPPPruneCallback
+from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
+from wandazeta.modules import LanguageModel, ZerothOrderModule
+
+__all__ = [
+    "LanguageModel",
+    "PeakMemoryMonitor",
+    "PromptedClassificationDataModule",
+    "PruningTrainer",
+    "TextDataModule",
+    "WandaPPPruneCallback",
+    "WandazetaCLI",
+    "ZerothOrderModule",
+    "command_line",
+    "main",
+]
+
+
+class PruningTrainer(Trainer):
+    """Lightning's Trainer, and with it the command `prune`."""
+
+    callbacks: list[Callback]
+
+    def prune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        output_dir: str = "runs/pruned_model",
+    ) -> None:
+        """Prune without fitting and write a Hugging Face directory.
+
+        Args:
+            model: The module whose model is pruned.
+            datamodule: Where calibration data come from, unless the callback has its own.
+            output_dir: Directory to write: weights, tokenizer, masks, report and model card.
+
+        Raises:
+            ValueError: If the trainer does not have exactly one WandaPPPruneCallback, or anything does not fit.
+        """
+        from wandazeta.callbacks.pruning.export import prune_and_export
+
+        callbacks = [callback for callback in self.callbacks if isinstance(callback, WandaPPPruneCallback)]
+        if len(callbacks) != 1:
+            raise ValueError(
+                f"Expected one WandaPPPruneCallback in `trainer.callbacks`, but got {len(callbacks)}; "
+                "it says what to prune and how"
+            )
+        prune_and_export(self, model, datamodule, callbacks[0], output_dir)
+        sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
+
+
+class SaveConfigBesideLog(SaveConfigCallback):
+    """Saves the configuration in the logger's folder; without a logger it would litter the working directory."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class WandazetaCLI(LightningCLI):
+    """LightningCLI with `prune`; every subcommand goes on from the last checkpoint unless told otherwise."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {"prune": {"model", "datamodule"}}
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # the model last, for that is the order of instantiation: what is wrong elsewhere shows before it is loaded
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "prune":
+            parser.set_defaults({"ckpt_path": "last"})
+        return parser
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # checked here because loading a model comes next
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        paths = [str(callback.get("class_path", "")) for callback in config.trainer.get("callbacks") or []]
+        if self.subcommand == "prune" and not any(path.endswith("PruneCallback") for path in paths):
+            raise ValueError(
+                "Expected a WandaPPPruneCallback in `trainer.callbacks`, but there is none; "
+                "it says what to prune and how (see configs/prune/)"
+            )
+
+
+def _hide_known_noise() -> None:
+    for message in (
+        # the batches are tokenised and in memory: workers would only cost
+        r".*does not have many workers",
+        # a first run has no checkpoint to go on from
+        r".*is set, but there is no last checkpoint available",
+        # forward passes are made in evaluation mode throughout, and a model comes in it from its files
+        r"Found \d+ module\(s\) in eval mode at the start of training",
+        # the state after the step is the one to go on from
+        r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
+        # lightning's own use of torch
+        r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)
+    # advertisements for other products
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+    # goes to standard output, where `--print_config` writes YAML
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Unwrap an error that jsonargparse reports as one of several types that a value could have had."""
+    while str(error).startswith("Does not validate against any") and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error
+
+
+def command_line(args: ArgsType = None, run: bool = True) -> WandazetaCLI:
+    """Build the command line and run it.
+
+    Args:
+        args: The arguments; those of the process by default.
+        run: Whether to expect a subcommand and run it; without, `model`, `datamodule` and `trainer` are only made.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    _hide_known_noise()
+    return WandazetaCLI(
+        trainer_class=PruningTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_callback=SaveConfigBesideLog,
+        save_config_kwargs={"overwrite": True},
+        # modules bring their own; checkpoints hold no hyperparameters that would have to be code
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"prog": "wandazeta", "version": __version__, "description": __doc__},
+        args=args,
+        run=run,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; what a user got wrong is told in a line, with exit code 2.
+
+    Args:
+        args: The arguments; those of the process by default.
+    """
+    try:
+        command_line(args)
+    except (ValueError, MisconfigurationException) as error:
+        if os.environ.get("WANDAZETA_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {_explained(error)}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    # under its one name: classes of `__main__` would be others than those of `wandazeta.main`
+    from wandazeta.main import main as run
+
+    run()

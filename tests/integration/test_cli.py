@@ -1,0 +1,172 @@
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from helpers.tiny_model import save_tiny_llama
+
+from wandazeta.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A run that prunes a tiny model and fine-tunes it, as a YAML file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+    rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
+    settings = {
+        "model": {
+            "class_path": "ZerothOrderModule",
+            "init_args": {
+                "model_name_or_path": str(save_tiny_llama(tmp_path / "model")),
+                "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
+                "adapter_bottleneck": 8,
+            },
+        },
+        "data": {
+            "class_path": "PromptedClassificationDataModule",
+            "init_args": {
+                "source": "reviews.jsonl",
+                "template": "{text} is",
+                "options": [" bad", " good"],
+                "batch_size": 4,
+                "num_train": 40,
+                "num_val": 8,
+                "num_test": 8,
+                "calibration": {
+                    "class_path": "TextDataModule",
+                    "init_args": {"source": "text.txt", "sequence_length": 16, "num_calibration_samples": 6},
+                },
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
+            "callbacks": [
+                {
+                    "class_path": "WandaPPPruneCallback",
+                    "init_args": {
+                        "rounds": 1,
+                        "samples_per_round": 4,
+                        "num_calibration_samples": 6,
+                        "output_dir": "run/pruning",
+                    },
+                },
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {
+                        "dirpath": "run/checkpoints",
+                        "every_n_train_steps": 2,
+                        "save_top_k": 0,
+                        "save_last": True,
+                    },
+                },
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def theta(path):
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in state.items() if "theta" in name}
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_fit_goes_on_where_it_stopped_and_the_rest_of_the_commands_follow(config, tmp_path, capsys):
+    main(["fit", "-c", str(config)])
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    first = theta(last)
+    assert first
+    written = times(tmp_path / "run/pruning")
+    assert written
+    # again: complete, so nothing moves
+    main(["fit", "-c", str(config)])
+    assert all(torch.equal(tensor, first[name]) for name, tensor in theta(last).items())
+    # longer: equal to a run that never stopped
+    main(["fit", "-c", str(config), "--trainer.max_steps", "10"])
+    resumed = theta(last)
+    assert times(tmp_path / "run/pruning") == written
+    last.unlink()
+    main(["fit", "-c", str(config), "--trainer.max_steps", "10"])
+    whole = theta(last)
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in whole.items())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    rows = list(csv.DictReader((tmp_path / "run/log/metrics.csv").open()))
+    assert any(row.get("train/loss") for row in rows)
+
+    for command in ("validate", "test", "predict"):
+        capsys.readouterr()
+        main([command, "-c", str(config)])
+        shown = capsys.readouterr().out
+        assert command == "predict" or "accuracy" in shown
+    assert (tmp_path / "run/log/config.yaml").exists()
+
+
+def test_evaluation_refuses_a_model_that_was_not_pruned(config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["test", "-c", str(config)])
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_prune_writes_a_model_that_transformers_reads(config, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(["prune", "-c", str(config), "--output_dir", "exported"])
+    assert str(tmp_path / "exported") in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.unflatten(1, (-1, 4)) != 0).sum(dim=2) <= 2).all()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "exported")("a")["input_ids"]) == 1
+    # the exported directory is a model like any other
+    text = {"class_path": "TextDataModule", "init_args": {"source": "text.txt", "sequence_length": 16}}
+    settings = {
+        "model": {"class_path": "LanguageModel", "init_args": {"model_name_or_path": "exported"}},
+        "data": text,
+        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False},
+    }
+    (tmp_path / "validate.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    config.unlink()
+    main(["validate", "-c", "validate.yaml"])
+    assert "perplexity" in capsys.readouterr().out
+    assert not config.exists(), "without a logger no configuration is saved"
+
+
+def test_bad_input_ends_with_one_line(config, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    for override, message in (
+        (["--trainer.callbacks.init_args.exclude_modules", "[no_such_layer]"], "no_such_layer"),
+        (["--trainer.callbacks.init_args.sparsity_pattern", "2:5"], "2:5"),
+        (["--trainer.callbacks.init_args.output_dir", "empty.jsonl/pruning"], "`output_dir`"),
+        (["--model.init_args.pad_token", "no_such_token"], "`pad_token`"),
+        (["--data.init_args.source", "empty.jsonl"], "all of it is empty"),
+        (["--data.init_args.options", "['', ' good']"], "tokenises to nothing"),
+        (["--data.init_args.num_test", "1000"], "`num_test` to be at most"),
+        (["--data.init_args.calibration.init_args.num_calibration_samples", "100000"], "`num_calibration_samples`"),
+    ):
+        settings = yaml.safe_load(config.read_text())
+        # the overrides of a list's item reach its last one
+        settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:1]
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(settings))
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", "-c", "bad.yaml", *override])
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: "), last
+        assert message in last

@@ -1,0 +1,84 @@
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wandazeta.main import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def launch_lines(path):
+    """The commands in a config's opening comment."""
+    comment = re.match(r"(#.*\n)+", path.read_text())
+    assert comment, f"{path} does not open with a comment"
+    return re.findall(r"^#   wandazeta (.*)$", comment.group(), flags=re.MULTILINE)
+
+
+def is_the_value(parsed, given):
+    """Whether an option on a command line has arrived in the configuration."""
+    if isinstance(parsed, dict):
+        return parsed["class_path"].endswith(given)
+    if parsed is None:
+        return yaml.safe_load(given) is None
+    return float(given) == parsed if isinstance(parsed, float) else yaml.safe_load(str(parsed)) == yaml.safe_load(given)
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_opens_with_commands_that_parse(path, capsys):
+    lines = launch_lines(path)
+    assert len(lines) >= 2, "a launch line and an override"
+    for line in lines:
+        arguments = shlex.split(line)
+        assert str(path.relative_to(ROOT)) in arguments
+        with pytest.raises(SystemExit) as exit_info:
+            main([*arguments, "--print_config"])
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 0, captured.err
+        printed = yaml.safe_load(captured.out)
+        assert {"model", "data", "trainer"} <= set(printed)
+        for key, value in itertools.pairwise(arguments):
+            if key.startswith("--") and "callbacks" not in key:
+                place = printed
+                for part in key[2:].split("."):
+                    place = place[part]
+                assert is_the_value(place, value), key
+
+
+def test_the_papers_settings():
+    prune = yaml.safe_load((ROOT / "configs/prune/paper.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]
+    expected = {
+        "method": "wanda++",
+        "alpha": 100,
+        "rounds": 5,
+        "samples_per_round": 32,
+        "optimizer": "rmsprop",
+        "learning_rate": 3e-7,
+        "num_calibration_samples": 128,
+    }
+    assert prune.items() >= expected.items()
+    adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
+    model = adazeta["model"]["init_args"]
+    assert (model["learning_rate"], model["epsilon"], model["weight_decay"]) == (1e-4, 1e-3, 0.01)
+    assert (model["adapter_rank"], model["identity_start"]) == (5, False)
+    assert adazeta["data"]["init_args"]["batch_size"] == 16
+    assert adazeta["trainer"]["max_steps"] == 10_000
+
+
+def test_the_schedule_of_the_paper_is_the_released_codes():
+    from wandazeta.modules.zo import AdaZetaSchedule
+
+    adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
+    ours = AdaZetaSchedule(**adazeta["model"]["init_args"]["schedule"]["init_args"])
+    theirs = AdaZetaSchedule.from_target(final_queries=20, num_epochs=160)
+    assert [ours.num_queries(epoch) for epoch in range(161)] == [theirs.num_queries(epoch) for epoch in range(161)]

@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_model import save_tiny_llama
+
+from wandazeta import __version__
+from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.datamodules import TextDataModule
+from wandazeta.main import PruningTrainer, command_line, main
+from wandazeta.modules import ZerothOrderModule
+
+ROOT = Path(__file__).parents[2]
+MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
+DATA = ["--data", "TextDataModule"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+
+
+def failing(capsys, *args):
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("fit", "prune", "validate", "test", "predict"):
+        assert command in shown
+
+
+def test_options_have_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "--help"])
+    assert "Directory to write: weights, tokenizer, masks" in capsys.readouterr().out
+    for option, text in (
+        ("--model.help=ZerothOrderModule", "Number of queries as a function of the epoch"),
+        ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
+        ("--data.help=TextDataModule", "Windows of the training split"),
+        ("--trainer.callbacks.help=WandaPPPruneCallback", "Rounds of regional optimisation"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", option])
+        # wrapped to the terminal's width
+        assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_wrong_values_are_one_line(capsys):
+    for option, message in (
+        ([], "error: Expected argument `model_name_or_path`"),
+        (["--data.sequence_length", "0"], "error: Expected argument `sequence_length`"),
+        (["--trainer.devices", "0"], "error: "),
+    ):
+        shown = failing(capsys, "validate", *MODEL, *DATA, *option)
+        assert shown.splitlines()[-1].startswith(message)
+        assert "Traceback" not in shown
+
+
+def test_unknown_options_are_refused(capsys):
+    assert "not_an_option" in failing(capsys, "validate", *MODEL, *DATA, "--data.not_an_option", "1")
+
+
+def test_the_traceback_is_there_for_the_asking(monkeypatch):
+    monkeypatch.setenv("WANDAZETA_DEBUG", "1")
+    with pytest.raises(ValueError, match="Expected argument `model_name_or_path`"):
+        main(["validate", *MODEL, *DATA])
+
+
+def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
+    assert "Expected a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
+
+
+def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
+    model, text = save_tiny_llama(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("a paragraph")
+    before = sorted(tmp_path.rglob("*"))
+    cli = command_line(
+        [
+            *("--model", "ZerothOrderModule", "--model.model_name_or_path", str(model)),
+            *(*DATA, "--data.source", str(text), "--data.sequence_length", "16"),
+            *("--trainer.accelerator", "cpu", "--trainer.max_steps", "7"),
+            *("--trainer.callbacks", "WandaPPPruneCallback", "--trainer.callbacks.alpha", "5"),
+        ],
+        run=False,
+    )
+    assert isinstance(cli.model, ZerothOrderModule)
+    assert isinstance(cli.datamodule, TextDataModule)
+    assert cli.datamodule.sequence_length == 16
+    assert isinstance(cli.trainer, PruningTrainer)
+    assert cli.trainer.max_steps == 7
+    (pruning,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WandaPPPruneCallback))
+    assert pruning.options.alpha == 5
+    # nothing ran
+    assert cli.trainer.global_step == 0
+    assert cli.trainer.state.fn is None
+    assert pruning.report is None
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+
+def test_the_checkout_runs_the_same_program():
+    result = run(ROOT / "main.py", "--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"wandazeta {__version__}"
+
+
+def test_the_checkout_says_when_the_package_is_not_installed():
+    # isolated and without site-packages: an interpreter that has nothing
+    result = run("-I", "-S", ROOT / "main.py", "fit")
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines() == [
+        "error: wandazeta is not installed; run `pip install -e .` in the checkout"
+    ]
