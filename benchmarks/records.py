@@ -1,0 +1,54 @@
+"""The common form of the files under `benchmarks/results/`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("wandazeta", "torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors")
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def commit() -> str:
+    """Commit of the checkout, marked where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True)
+    return done.stdout.decode().strip() or "unknown"
+
+
+def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
+    """Records, and what is needed to make them again."""
+    return {
+        "name": name,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+        "hardware": hardware(),
+        **more,
+        "records": records,
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=2) + "\n")
+    fresh.replace(path)

@@ -1,0 +1,54 @@
+"""The committed results keep what the project promises, and the configurations are those that they were made with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+FORM = {"name", "command", "commit", "date", "versions", "hardware", "records"}
+
+
+def load(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_common_form(path):
+    content = json.loads(path.read_text())
+    assert content.keys() >= FORM
+    assert content["name"] == path.stem
+    assert content["records"]
+
+
+def test_the_demo_keeps_its_promises():
+    result = load("demo_seeds")
+    assert len({record["seed"] for record in result["records"]}) >= 3
+    for record in result["records"]:
+        perplexity, accuracy = record["perplexity"], record["accuracy"]
+        assert perplexity["wanda++"] < perplexity["wanda"] / 2
+        assert perplexity["wanda"] < perplexity["magnitude"]
+        assert accuracy["num_examples"] >= 1000
+        assert accuracy["majority"] == 0.5
+        assert record["minutes"]["total"] < 15
+    assert result["gain"]["mean"] >= 0.10
+    assert result["gain"]["lower_95"] > 0.05
+
+
+def test_the_demo_asks_with_the_best_prompt():
+    best = max(load("prompts")["records"], key=lambda record: record["accuracy"])
+    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["data"]["init_args"]
+    assert (demo["template"], demo["options"]) == (best["template"], best["options"])
+
+
+def test_the_results_are_of_the_demo_as_it_is():
+    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    for record in load("demo_seeds")["records"]:
+        assert record["steps"] == demo["trainer"]["max_steps"]
+        assert record["train_batch_size"] == demo["data"]["init_args"]["batch_size"]
+        assert (
+            record["forward_passes"]
+            == 2 * record["steps"] * demo["model"]["init_args"]["schedule"]["init_args"]["num_queries"]
+        )
