@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 export WANDAZETA_CACHE ?= $(CURDIR)/.cache/wandazeta
 # DeepSpeed would compile its kernels at install
 export DS_BUILD_OPS := 0
-# two processes of two threads each on two cores are four times slower than of one each
+# processes that share cores are four times slower with several threads each: one each, and two tests at a time
 TEST_THREADS ?= 1
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ demo: samples  ## prune SmolLM2-135M, fine-tune it, show the table
 	$(BIN)/python benchmarks/demo.py
 
 test: samples  ## run every test
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: setup  ## check style and spelling
 	$(BIN)/ruff check .

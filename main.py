@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout") from None
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -168,6 +169,12 @@ def command_line(args: ArgsType = None, run: bool = True) -> WandazetaCLI:
     )
 
 
+def _leave_process_group() -> None:
+    """Stop gloo's threads, which would abort a process that ends under them; Lightning does this for NCCL only."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; what a user got wrong is told in a line, with exit code 2.
 
@@ -181,6 +188,8 @@ def main(args: ArgsType = None) -> None:
             raise
         sys.stderr.write(f"error: {_explained(error)}\n")
         raise SystemExit(2) from None
+    finally:
+        _leave_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+
+def leave_process_group():
+    """Stop gloo's threads: one that still runs when the interpreter ends now and then aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(program, settings, root, **environment):

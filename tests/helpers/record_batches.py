@@ -11,6 +11,7 @@ from wandazeta.datamodules import TextDataModule
 from wandazeta.datamodules.step_sampler import StepSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.processes import leave_process_group
 from helpers.tokenizer import byte_tokenizer
 
 
@@ -56,6 +57,7 @@ def main(sharing: str, source: str, output: str) -> None:
     trainer.fit(module, data)
     assert isinstance(trainer.train_dataloader.sampler, StepSampler), "Lightning put in a sampler of its own"
     Path(f"{output}.{trainer.global_rank}.json").write_text(json.dumps(module.seen))
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -176,6 +176,9 @@ def main():
     if counter:
         result["bytes_per_step"] = counter.bytes / settings["steps"]
     torch.save(result, Path(settings["root"]) / f"result-{trainer.global_rank}.pt")
+    from helpers.processes import leave_process_group
+
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ SCRIPT = """
 
     sys.path.insert(0, sys.argv[1])
     from helpers.pruning import Tiny, callback, loader, trainer
+    from helpers.processes import leave_process_group
     from safetensors.torch import save_file
     from wandazeta.callbacks.pruning.progress import ProgressFolder
 
@@ -35,6 +36,7 @@ SCRIPT = """
     pruning = callback(folder + "/pruned", **({"exclude_modules": ["upp"]} if case == "fail" else {}))
     trainer(pruning, strategy="ddp", devices=2).fit(module, loader())
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, f"{folder}/{rank}.safetensors")
+    leave_process_group()
 """
 
 

@@ -61,7 +61,8 @@ def test_killed_and_started_again(model_dir, tmp_path):
     assert not (root / "result-0.pt").exists()
     (resumed,) = run("zo_run", settings | {"resume": True}, root)
     first = min(resumed["steps"])
-    assert first in (9, 13), "from the last checkpoint"
+    # killed between the writing of step 8 and of `last`, it goes on from step 4
+    assert first in (5, 9, 13), "from the last checkpoint"
     assert torch.equal(resumed["theta"], whole["theta"])
     assert resumed["steps"] == {step: seen for step, seen in whole["steps"].items() if step >= first}
     assert resumed["metrics"] == whole["metrics"]

@@ -122,3 +122,17 @@ def test_the_checkout_says_when_the_package_is_not_installed():
     assert result.stderr.strip().splitlines() == [
         "error: wandazeta is not installed; run `pip install -e .` in the checkout"
     ]
+
+
+def test_the_process_group_is_left_however_the_run_ends(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    def joining(args):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        raise ValueError("something does not fit")
+
+    monkeypatch.setattr("wandazeta.main.command_line", joining)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    # left open, gloo's threads abort the process when the interpreter ends under them
+    assert not dist.is_initialized()
