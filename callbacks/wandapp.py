@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from .pruning.calibration import call_arguments
-from .pruning.options import Method, Optimizer, PruneOptions, Steps, Target
+from .pruning.options import ComputeDtype, LRSchedule, Method, Optimizer, PruneOptions, Start, Target
 from .pruning.progress import ProgressFolder
 from .pruning.report import BlockRecord, PruneReport, table
 from .pruning.run import PruneRun
@@ -41,16 +41,21 @@ class WandaPPPruneCallback(Callback):
     Args:
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
-        method: Score and optimisation: `magnitude`, `wanda`, `rgs`, `ro` or `wanda++`.
+        method: Score and optimisation: `magnitude`, `wanda`, `rgs`, `ro`, `wanda++` or `sparsegpt`.
         alpha: Weight of the regional gradient in the score.
         rounds: Rounds of regional optimisation of each block.
         samples_per_round: Calibration samples drawn for each round.
         optimizer: Optimizer of the regional optimisation.
         learning_rate: Learning rate of the regional optimisation.
+        lr_schedule: `constant`, or `linear`, which falls to zero over the rounds.
+        start: What the first round prunes by: the `score`, or `sparsegpt`, whose mask and weights the optimisation
+            starts from.
         target: What a pruned block is fitted to: `dense_block`, the dense block's output on the same input, or
             `dense_stream`, what the unpruned model has at this depth.
-        steps: One optimizer step per `sample`, or one per `batch` of all samples of the round.
-        mask_updates: Keep pruned weights at zero during the optimisation steps.
+        samples_per_step: Samples whose mean loss makes an optimizer step.
+        mask_updates: Keep pruned weights at zero during the steps, so that the first round's mask stays.
+        compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
+            statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
         num_calibration_samples: Calibration samples (rows of batches) to read.
         calibration: Where they come from: a dataloader or a LightningDataModule; by default the trainer's data
@@ -79,9 +84,12 @@ class WandaPPPruneCallback(Callback):
         samples_per_round: int = 32,
         optimizer: Optimizer = "rmsprop",
         learning_rate: float = 3e-7,
+        lr_schedule: LRSchedule = "constant",
+        start: Start = "score",
         target: Target = "dense_block",
-        steps: Steps = "sample",
+        samples_per_step: int = 1,
         mask_updates: bool = False,
+        compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
         num_calibration_samples: int = 128,
         calibration: LightningDataModule | DataLoader | None = None,
@@ -99,9 +107,12 @@ class WandaPPPruneCallback(Callback):
             samples_per_round=samples_per_round,
             optimizer=optimizer,
             learning_rate=learning_rate,
+            lr_schedule=lr_schedule,
+            start=start,
             target=target,
-            steps=steps,
+            samples_per_step=samples_per_step,
             mask_updates=mask_updates,
+            compute_dtype=compute_dtype,
             exclude_modules=tuple(exclude_modules) if isinstance(exclude_modules, list) else exclude_modules or (),
             seed=seed,
         )

@@ -12,8 +12,10 @@ from .masks import make_mask
 from .options import PruneOptions
 from .regional import MasterWeights, RunBlock, optimisation_loss, optimise_block, regional_gradients
 from .report import LayerRecord
+from .samples import Batches
 from .scores import magnitude_score, regional_score
-from .statistics import InputNorms
+from .sparsegpt import sparsegpt
+from .statistics import InputStatistics
 
 # the report's losses are means over the first samples: enough to see the gain, next to no cost
 NUM_PROBES = 8
@@ -26,7 +28,8 @@ class OneBlock:
         index: Position of the block; decides its draws of samples, so that a resumed run draws the same.
         layers: The layers to prune, by the name of their weight.
         options: The options.
-        run: Runs the block on a sample.
+        run: Runs the block on a batch of samples.
+        samples: Which samples it can run together.
         masks: Positions that count, for each sample.
     """
 
@@ -36,13 +39,15 @@ class OneBlock:
         layers: Mapping[str, nn.Linear],
         options: PruneOptions,
         run: RunBlock,
+        samples: Batches,
         masks: Sequence[Tensor | None],
     ) -> None:
         self.layers = dict(layers)
         self.options = options
         self.run = run
+        self.samples = samples
         self.masks = masks
-        self.norms = InputNorms(layers)
+        self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
         self.master = MasterWeights(layers)
         self.gradients: dict[str, Tensor] = {}
         seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
@@ -51,7 +56,7 @@ class OneBlock:
         self.loss_before: float | None = None
 
     def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
-        """Take input norms and, where the score wants them, regional gradients of the dense block.
+        """Take input statistics and, where the score wants them, regional gradients of the dense block.
 
         Args:
             hidden: The block's input for each sample.
@@ -62,25 +67,25 @@ class OneBlock:
         """
         outputs: list[Tensor] = []
 
-        def on_output(index: int, output: Tensor) -> None:
-            if keep_outputs or index < NUM_PROBES:
-                outputs.append(output)
+        def on_output(output: Tensor) -> None:
+            if keep_outputs or len(outputs) < NUM_PROBES:
+                outputs.extend(output.split(1))
 
         if not self.options.uses_gradients:
-            self._measure_norms(hidden, on_output=on_output)
+            self._measure_inputs(hidden, on_output=on_output)
             return outputs
         with self._trainable():
-            self.gradients = regional_gradients(self.run, self.layers, hidden, self.masks, self.norms, on_output)
+            self.gradients = regional_gradients(self.run, self.layers, hidden, self.masks, self.statistics, on_output)
         return outputs
 
-    def _measure_norms(self, hidden: Sequence[Tensor], on_output: Callable[[int, Tensor], None] | None = None) -> None:
-        self.norms.reset()
-        with self.norms.collect():
-            for index, states in enumerate(hidden):
-                with self.norms.sample(self.masks[index]):
-                    output = self.run(index, states)
+    def _measure_inputs(self, hidden: Sequence[Tensor], on_output: Callable[[Tensor], None] | None = None) -> None:
+        self.statistics.reset()
+        with self.statistics.collect():
+            for batch in self.samples.split(range(len(hidden))):
+                with self.statistics.sample(self.samples.mask(batch), len(batch)):
+                    output = self.run(batch, torch.cat([hidden[index] for index in batch]))
                 if on_output is not None:
-                    on_output(index, output)
+                    on_output(output)
 
     def prune(self) -> dict[str, Tensor]:
         """Set the lowest scores of the block as it is to zero.
@@ -96,6 +101,22 @@ class OneBlock:
         self.master.apply_masks(kept)
         return kept
 
+    def solve(self) -> dict[str, Tensor]:
+        """Prune the block as it is by SparseGPT.
+
+        Returns:
+            Masks in the layout of the weights.
+        """
+        kept = {}
+        for gram, names in self.statistics.groups():
+            views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
+            for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.options), strict=True):
+                view.copy_(solved)
+                self.score_moments[name] = torch.std_mean(solved.abs(), correction=0)
+                kept[name] = self._in_layout(name, mask)
+        self.master.apply_masks(kept)
+        return kept
+
     def optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Regional optimisation; afterwards the norms are those of the optimised block on all samples.
 
@@ -104,28 +125,32 @@ class OneBlock:
             targets: The wanted output for each sample.
         """
 
-        def probe() -> None:
+        def prune(number: int) -> dict[str, Tensor]:
+            if number > 0:
+                return self.prune()
+            kept = self.solve() if self.options.start == "sparsegpt" else self.prune()
+            self.statistics.leave_out_grams()  # the rounds look at norms alone
             self.loss_before = self.probe_loss(hidden, targets)
+            return kept
 
         with self._trainable():
             optimise_block(
                 self.run,
                 self.master,
-                self.prune,
+                prune,
                 hidden,
                 targets,
-                self.masks,
-                self.norms,
+                self.samples,
+                self.statistics,
                 self.options,
                 self.generator,
-                on_first_prune=probe,
             )
-        self._measure_norms(hidden)
+        self._measure_inputs(hidden)
 
     def probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """Mean loss of the block as it is over the first samples."""
         probes = range(min(NUM_PROBES, len(hidden)))
-        return self.mean_loss([self.run(index, hidden[index]) for index in probes], targets)
+        return self.mean_loss([self.run([index], hidden[index]) for index in probes], targets)
 
     def mean_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """Mean loss of the first outputs."""
@@ -166,7 +191,7 @@ class OneBlock:
             return magnitude_score(weight)
         gradient = self.gradients.get(name)
         gradient = None if gradient is None else weight_view(layer, gradient)
-        return regional_score(weight, self.norms.norm(name), gradient, self.options.alpha)
+        return regional_score(weight, self.statistics.norm(name), gradient, self.options.alpha)
 
     def _in_layout(self, name: str, mask: Tensor) -> Tensor:
         return weight_view(self.layers[name], mask).contiguous()

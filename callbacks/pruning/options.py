@@ -4,12 +4,22 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++"]
+Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
 Optimizer = Literal["rmsprop", "adamw"]
+LRSchedule = Literal["constant", "linear"]
+Start = Literal["score", "sparsegpt"]
 Target = Literal["dense_block", "dense_stream"]
-Steps = Literal["sample", "batch"]
+ComputeDtype = Literal["model", "bfloat16"]
 
 UNSTRUCTURED = "unstructured"
+_CHOICES = {
+    "method": Method,
+    "optimizer": Optimizer,
+    "lr_schedule": LRSchedule,
+    "start": Start,
+    "target": Target,
+    "compute_dtype": ComputeDtype,
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,8 @@ class PruneOptions:
 
     Args:
         method: Score and optimisation: `magnitude` (|W|), `wanda` (‖X‖·|W|), `rgs` (regional gradients), `ro`
-            (Wanda score with regional optimisation) or `wanda++` (both).
+            (Wanda score with regional optimisation), `wanda++` (both) or `sparsegpt` (error passed on to the weights
+            that are kept).
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
         alpha: Weight of the regional gradient in the score (Wanda++, equation 4).
@@ -26,10 +37,16 @@ class PruneOptions:
         samples_per_round: Calibration samples drawn for each round, M.
         optimizer: Optimizer of the regional optimisation, `rmsprop` (the paper's) or `adamw`.
         learning_rate: Learning rate of the regional optimisation.
+        lr_schedule: `constant`, or `linear`, which falls to zero over the rounds.
+        start: What the first round prunes by: the `score`, or `sparsegpt`, whose mask and weights the optimisation
+            starts from.
         target: What the pruned block is fitted to: `dense_block`, the dense block's output on the same input (the
             paper's), or `dense_stream`, what the unpruned model has at this depth.
-        steps: One optimizer step per `sample`, or one per `batch` of all samples of the round.
-        mask_updates: Keep pruned weights at zero during the steps; the paper lets them move and prunes again.
+        samples_per_step: Samples whose mean loss makes an optimizer step.
+        mask_updates: Keep pruned weights at zero during the steps, so that the first round's mask stays; the paper lets
+            them move and prunes again.
+        compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
+            statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
         seed: Seed of the draws of calibration samples.
 
@@ -51,22 +68,30 @@ class PruneOptions:
     samples_per_round: int = 32
     optimizer: Optimizer = "rmsprop"
     learning_rate: float = 3e-7
+    lr_schedule: LRSchedule = "constant"
+    start: Start = "score"
     target: Target = "dense_block"
-    steps: Steps = "sample"
+    samples_per_step: int = 1
     mask_updates: bool = False
+    compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", Method), ("optimizer", Optimizer), ("target", Target), ("steps", Steps)):
+        for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
         self._check_pattern()
-        for name, smallest in (("rounds", 0), ("samples_per_round", 1), ("seed", 0)):
+        for name, smallest in (("rounds", 0), ("samples_per_round", 1), ("samples_per_step", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(
                     f"Expected argument `{name}` to be an integer of at least {smallest}, but got {value!r}"
                 )
+        if self.samples_per_round % self.samples_per_step:
+            raise ValueError(
+                f"Expected argument `samples_per_step` to divide `samples_per_round` ({self.samples_per_round}), "
+                f"but got {self.samples_per_step}"
+            )
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(f"Expected argument `alpha` to be a number of at least 0, but got {self.alpha!r}")
         if not 0 < self.learning_rate < float("inf"):
@@ -139,6 +164,11 @@ class PruneOptions:
     def uses_optimisation(self) -> bool:
         """Whether the block is optimised after pruning (RO)."""
         return self.method in ("ro", "wanda++") and self.rounds > 0
+
+    @property
+    def uses_gram(self) -> bool:
+        """Whether the first pruning of a block is SparseGPT's, which wants Gram matrices of the inputs."""
+        return self.method == "sparsegpt" or (self.uses_optimisation and self.start == "sparsegpt")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for keys."""

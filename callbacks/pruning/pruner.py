@@ -1,8 +1,8 @@
 """Prune a model block by block: plain torch, any model whose blocks follow one another."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from .memory import peak_memory
 from .one_block import NUM_PROBES, OneBlock
 from .options import PruneOptions
 from .report import BlockRecord, PruneReport
-from .samples import Samples, capture_samples, split_rows
+from .samples import Batches, Samples, capture_samples, split_rows
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,23 @@ class _Pruner:
         self.last_missing = last_missing
         keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
         self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        self._runs_together: dict[Hashable, bool] = {}
 
     def load(self, index: int, result: BlockResult) -> None:
         """Take a finished block, and go on as if it had been made now."""
         with self._block(index) as layers:
+            batches = self._batches(index) if index < self.last_missing else Batches(())
             if {n: w.shape for n, w in result.weights.items()} != {n: x.weight.shape for n, x in layers.items()}:
                 raise ValueError(
                     f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
                     f"{', '.join(result.weights)}; remove the progress and start again"
                 )
             if self.stream is not None and index < self.last_missing:
-                self._forward(index, self.stream)
+                self._forward(index, self.stream, batches)
             for name, layer in layers.items():
                 layer.weight.copy_(result.weights[name])
             if self.samples is not None and index < self.last_missing:
-                self._forward(index, self.samples.hidden)
+                self._forward(index, self.samples.hidden, batches)
 
     def prune(self, index: int) -> BlockResult:
         """Prune a block, and move the hidden states on."""
@@ -165,7 +167,7 @@ class _Pruner:
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._block(index) as layers:
             masks = self.samples.masks if self.samples is not None else ()
-            work = OneBlock(index, layers, self.options, partial(self._run, index), masks)
+            work = OneBlock(index, layers, self.options, partial(self._run, index), self._batches(index), masks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
             else:
@@ -188,36 +190,67 @@ class _Pruner:
         if not work.layers:  # left dense
             for hidden in (samples.hidden, self.stream):
                 if hidden is not None and index < self.last_missing:
-                    self._forward(index, hidden)
+                    self._forward(index, hidden, work.samples)
             return {}, None
         # at the first block the two streams are one
         shares = self.stream is None or index == 0
         targets = work.measure(samples.hidden, keep_outputs=shares and self.options.uses_optimisation)
         if self.stream is not None:
             if not shares:
-                self._forward(index, self.stream)
+                self._forward(index, self.stream, work.samples)
                 targets = self.stream
             self.stream = targets
         if self.options.uses_optimisation:
             work.optimise(samples.hidden, targets)
-        kept = work.prune()
+        kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
         # the last block feeds no other: only the samples that the report looks at
         num_needed = len(samples) if index < self.last_missing else NUM_PROBES
         outputs = samples.hidden[:num_needed]
-        self._forward(index, outputs)
+        self._forward(index, outputs, work.samples)
         samples.hidden[:num_needed] = outputs
         loss_after = work.mean_loss(outputs, targets)
         if work.loss_before is None:
             work.loss_before = loss_after
         return kept, loss_after
 
-    def _run(self, index: int, sample: int, hidden: Tensor) -> Tensor:
-        assert self.samples is not None
-        return call_block(self.blocks[index], hidden, self.samples.calls[sample][index])
+    def _batches(self, index: int) -> Batches:
+        """Which samples the block can run together; tried once for each form of its other arguments."""
+        if self.samples is None:
+            return Batches(())
+        batches = self.samples.batches(index)
+        trial = next((batch[:2] for batch in batches.split(range(len(self.samples))) if len(batch) > 1), None)
+        if trial is None:
+            return batches
+        form = self.samples.form(trial[0], index)
+        if form not in self._runs_together:
+            self._runs_together[form] = self._try_together(index, trial)
+        return batches if self._runs_together[form] else batches.apart()
 
-    def _forward(self, index: int, hidden: list[Tensor]) -> None:
-        for sample, states in enumerate(hidden):
-            hidden[sample] = self._run(index, sample, states)
+    def _try_together(self, index: int, trial: list[int]) -> bool:
+        assert self.samples is not None
+        hidden = [self.samples.hidden[sample] for sample in trial]
+        alone = torch.cat([self._run(index, [sample], states) for sample, states in zip(trial, hidden, strict=True)])
+        try:
+            together = self._run(index, trial, torch.cat(hidden))
+        except RuntimeError:
+            return False  # an argument that is not broadcast over samples
+        return bool((together - alone).norm() <= 1e-2 * alone.norm())
+
+    def _run(self, index: int, batch: Sequence[int], hidden: Tensor) -> Tensor:
+        assert self.samples is not None
+        with self._autocast():
+            return call_block(self.blocks[index], hidden, self.samples.calls[batch[0]][index])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.options.compute_dtype == "model":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _forward(self, index: int, hidden: list[Tensor], batches: Batches) -> None:
+        for batch in batches.split(range(len(hidden))):
+            output = self._run(index, batch, torch.cat([hidden[sample] for sample in batch]))
+            for sample, states in zip(batch, output.split(1), strict=True):
+                hidden[sample] = states
 
     @contextmanager
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .options import PruneOptions
-from .statistics import InputNorms
+from .samples import Batches
+from .statistics import InputStatistics
 
-# (index of the sample, its hidden states) -> the block's output
-RunBlock = Callable[[int, Tensor], Tensor]
+# (the samples of a batch, their hidden states) -> the block's output
+RunBlock = Callable[[Sequence[int], Tensor], Tensor]
 
 # half precision would flush the gradient of a norm over millions of values to zero
 _HALF_SCALE = 1024.0
@@ -56,8 +57,8 @@ def regional_gradients(
     layers: Mapping[str, nn.Linear],
     hidden: Sequence[Tensor],
     masks: Sequence[Tensor | None],
-    norms: InputNorms,
-    on_output: Callable[[int, Tensor], None],
+    norms: InputStatistics,
+    on_output: Callable[[Tensor], None],
 ) -> dict[str, Tensor]:
     """G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer, in float32 and in the layout of its weight.
 
@@ -69,7 +70,7 @@ def regional_gradients(
         hidden: The block's input for each sample.
         masks: Positions that count, for each sample.
         norms: Collects the input norms.
-        on_output: Gets each sample's dense output.
+        on_output: Gets each sample's dense output, in order.
     """
     squares = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
@@ -89,9 +90,9 @@ def regional_gradients(
             hooks.callback(layer.weight.register_post_accumulate_grad_hook(add_square(name)).remove)
         for index, (states, mask) in enumerate(zip(hidden, masks, strict=True)):
             with norms.sample(mask), torch.enable_grad():
-                output = run(index, states)
+                output = run([index], states)
                 (regional_loss(output, mask) * scale).backward()
-            on_output(index, output.detach())
+            on_output(output.detach())
     return {name: (square / len(hidden)).sqrt_().div_(scale) for name, square in squares.items()}
 
 
@@ -145,65 +146,70 @@ class MasterWeights:
 def optimise_block(
     run: RunBlock,
     master: MasterWeights,
-    prune: Callable[[], dict[str, Tensor]],
+    prune: Callable[[int], dict[str, Tensor]],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    norms: InputNorms,
+    samples: Batches,
+    norms: InputStatistics,
     options: PruneOptions,
     generator: torch.Generator,
-    on_first_prune: Callable[[], None],
 ) -> None:
     """K rounds: prune by the current score, then steps towards the target on M samples (Wanda++, algorithm 1).
 
     Args:
         run: The block.
         master: Its weights.
-        prune: Scores and prunes the block as it is, and returns the masks.
+        prune: Given the number of the round, scores and prunes the block as it is, and returns the masks.
         hidden: The block's input for each sample.
         targets: The wanted output for each sample.
-        masks: Positions that count, for each sample.
+        samples: Which of them can go through the block together.
         norms: Input norms of the block as it is; collected anew in each round's own forwards.
         options: The options.
         generator: Draws the samples of each round.
-        on_first_prune: Called before the first step.
 
     Raises:
         ValueError: If the weights are no longer finite.
     """
     parameters = list(master.masters.values())
-    optimizer: torch.optim.Optimizer
-    if options.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(parameters, lr=options.learning_rate)
-    else:
-        # decay would pull the weights away from the target
-        fused = parameters[0].dtype == torch.float32
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=fused)
+    optimizer = _make_optimizer(parameters, options)
+    num_steps = options.rounds * (options.samples_per_round // options.samples_per_step)
+    decay = (lambda step: 1 - step / num_steps) if options.lr_schedule == "linear" else (lambda step: 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     half = any(weight.dtype == torch.float16 for weight in master.weights.values())
-    share = 1 / options.samples_per_round if options.steps == "batch" else 1.0
 
     for number in range(options.rounds):
-        kept = prune()
-        if number == 0:
-            on_first_prune()
+        kept = prune(number)
         norms.reset()
         drawn = torch.randperm(len(hidden), generator=generator)[: options.samples_per_round].tolist()
         with norms.collect():
-            for position, index in enumerate(drawn):
-                scale = float(targets[index].numel()) if half else 1.0
-                with norms.sample(masks[index]), torch.enable_grad():
-                    loss = optimisation_loss(run(index, hidden[index]), targets[index], masks[index])
-                    (loss * (scale * share)).backward()
-                master.take_gradients(scale)
-                if options.steps == "sample" or position == len(drawn) - 1:
-                    optimizer.step()
-                    master.clear_gradients()
-                    if options.mask_updates:
-                        master.apply_masks(kept)
-                    else:
-                        master.publish()
+            for start in range(0, len(drawn), options.samples_per_step):
+                step = drawn[start : start + options.samples_per_step]
+                for batch in samples.split(step):
+                    share = len(batch) / len(step)
+                    target = torch.cat([targets[index] for index in batch])
+                    scale = float(target.numel()) if half else 1.0
+                    with norms.sample(samples.mask(batch), len(batch)), torch.enable_grad():
+                        output = run(batch, torch.cat([hidden[index] for index in batch]))
+                        loss = optimisation_loss(output, target, samples.mask(batch))
+                        (loss * (scale * share)).backward()
+                    master.take_gradients(scale)
+                optimizer.step()
+                scheduler.step()
+                master.clear_gradients()
+                if options.mask_updates:
+                    master.apply_masks(kept)
+                else:
+                    master.publish()
     if not all(bool(torch.isfinite(parameter.sum())) for parameter in parameters):
         raise ValueError(
             f"Expected argument `learning_rate` to keep the weights finite, but {options.learning_rate:g} did not; "
             "lower it"
         )
+
+
+def _make_optimizer(parameters: list[Tensor], options: PruneOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=options.learning_rate)
+    # decay would pull the weights away from the target
+    fused = parameters[0].dtype == torch.float32
+    return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=fused)

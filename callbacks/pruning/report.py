@@ -16,7 +16,8 @@ class LayerRecord:
         shape: Output features, input features.
         pattern: Pattern asked for, `2:4` or `50%`.
         sparsity: Fraction of zeros reached.
-        score_mean: Mean of the final score over the whole weight.
+        score_mean: Mean of the final score over the whole weight; of the magnitudes for SparseGPT, which scores
+            column by column.
         score_std: Standard deviation of the final score.
     """
 

@@ -1,7 +1,7 @@
 """Calibration samples: one row of a batch each, as hidden states and calls of the blocks."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.blocks import BlockCall, CallCapture
+
+# of a batch: enough to keep a processor busy, little beside the block's own activations
+_MAX_TOKENS = 2048
 
 
 @dataclass
@@ -35,6 +38,79 @@ class Samples:
             h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks, strict=True)
         )
         return sum(counts)
+
+    def batches(self, block_index: int) -> "Batches":
+        """Which samples a block can run together: those without padding for which it is called alike.
+
+        Tensors that are equal were captured as one, so comparing identities is enough.
+
+        Args:
+            block_index: The block.
+        """
+        keys: list[Hashable] = []
+        for states, calls, mask in zip(self.hidden, self.calls, self.masks, strict=True):
+            call = calls[block_index]
+            keys.append(None if mask is not None else (states.shape, _key(_parts(call), id)))
+        return Batches(self.masks, keys, [states.shape[:-1].numel() for states in self.hidden])
+
+    def form(self, sample: int, block_index: int) -> Hashable:
+        """Equal for calls whose tensors have the same shapes."""
+        return _key(_parts(self.calls[sample][block_index]), lambda tensor: tuple(tensor.shape))
+
+
+class Batches:
+    """Cuts lists of samples into batches that go through a block together.
+
+    Args:
+        masks: For each sample the positions that count, None where all do.
+        keys: Samples of one key can share a batch; None for a sample that shares with none.
+        num_tokens: Length of each sample; a batch has no more than a few thousand.
+    """
+
+    def __init__(
+        self, masks: Sequence[Tensor | None], keys: Sequence[Hashable] = (), num_tokens: Sequence[int] = ()
+    ) -> None:
+        self._masks = masks
+        self._keys = keys or [None] * len(masks)
+        self._num_tokens = num_tokens or [0] * len(masks)
+
+    def split(self, indices: Sequence[int]) -> list[list[int]]:
+        """Cut samples into batches of neighbours.
+
+        Args:
+            indices: The samples, in the order in which they run.
+        """
+        batches: list[list[int]] = []
+        for index in indices:
+            last = batches[-1] if batches else []
+            fits = bool(last) and self._keys[index] is not None and self._keys[last[0]] == self._keys[index]
+            if fits and self._num_tokens[index] * (len(last) + 1) <= _MAX_TOKENS:
+                last.append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def mask(self, batch: Sequence[int]) -> Tensor | None:
+        """The positions of a batch that count, bool of shape (samples, tokens), None where all do."""
+        return self._masks[batch[0]] if len(batch) == 1 else None
+
+    def apart(self) -> "Batches":
+        """The same samples, each in a batch of its own."""
+        return Batches(self._masks)
+
+
+def _parts(call: BlockCall) -> tuple[Any, ...]:
+    return call.args, call.kwargs, call.hidden_name
+
+
+def _key(value: Any, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if isinstance(value, Mapping):
+        return tuple((name, _key(item, of_tensor)) for name, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(item, of_tensor) for item in value)
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
 def split_rows(batch: Any) -> list[Any]:

@@ -1,28 +1,32 @@
-"""Σx² of every pruned layer's input, read in passing from the forwards that run anyway."""
+"""What pruning needs to know of every layer's input, read in passing from the forwards that run anyway."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
-class InputNorms:
-    """Norms of the input features of layers, `‖X_j‖ = sqrt(mean over samples of the per-sample Σx²)`, as in Wanda.
+class InputStatistics:
+    """Sums over the inputs of layers: Σx² of every feature and, for SparseGPT, the Gram matrix Σxxᵀ.
 
     Args:
         layers: The layers, by name.
+        with_gram: Whether to sum Gram matrices, too.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], with_gram: bool = False) -> None:
         self._layers = dict(layers)
+        self._with_gram = with_gram
         self._mask: Tensor | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget all samples."""
         self._sums: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
         self.num_samples = 0
 
     @contextmanager
@@ -37,11 +41,12 @@ class InputNorms:
             self._last = None
 
     @contextmanager
-    def sample(self, mask: Tensor | None = None) -> Iterator[None]:
-        """Within this context, inside `collect`, one sample goes through the block.
+    def sample(self, mask: Tensor | None = None, num_samples: int = 1) -> Iterator[None]:
+        """Within this context, inside `collect`, samples go through the block in one batch.
 
         Args:
-            mask: Positions that count, bool of shape (1, tokens); None where all do.
+            mask: Positions that count, bool of shape (samples, tokens); None where all do.
+            num_samples: How many samples the batch holds.
         """
         self._mask = mask
         try:
@@ -49,10 +54,10 @@ class InputNorms:
         finally:
             # an activation kept here would outlive its graph
             self._last = None
-        self.num_samples += 1
+        self.num_samples += num_samples
 
     def norm(self, name: str) -> Tensor:
-        """Norm of each input feature of a layer.
+        """Norm of each input feature, `‖X_j‖ = sqrt(mean over samples of the per-sample Σx²)`, as in Wanda.
 
         Args:
             name: The layer.
@@ -63,27 +68,54 @@ class InputNorms:
         Raises:
             ValueError: If the layer did not run.
         """
+        self._require(name)
+        return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
+
+    def groups(self) -> list[tuple[Tensor, list[str]]]:
+        """Gram matrices, each with the layers that had this very input (query, key and value; gate and up).
+
+        Returns:
+            Pairs of a float32 matrix of shape (in, in), summed over all positions, and names.
+
+        Raises:
+            ValueError: If a layer did not run.
+        """
+        found: list[tuple[Tensor, list[str]]] = []
+        for name in self._layers:
+            self._require(name)
+            gram = self._grams[name]
+            group = next((names for other, names in found if torch.equal(other, gram)), None)
+            if group is None:
+                found.append((gram, [name]))
+            else:
+                group.append(name)
+        return found
+
+    def leave_out_grams(self) -> None:
+        """Free the Gram matrices, and sum none from now on."""
+        self._with_gram = False
+        self._grams.clear()
+
+    def _require(self, name: str) -> None:
         if name not in self._sums:
             raise ValueError(
                 f"Expected every layer of the block to run on the calibration data, but `{name}` did not; "
                 "add it to `exclude_modules` to leave it dense"
             )
-        return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            squares = self._squares(name, args[0])
-            if name in self._sums:
-                self._sums[name] += squares
-            else:
-                self._sums[name] = squares.clone()
+            # query, key and value see the very same tensor: one product for all
+            if self._last is None or self._last[0] is not args[0]:
+                self._last = (args[0], *self._products(name, args[0]))
+            _, squares, gram = self._last
+            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+            if gram is not None:
+                self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
 
         return hook
 
-    def _squares(self, name: str, x: Tensor) -> Tensor:
-        # query, key and value see the very same tensor: square it once
-        if self._last is not None and self._last[0] is x:
-            return self._last[1]
+    def _products(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = x.detach().reshape(-1, x.shape[-1])
         if self._mask is not None:
             if rows.shape[0] != self._mask.numel():
@@ -92,7 +124,6 @@ class InputNorms:
                     "padding cannot be told from text there; calibrate on samples without padding, or exclude the layer"
                 )
             rows = rows[self._mask.reshape(-1)]
+        rows = rows.float()
         # float64 sums: the result does not depend on the order of many small terms
-        squares = rows.float().square().sum(0).double()
-        self._last = (x, squares)
-        return squares
+        return rows.square().sum(0).double(), rows.t() @ rows if self._with_gram else None

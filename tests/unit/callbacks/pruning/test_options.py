@@ -24,7 +24,11 @@ from wandazeta.callbacks.pruning.options import PruneOptions
         ({"optimizer": "sgd"}, "rmsprop, adamw"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
         ({"target": "dense"}, "dense_block, dense_stream"),
-        ({"steps": "epoch"}, "sample, batch"),
+        ({"lr_schedule": "cosine"}, "constant, linear"),
+        ({"start": "wanda"}, "score, sparsegpt"),
+        ({"compute_dtype": "float16"}, "model, bfloat16"),
+        ({"samples_per_step": 0}, "`samples_per_step`"),
+        ({"samples_per_round": 6, "samples_per_step": 4}, "to divide `samples_per_round`"),
         ({"exclude_modules": "lm_head"}, "`exclude_modules` to be a list"),
         ({"exclude_modules": ("(",)}, "regular expressions"),
         ({"seed": -1}, "`seed`"),
@@ -37,17 +41,20 @@ def test_wrong_options_are_named(change, message):
 
 def test_the_methods_switch_their_parts():
     parts = {
-        method: (o.uses_calibration, o.uses_gradients, o.uses_optimisation)
-        for method in ("magnitude", "wanda", "rgs", "ro", "wanda++")
+        method: (o.uses_calibration, o.uses_gradients, o.uses_optimisation, o.uses_gram)
+        for method in ("magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt")
         for o in [PruneOptions(method=method)]
     }
     assert parts == {
-        "magnitude": (False, False, False),
-        "wanda": (True, False, False),
-        "rgs": (True, True, False),
-        "ro": (True, False, True),
-        "wanda++": (True, True, True),
+        "magnitude": (False, False, False, False),
+        "wanda": (True, False, False, False),
+        "rgs": (True, True, False, False),
+        "ro": (True, False, True, False),
+        "wanda++": (True, True, True, False),
+        "sparsegpt": (True, False, False, True),
     }
+    assert PruneOptions(start="sparsegpt").uses_gram
+    assert not PruneOptions(method="wanda", start="sparsegpt").uses_gram
 
 
 def test_defaults_are_the_papers():
@@ -60,9 +67,12 @@ def test_defaults_are_the_papers():
         "samples_per_round": 32,
         "optimizer": "rmsprop",
         "learning_rate": 3e-7,
+        "lr_schedule": "constant",
+        "start": "score",
         "target": "dense_block",
-        "steps": "sample",
+        "samples_per_step": 1,
         "mask_updates": False,
+        "compute_dtype": "model",
         "exclude_modules": (),
         "seed": 0,
     }

@@ -8,8 +8,10 @@ from helpers.architectures import ARCHITECTURES, build, pad, token_batches
 from torch import nn
 
 from wandazeta.callbacks.pruning.layers import is_transposed, prunable_layers
+from wandazeta.callbacks.pruning.masks import make_mask
 from wandazeta.callbacks.pruning.options import PruneOptions
 from wandazeta.callbacks.pruning.pruner import PruningInterrupted, prune_model
+from wandazeta.callbacks.pruning.sparsegpt import sparsegpt
 
 FAST = {"rounds": 2, "samples_per_round": 4, "learning_rate": 1e-3}
 BATCHES = token_batches(8)
@@ -73,7 +75,7 @@ def test_without_gradients_and_rounds_it_is_wanda_bit_for_bit(name, pattern):
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "unstructured"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"])
 def test_every_row_and_group_has_its_exact_count(method, pattern):
     sparsity = 0.5 if pattern == "unstructured" else None
     model, blocks, report = tiny(method=method, sparsity_pattern=pattern, sparsity=sparsity)
@@ -81,7 +83,9 @@ def test_every_row_and_group_has_its_exact_count(method, pattern):
     for block in blocks:
         for layer in linears(block):
             zeros = layer.weight == 0
-            if sparsity is not None:
+            if method == "sparsegpt" and sparsity is not None:
+                assert zeros.sum() == int(zeros.numel() * sparsity)  # rows share the zeros of a block of columns
+            elif sparsity is not None:
                 assert (zeros.sum(1) == int(zeros.shape[1] * sparsity)).all()
             else:
                 kept, size = map(int, pattern.split(":"))
@@ -360,3 +364,94 @@ def test_wrong_requests_are_refused_before_any_change():
             prune(model, **options)
     assert equal(model, dense)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_sparsegpt_solves_every_layer_from_its_own_inputs():
+    """Block by block, with the whole model's forwards and one elimination a layer."""
+    theirs, blocks = build("llama")
+    options = PruneOptions(method="sparsegpt")
+    for block in theirs.get_submodule(blocks):
+        grams = {}
+
+        def hook(layer, args, grams=grams):
+            rows = args[0].flatten(0, -2)
+            grams[layer] = grams.get(layer, 0) + rows.t() @ rows
+
+        handles = [layer.register_forward_pre_hook(hook) for layer in linears(block)]
+        for batch in BATCHES:
+            theirs(**batch)
+        for handle, layer in zip(handles, linears(block), strict=True):
+            handle.remove()
+            layer.weight.copy_(sparsegpt([layer.weight], grams[layer], options)[0][0])
+    ours, _, report = tiny(method="sparsegpt")
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=name)
+    assert all(block.loss_after is not None for block in report.blocks)
+
+
+def test_optimisation_may_start_from_sparsegpt():
+    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_updates": True, "target": "dense_block"}
+    started, blocks, report = tiny(start="sparsegpt", **options)
+    reference, other_blocks, _ = tiny(method="sparsegpt")
+    # with steps too small to matter the first block is SparseGPT's own
+    for layer, other in zip(linears(blocks[0]), linears(other_blocks[0]), strict=True):
+        torch.testing.assert_close(layer.weight, other.weight, rtol=1e-4, atol=1e-5)
+    plain = tiny(**options)[2]
+    assert report.blocks[0].loss_before < plain.blocks[0].loss_before
+    assert not equal(started, reference)
+
+
+def test_bfloat16_compute_hardly_changes_the_masks():
+    for method in ("wanda", "rgs"):
+        found = []
+        for compute_dtype in ("model", "bfloat16"):
+            model, blocks, _ = tiny(method=method, compute_dtype=compute_dtype, alpha=10.0)
+            assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+            found.append(torch.cat([(layer.weight != 0).flatten() for block in blocks for layer in linears(block)]))
+        assert 0 < (found[0] != found[1]).float().mean() < 0.05, "autocast was on, and did no harm"
+
+
+class Broadcasting(nn.Module):
+    """A model whose blocks take an argument that belongs to one sample, and one that is shared."""
+
+    def __init__(self, per_sample):
+        super().__init__()
+        self.layers = nn.ModuleList(BiasedBlock() for _ in range(3))
+        self.per_sample = per_sample
+
+    def forward(self, x):
+        bias = torch.arange(4.0).view(1, 4, 1)
+        for layer in self.layers:
+            x = layer(x, bias[:, :, 0].reshape(-1) if self.per_sample else bias)
+        return x
+
+
+class BiasedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.seen = []
+
+    def forward(self, x, bias):
+        self.seen.append(len(x))
+        return x + self.linear(x) + (bias if bias.ndim == 3 else bias.view(len(x), -1, 1))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_samples_go_together_where_the_block_allows_it(per_sample):
+    torch.manual_seed(0)
+    model, rows = Broadcasting(per_sample), [torch.randn(1, 4, 8) for _ in range(6)]
+    expected = copy.deepcopy(model)
+    options = PruneOptions(method="wanda")
+    prune_model(model, model, rows, options)
+    for layer in expected.layers:
+        norm = sum(x[0].square().sum(0) for x in rows).sqrt()
+        kept = make_mask(layer.linear.weight.abs() * norm, options)
+        layer.linear.weight.data *= kept
+        bias = torch.arange(4.0).view(1, 4, 1)
+        rows = [(layer(x, bias)).detach() for x in rows]
+    assert all(
+        torch.equal(a.linear.weight, b.linear.weight) for a, b in zip(model.layers, expected.layers, strict=True)
+    )
+    assert max(model.layers[1].seen) == (1 if per_sample else 6)

@@ -10,7 +10,8 @@ from wandazeta.callbacks.pruning.regional import (
     regional_gradients,
     regional_loss,
 )
-from wandazeta.callbacks.pruning.statistics import InputNorms
+from wandazeta.callbacks.pruning.samples import Batches
+from wandazeta.callbacks.pruning.statistics import InputStatistics
 
 
 class Block(nn.Module):
@@ -34,13 +35,13 @@ MASKS = [None, None, torch.tensor([[True] * 5 + [False] * 2]), None]
 
 def parts(block):
     layers = {"up": block.up, "down": block.down}
-    return lambda index, hidden: block(hidden), layers, InputNorms(layers)
+    return lambda batch, hidden: block(hidden), layers, InputStatistics(layers)
 
 
 def test_gradients_equal_the_root_mean_square_of_autograd_sample_by_sample(block):
     run, layers, norms = parts(block)
-    outputs = {}
-    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.__setitem__)
+    outputs = []
+    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.append)
     for name, layer in layers.items():
         squares = []
         for hidden, mask in zip(HIDDEN, MASKS, strict=True):
@@ -69,7 +70,7 @@ def halve(block):
     master = MasterWeights({"up": block.up, "down": block.down})
     kept = {name: torch.arange(weight.shape[1]).expand_as(weight) % 2 == 1 for name, weight in master.masters.items()}
 
-    def prune():
+    def prune(number=0):
         master.apply_masks(kept)
         return kept
 
@@ -81,46 +82,71 @@ def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
     targets = targets if targets is not None else [block(h).detach() for h in hidden]
     master, prune = halve(block)
     generator = torch.Generator().manual_seed(0)
-    optimise_block(run, master, prune, hidden, targets, masks, norms, options, generator, lambda: None)
+    optimise_block(run, master, prune, hidden, targets, Batches(masks), norms, options, generator)
     return norms
 
 
-def reference(block, options, optimizer_class, **kwargs):
+def reference(block, options, optimizer_class):
     """The rounds, written out for float32 weights."""
     targets = [block(h).detach() for h in HIDDEN]
     weights, generator = [block.up.weight, block.down.weight], torch.Generator().manual_seed(0)
-    optimizer = optimizer_class(weights, lr=options.learning_rate, **kwargs)
+    optimizer = optimizer_class(weights, lr=options.learning_rate)
+    steps_left = num_steps = options.rounds * options.samples_per_round // options.samples_per_step
     for _ in range(options.rounds):
         for weight in weights:
             weight.data[:, ::2] = 0
-        for i in torch.randperm(4, generator=generator)[: options.samples_per_round].tolist():
+        drawn = torch.randperm(4, generator=generator)[: options.samples_per_round].tolist()
+        for position, i in enumerate(drawn):
             count = 5 if i == 2 else None
             loss = (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean()
-            if options.steps == "sample":
-                optimizer.zero_grad()
-            (loss if options.steps == "sample" else loss / options.samples_per_round).backward()
-            if options.steps == "sample":
+            (loss / options.samples_per_step).backward()
+            if (position + 1) % options.samples_per_step == 0:
+                if options.lr_schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = options.learning_rate * steps_left / num_steps
                 optimizer.step()
-        if options.steps == "batch":
-            optimizer.step()
-            optimizer.zero_grad()
+                optimizer.zero_grad()
+                steps_left -= 1
 
 
-@pytest.mark.parametrize("steps", ["sample", "batch"])
-@pytest.mark.parametrize(
-    ("optimizer", "cls", "kwargs"),
-    [("rmsprop", torch.optim.RMSprop, {}), ("adamw", torch.optim.Adam, {})],
-)
-def test_rounds_equal_a_plain_loop(steps, optimizer, cls, kwargs):
-    options = PruneOptions(rounds=3, samples_per_round=3, learning_rate=1e-2, optimizer=optimizer, steps=steps)
+@pytest.mark.parametrize("lr_schedule", ["constant", "linear"])
+@pytest.mark.parametrize("samples_per_step", [1, 2, 4])
+@pytest.mark.parametrize(("optimizer", "cls"), [("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.Adam)])
+def test_rounds_equal_a_plain_loop(samples_per_step, optimizer, cls, lr_schedule):
+    options = PruneOptions(
+        rounds=3,
+        samples_per_round=4,
+        samples_per_step=samples_per_step,
+        learning_rate=1e-2,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+    )
     torch.manual_seed(0)
     ours = Block()
     torch.manual_seed(0)
     theirs = Block()
     run_rounds(ours, options)
-    reference(theirs, options, cls, **kwargs)
+    reference(theirs, options, cls)
     torch.testing.assert_close(ours.up.weight, theirs.up.weight)
     torch.testing.assert_close(ours.down.weight, theirs.down.weight)
+
+
+def test_samples_in_one_batch_step_as_samples_apart():
+    """Equal to rounding: batches are for speed."""
+    hidden = [torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    options = PruneOptions(rounds=2, samples_per_round=4, samples_per_step=4, learning_rate=1e-2)
+    found = []
+    for samples in (Batches([None] * 4), Batches([None] * 4, keys=["a", "a", "a", "b"], num_tokens=[6] * 4)):
+        torch.manual_seed(0)
+        block = Block()
+        run, _, norms = parts(block)
+        master, prune = halve(block)
+        targets = [block(h).detach() for h in hidden]
+        generator = torch.Generator().manual_seed(0)
+        optimise_block(run, master, prune, hidden, targets, samples, norms, options, generator)
+        assert norms.num_samples == 4
+        found.append((block.up.weight.detach(), norms.norm("down")))
+    for apart, together in zip(*found, strict=True):
+        torch.testing.assert_close(apart, together)
 
 
 def test_updates_are_masked_only_when_asked(block):
@@ -157,9 +183,8 @@ def test_sixteen_bits_keep_a_float32_master():
     master, prune = halve(block)
     run, _, norms = parts(block)
     for _ in range(20):
-        optimise_block(
-            run, master, prune, hidden, targets, MASKS, norms, options, torch.Generator().manual_seed(0), lambda: None
-        )
+        generator = torch.Generator().manual_seed(0)
+        optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator)
     assert block.up.weight.dtype == torch.bfloat16
     assert master.masters["up"].dtype == torch.float32
     assert torch.equal(block.up.weight, master.masters["up"].bfloat16())

@@ -1,11 +1,12 @@
 import collections
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from wandazeta.callbacks.pruning.samples import capture_samples, split_rows
+from wandazeta.callbacks.pruning.samples import Batches, capture_samples, split_rows
 
 Pair = collections.namedtuple("Pair", "x y")
 
@@ -65,3 +66,32 @@ def test_refusals():
     unknown = type("Unknown", (), {"x": torch.randn(2, 3, 2)})()
     with pytest.raises(ValueError, match="Unknown with 2 samples"):
         capture([unknown])
+
+
+def test_batches_are_neighbours_without_padding_that_are_called_alike():
+    mask = torch.tensor([[True, True, False]])
+    batches = Batches([None, None, mask, None, None], keys=["a", "a", None, "b", "b"], num_tokens=[3] * 5)
+    assert batches.split(range(5)) == [[0, 1], [2], [3, 4]]
+    assert batches.split([0, 3, 1, 4]) == [[0], [3], [1], [4]]
+    assert batches.mask([2]) is mask
+    assert batches.mask([0, 1]) is None
+    assert batches.apart().split(range(5)) == [[0], [1], [2], [3], [4]]
+    long = Batches([None] * 5, keys=["a"] * 5, num_tokens=[1000] * 5)
+    assert long.split(range(5)) == [[0, 1], [2, 3], [4]]
+
+
+def test_samples_are_told_apart_by_shape_padding_and_arguments():
+    rows = [torch.randn(1, length, 2) for length in (3, 3, 4, 3)]
+    samples = capture(rows, lambda row: torch.ones(1, row.shape[1], dtype=torch.bool))
+    assert samples.batches(0).split(range(4)) == [[0, 1], [2], [3]]
+    samples.masks[1] = torch.tensor([[True, False, False]])
+    assert samples.batches(0).split(range(4)) == [[0], [1], [2], [3]]
+
+
+def test_the_form_of_a_call_is_that_of_its_tensors():
+    samples = capture([torch.randn(1, 3, 2)] * 3)
+    shapes = [(1, 3), (1, 3), (1, 4)]
+    for calls, shape in zip(samples.calls, shapes, strict=True):
+        calls[0] = dataclasses.replace(calls[0], kwargs={"mask": torch.randn(shape), "cache": False})
+    assert samples.form(0, 0) == samples.form(1, 0) != samples.form(2, 0)
+    assert samples.batches(0).split(range(3)) == [[0], [1], [2]], "equal forms, other tensors"

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from wandazeta.callbacks.pruning.statistics import InputNorms
+from wandazeta.callbacks.pruning.statistics import InputStatistics
 
 
 def measure(layer, samples, masks):
-    norms = InputNorms({"layer": layer})
+    norms = InputStatistics({"layer": layer})
     with norms.collect(), torch.no_grad():
         for sample, mask in zip(samples, masks, strict=True):
             with norms.sample(mask):
@@ -38,7 +38,7 @@ def test_inputs_flattened_by_the_model_are_understood():
 
 def test_layers_that_share_an_input_and_sixteen_bits():
     layers = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}).bfloat16()
-    norms, x = InputNorms(layers), torch.randn(1, 5, 3).bfloat16()
+    norms, x = InputStatistics(layers), torch.randn(1, 5, 3).bfloat16()
     with norms.collect():
         for _ in range(2):
             with norms.sample():
@@ -52,9 +52,38 @@ def test_layers_that_share_an_input_and_sixteen_bits():
 
 def test_a_layer_that_never_ran_is_named_and_hooks_are_removed():
     layer = nn.Linear(3, 2)
-    norms = InputNorms({"layer": layer})
+    norms = InputStatistics({"layer": layer})
     with norms.collect():
         pass
     layer(torch.randn(1, 2, 3))
     with pytest.raises(ValueError, match="`layer` did not"):
         norms.norm("layer")
+
+
+def test_gram_matrices_are_shared_by_layers_with_one_input():
+    layers = nn.ModuleDict({name: nn.Linear(3, 2) for name in "abc"})
+    statistics, samples = InputStatistics(layers, with_gram=True), [torch.randn(1, 5, 3) for _ in range(3)]
+    mask = torch.tensor([[True, True, True, False, False]])
+    with statistics.collect(), torch.no_grad():
+        for x, m in zip(samples, (None, mask, None), strict=True):
+            with statistics.sample(m):
+                layers["a"](x)
+                layers["b"](x)
+                layers["c"](x + 1)
+    rows = torch.cat([samples[0][0], samples[1][0, :3], samples[2][0]])
+    (gram, names), (other, last) = statistics.groups()
+    assert (names, last) == (["a", "b"], ["c"])
+    torch.testing.assert_close(gram, rows.t() @ rows)
+    torch.testing.assert_close(other, (rows + 1).t() @ (rows + 1))
+    statistics.leave_out_grams()
+    with statistics.collect(), statistics.sample():
+        layers["a"](samples[0])
+    assert statistics.num_samples == 4
+
+
+def test_a_batch_counts_as_its_samples():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 5, 3)
+    together = InputStatistics({"layer": layer})
+    with together.collect(), together.sample(num_samples=4):
+        layer(x)
+    torch.testing.assert_close(together.norm("layer"), measure(layer, list(x.split(1)), [None] * 4).norm("layer"))
