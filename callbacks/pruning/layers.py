@@ -1,7 +1,7 @@
 """Which weights inside the blocks are pruned, seen as (output features, input features) whatever their layout."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -71,14 +71,15 @@ def validate_layers(
     names = {f"{block_name}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in block.named_modules() if n}
     for pattern in options.exclude_modules:
         if not any(_matches(name, pattern) for name in names):
-            known = {name.removeprefix(f"{block_name}.").split(".", 1)[1] for name in names}
+            known = {_name_in_block(name, block_name) for name in names}
             raise ValueError(
                 f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
                 f"none; {nearest(pattern, sorted(known))}"
             )
-    for name, module in names.items():
-        if not _excluded(name, options):
-            _check_supported(name, module)
+    wanted = {name: module for name, module in names.items() if not _excluded(name, options)}
+    for name, module in wanted.items():
+        _check_weight(name, module)
+    _check_own_matrices(wanted, block_name)
     layers = {
         f"{block_name}.{i}.{n}": layer
         for i, block in enumerate(blocks)
@@ -109,31 +110,40 @@ def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
         )
 
 
-def _check_supported(name: str, module: nn.Module) -> None:
+def _check_weight(name: str, module: nn.Module) -> None:
     remedy = "add it to `exclude_modules` to leave it dense"
-    if isinstance(module, nn.Linear) or is_transposed(module):
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
-        if weight.is_meta or weight.numel() == 0:
-            raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
-        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
-            raise ValueError(
-                f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "
-                f"shape {tuple(weight.shape)}; prune the model before it is quantized, or {remedy}"
-            )
+    if not (isinstance(module, nn.Linear) or is_transposed(module)):
         return
-    if isinstance(module, _LEFT_DENSE):
-        return
-    # a router, fused 3-D experts, nn.MultiheadAttention's in_proj_weight: Linears in disguise
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        if sum(size > 1 for size in parameter.shape) >= 2:
-            kind = "fused experts" if parameter.ndim == 3 else "a matrix"
-            raise ValueError(
-                f"Expected blocks whose matrices are in Linear layers, but `{name}` ({type(module).__name__}) holds "
-                f"{kind} of its own, `{parameter_name}` of shape {tuple(parameter.shape)}, which is not supported; "
-                f"{remedy}"
-            )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
+    if weight.is_meta or weight.numel() == 0:
+        raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
+        raise ValueError(
+            f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "
+            f"shape {tuple(weight.shape)}; prune the model before it is quantized, or {remedy}"
+        )
+
+
+def _check_own_matrices(modules: Mapping[str, nn.Module], block_name: str) -> None:
+    """Refuse Linears in disguise, all at once: a router, fused 3-D experts, `in_proj_weight` of MultiheadAttention."""
+    found: dict[str, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, *_LEFT_DENSE)) or is_transposed(module):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if sum(size > 1 for size in parameter.shape) >= 2:
+                kind = "fused experts" if parameter.ndim == 3 else "a matrix"
+                what = (
+                    f"`{name}` ({type(module).__name__}) holds {kind}, `{parameter_name}` of {tuple(parameter.shape)}"
+                )
+                found.setdefault(_name_in_block(name, block_name), what)
+    if found:
+        raise ValueError(
+            f"Expected blocks whose matrices are all in Linear layers, but {'; '.join(found.values())}, which cannot "
+            f"be pruned; add {', '.join(f'`{name}`' for name in found)} to `exclude_modules` to leave that dense"
+        )
 
 
 def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None:
@@ -152,6 +162,10 @@ def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None
                 f"Expected weights of their own in every layer, but `{owner}` is tied to `{name}`; "
                 "add it to `exclude_modules` to leave it dense"
             )
+
+
+def _name_in_block(name: str, block_name: str) -> str:
+    return name.removeprefix(f"{block_name}.").split(".", 1)[1]
 
 
 def _excluded(name: str, options: PruneOptions) -> bool:

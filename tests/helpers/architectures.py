@@ -32,8 +32,19 @@ _MODELS = {
         hf.Qwen2Config(use_sliding_window=True, sliding_window=4, max_window_layers=1, **_LLAMA),
         "model.layers",
     ),
+    "qwen3": lambda: (hf.Qwen3ForCausalLM, hf.Qwen3Config(**_LLAMA), "model.layers"),
     "gemma2": lambda: (hf.Gemma2ForCausalLM, hf.Gemma2Config(sliding_window=4, **_LLAMA), "model.layers"),
+    "gemma3": lambda: (
+        hf.Gemma3ForCausalLM,
+        hf.Gemma3TextConfig(sliding_window=4, sliding_window_pattern=2, **_LLAMA),
+        "model.layers",
+    ),
     "phi": lambda: (hf.PhiForCausalLM, hf.PhiConfig(**{**_LLAMA, "num_key_value_heads": 2}), "model.layers"),
+    "phi3": lambda: (
+        hf.Phi3ForCausalLM,
+        hf.Phi3Config(sliding_window=4, bos_token_id=1, eos_token_id=2, **_LLAMA),
+        "model.layers",
+    ),
     "gpt2": lambda: (
         hf.GPT2LMHeadModel,
         hf.GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=3, n_head=2),
@@ -47,9 +58,41 @@ _MODELS = {
         ),
         "model.decoder.layers",
     ),
+    "falcon": lambda: (
+        hf.FalconForCausalLM,
+        hf.FalconConfig(hidden_size=16, ffn_hidden_size=24, num_hidden_layers=3, num_attention_heads=2, **_COMMON),
+        "transformer.h",
+    ),
+    "bloom": lambda: (
+        hf.BloomForCausalLM,
+        hf.BloomConfig(vocab_size=32, hidden_size=16, n_layer=3, n_head=2),
+        "transformer.h",
+    ),
+    "mixtral": lambda: (
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **_LLAMA),
+        "model.layers",
+    ),
+    "qwen2_moe": lambda: (
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
+            **_LLAMA,
+        ),
+        "model.layers",
+    ),
     "bert": lambda: (hf.BertForMaskedLM, hf.BertConfig(**_BERT), "bert.encoder.layer"),
     "roberta": lambda: (hf.RobertaForMaskedLM, hf.RobertaConfig(**_BERT), "roberta.encoder.layer"),
     "mpnet": lambda: (hf.MPNetForMaskedLM, hf.MPNetConfig(**_BERT), "mpnet.encoder.layer"),
+    "modernbert": lambda: (
+        hf.ModernBertForMaskedLM,
+        # one layer in three attends globally, the others to two neighbours on each side
+        hf.ModernBertConfig(local_attention=4, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **_BERT),
+        "model.layers",
+    ),
     "t5": lambda: (
         hf.T5EncoderModel,
         hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2),
@@ -57,6 +100,8 @@ _MODELS = {
     ),
 }
 ARCHITECTURES = tuple(_MODELS)
+# modules that keep matrices outside Linear layers and so cannot be pruned
+EXCLUDED = {"mixtral": ("gate", "experts"), "qwen2_moe": ("gate", "experts")}
 
 
 def build(name):

@@ -71,6 +71,13 @@ def test_replayed_blocks_equal_the_real_forward_for_each_sample(name, side):
             assert torch.equal(hidden, wanted[0])
 
 
+@pytest.mark.parametrize("name", ["gemma3", "modernbert"])
+def test_rotary_tables_differ_between_types_of_layers(name):
+    model, list_name = build(name)
+    _, calls = capture_block_calls(lambda: model(**token_batches(1)[0]), model.get_submodule(list_name))
+    assert not torch.equal(calls[0].kwargs["position_embeddings"][0], calls[1].kwargs["position_embeddings"][0])
+
+
 def test_gemma2_gets_a_mask_for_each_type_of_layer():
     model, name = build("gemma2")
     _, calls = capture_block_calls(lambda: model(**token_batches(1)[0]), model.get_submodule(name))

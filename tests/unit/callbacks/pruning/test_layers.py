@@ -82,7 +82,7 @@ def test_what_cannot_be_pruned_is_refused_by_name_and_can_be_excluded():
 
     for change, message in (
         (attention, r"`blocks.0.attn` \(MultiheadAttention\).*`in_proj_weight`"),
-        (experts, "fused experts of its own, `gate_up_proj`"),
+        (experts, r"`blocks.0.experts` \(Module\) holds fused experts, `gate_up_proj` of \(4, 8, 16\)"),
         (quantised, "before it is quantized"),
         (meta, "meta device"),
         (parametrised, "is computed"),
@@ -91,6 +91,14 @@ def test_what_cannot_be_pruned_is_refused_by_name_and_can_be_excluded():
             validate_layers(make(change=change), PruneOptions())
     validate_layers(make(change=attention), PruneOptions(exclude_modules=("attn",)))
     assert names(make(change=attention), "attn")[0] == ["up_proj.weight", "down_proj.weight"]
+
+
+def test_all_that_hold_matrices_of_their_own_are_named_at_once_by_the_names_to_exclude():
+    model, name = build("mixtral")
+    with pytest.raises(
+        ValueError, match=r"`\S+0.mlp.gate` \(.*`\S+0.mlp.experts` \(.*; add `mlp.gate`, `mlp.experts` to"
+    ):
+        validate_layers(model.get_submodule(name), PruneOptions(), block_name=name)
 
 
 def test_shared_and_tied_weights_are_refused():
