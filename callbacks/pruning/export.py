@@ -114,8 +114,8 @@ def export_pretrained(
 ) -> None:
     """Writes a Hugging Face directory: zero-filled safetensors, tokenizer, masks, report and model card.
 
-    The directory appears whole or not at all. Loaded by transformers alone, the model gives the same logits bit for
-    bit.
+    The directory appears whole or not at all. Loaded by transformers alone, the model has the same weights bit for
+    bit, and so the same logits; kernels that round by where a weight lies in memory may change their last bit.
 
     Args:
         model: The pruned transformers model.
