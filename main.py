@@ -49,6 +49,7 @@ class PruningTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         output_dir: str = "runs/pruned_model",
+        pack: bool = False,
     ) -> None:
         """Prune without fitting and write a Hugging Face directory.
 
@@ -56,6 +57,7 @@ class PruningTrainer(Trainer):
             model: The module whose model is pruned.
             datamodule: Where calibration data come from, unless the callback has its own.
             output_dir: Directory to write: weights, tokenizer, masks, report and model card.
+            pack: Write the 2:4 packed form too, `model.2of4.safetensors`: smaller to ship, the same weights.
 
         Raises:
             ValueError: If the trainer does not have exactly one WandaPPPruneCallback, or anything does not fit.
@@ -68,7 +70,7 @@ class PruningTrainer(Trainer):
                 f"Expected one WandaPPPruneCallback in `trainer.callbacks`, but got {len(callbacks)}; "
                 "it says what to prune and how"
             )
-        prune_and_export(self, model, datamodule, callbacks[0], output_dir)
+        prune_and_export(self, model, datamodule, callbacks[0], output_dir, pack=pack)
         sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .packed import MASKS_FILE, PACKED_FILE, write_packed
 from .progress import ProgressFolder, check_writable, write_json
 from .report import PruneReport
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from wandazeta.callbacks import WandaPPPruneCallback
 
 _REPORT = "prune_report.json"
+_PACKED_NOTE = (
+    f"- `{PACKED_FILE}`: the same weights packed, all that need be shipped besides configuration and tokenizer; "
+    "`python -m wandazeta.callbacks.pruning.packed SRC DST` restores the plain file bit for bit"
+)
 
 
 def prune_and_export(
@@ -28,6 +33,8 @@ def prune_and_export(
     datamodule: "LightningDataModule | None",
     callback: "WandaPPPruneCallback",
     output_dir: str | os.PathLike[str],
+    *,
+    pack: bool = False,
 ) -> PruneReport:
     """Prunes a module without fitting it and writes its transformers model as a Hugging Face directory.
 
@@ -37,6 +44,7 @@ def prune_and_export(
         datamodule: The calibration data, unless the callback has its own.
         callback: Says what to prune and how, and keeps the progress in its own `output_dir`.
         output_dir: The directory to write.
+        pack: Write the 2:4 packed file, too.
 
     Returns:
         The report.
@@ -45,6 +53,11 @@ def prune_and_export(
         ValueError: If model, data, options or folders do not fit, before any long work.
     """
     target = Path(output_dir).absolute()
+    if pack and callback.options.sparsity_pattern != "2:4":
+        raise ValueError(
+            "Expected argument `pack` to go with sparsity_pattern='2:4', the one pattern with a packed form, but got "
+            f"{callback.options.sparsity_pattern!r}; prune 2:4 or leave `pack` out."
+        )
     if trainer.world_size > 1:
         raise ValueError(
             f"Expected one process to prune with, but got {trainer.world_size}; set trainer.devices and "
@@ -78,7 +91,7 @@ def prune_and_export(
         for name, mask in result.masks.items()
     }
     tokenizer = next((t for owner in (model, datamodule) if _saves(t := getattr(owner, "tokenizer", None))), None)
-    export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key)
+    export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
     return report
 
 
@@ -111,6 +124,7 @@ def export_pretrained(
     masks: Mapping[str, Tensor],
     *,
     key: str | None = None,
+    pack: bool = False,
 ) -> None:
     """Writes a Hugging Face directory: zero-filled safetensors, tokenizer, masks, report and model card.
 
@@ -124,9 +138,10 @@ def export_pretrained(
         report: What was done.
         masks: True where a weight was kept, by parameter name in `model`.
         key: The hash that names the pruning.
+        pack: Write the 2:4 packed file beside the plain ones.
 
     Raises:
-        ValueError: If a mask is not that of a written weight.
+        ValueError: If a mask is not that of a written weight, or not 2:4 where that is to be packed.
     """
     directory = Path(directory).absolute()
     fresh = directory.with_name(f".{directory.name}.new")
@@ -137,9 +152,11 @@ def export_pretrained(
         tokenizer.save_pretrained(fresh)
     on_disk = _names_on_disk(model, dict(masks))
     _check_masks(fresh, on_disk)
-    save_file(on_disk, fresh / "masks.safetensors", metadata={"format": "pt"})
+    save_file(on_disk, fresh / MASKS_FILE, metadata={"format": "pt"})
+    if pack:
+        write_packed(fresh)
     write_json(fresh / _REPORT, {"key": key, **report.to_dict()})
-    (fresh / "README.md").write_text(_model_card(model, report, tokenizer is not None), encoding="utf-8")
+    (fresh / "README.md").write_text(_model_card(model, report, tokenizer is not None, pack), encoding="utf-8")
     _make_readable(fresh)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -210,7 +227,7 @@ def _check_masks(directory: Path, masks: Mapping[str, Tensor]) -> None:
         )
 
 
-def _model_card(model: Any, report: PruneReport, has_tokenizer: bool) -> str:
+def _model_card(model: Any, report: PruneReport, has_tokenizer: bool, is_packed: bool) -> str:
     options = report.options
     base = getattr(model.config, "_name_or_path", "") or ""
     is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
@@ -240,7 +257,8 @@ def _model_card(model: Any, report: PruneReport, has_tokenizer: bool) -> str:
         "```",
         "",
         "- `model*.safetensors`: the weights, zeros in place",
-        "- `masks.safetensors`: true where a weight was kept",
+        f"- `{MASKS_FILE}`: true where a weight was kept; a byte a weight, not needed to run the model",
+        *([_PACKED_NOTE] if is_packed else []),
         f"- `{_REPORT}`: what was done to each layer",
         "",
         "| option | value |",

@@ -132,10 +132,16 @@ class PruneReport:
     @property
     def gain(self) -> str:
         """What the zeros buy, in plain words."""
-        words = "The zeros are stored as zeros: files and dense kernels are neither smaller nor faster than before."
-        if self.options.get("sparsity_pattern") == "2:4":
-            words += " GPUs from NVIDIA Ampere on can run 2:4 weights with their sparse kernels."
-        return words
+        words = (
+            "The zeros are stored as zeros: plain files and dense kernels are neither smaller nor faster than before."
+        )
+        if self.options.get("sparsity_pattern") != "2:4":
+            return f"{words} What would help exists for 2:4 alone: a packed file, and sparse kernels on some GPUs."
+        return (
+            f"{words} What helps: the 2:4 packed file (`wandazeta prune --pack true`) takes 0.56 of the size of the "
+            "pruned weights on disk in 16 bit, 0.53 in 32 bit, and must be unpacked to be run; sparse kernels "
+            "(`wandazeta.callbacks.pruning.semi_structured`) need an NVIDIA GPU from Ampere on and weights in 16 bit."
+        )
 
 
 def table(report: PruneReport) -> "Table":

@@ -148,6 +148,30 @@ def test_prune_writes_a_model_that_transformers_reads(config, tmp_path, capsys):
     assert not config.exists(), "without a logger no configuration is saved"
 
 
+def test_pack_writes_an_extra_file_and_is_for_2of4_alone(config, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    from wandazeta.callbacks.pruning.packed import load_packed
+
+    settings = yaml.safe_load(config.read_text())
+    # the overrides of a list's item reach its last one
+    settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:1]
+    config.write_text(yaml.safe_dump(settings))
+    arguments = ["prune", "-c", str(config), "--output_dir", "exported", "--pack", "true"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--trainer.callbacks.init_args.sparsity_pattern", "4:8"])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: Expected argument `pack` to go with sparsity_pattern='2:4'")
+    assert not (tmp_path / "run/pruning").exists()
+
+    main(arguments)
+    plain, packed = (tmp_path / "exported" / f"model{kind}.safetensors" for kind in ("", ".2of4"))
+    assert packed.stat().st_size < plain.stat().st_size
+    weights, unpacked = load_file(plain), load_packed(packed)
+    assert unpacked.keys() == weights.keys()
+    assert all(torch.equal(unpacked[name], weights[name]) for name in weights)
+
+
 def test_bad_input_ends_with_one_line(config, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     for override, message in (

@@ -32,3 +32,12 @@ def test_table_has_a_line_for_each_block_and_says_what_it_buys():
     assert "1.00 GiB" in text
     assert "neither smaller nor faster" in text
     assert "0.25" in text
+
+
+def test_what_the_zeros_buy_depends_on_the_pattern():
+    for piece in ("neither smaller nor faster", "`wandazeta prune --pack true`", "0.56", "Ampere", "16 bit"):
+        assert piece in REPORT.gain
+    other = PruneReport({"sparsity_pattern": "4:8"}, "model.layers").gain
+    assert "neither smaller nor faster" in other
+    assert "for 2:4 alone" in other
+    assert "--pack" not in other
