@@ -60,13 +60,17 @@ def test_equals_a_packer_of_plain_loops_and_comes_back_bit_for_bit(dtype, shape)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_among_the_kept_keep_their_sign(dtype):
-    weight = torch.tensor([[0.0, -0.0, 0.0, 1.0], [-0.0, 0.0, -0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
-    mask = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    weight = torch.tensor([[0.0, -0.0, 0.0, 1.0], [-0.0, 0.0, -0.0, 0.0], [0.0, 0.0, 0.0, 2.0]], dtype=dtype)
+    mask = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
     assert same(unpack_2of4(*pack_2of4(weight, mask), (3, 4)), weight)
     # the mask may name fewer than two of a group
     for mask in (weight.signbit() | (weight != 0), torch.zeros(3, 4, dtype=torch.bool)):
         clean = torch.where(mask, weight, torch.zeros((), dtype=dtype))
-        assert same(unpack_2of4(*pack_2of4(clean, mask), (3, 4)), clean)
+        values, indices = pack_2of4(clean, mask)
+        assert same(unpack_2of4(values, indices, (3, 4)), clean)
+        # filled up to two, still in order, as sparse kernels want them
+        pairs = [byte >> shift & 15 for byte in indices.tolist() for shift in (0, 4)][:3]
+        assert all(pair & 3 < pair >> 2 for pair in pairs)
 
 
 def test_a_view_with_other_strides_is_packed_like_its_copy():
@@ -147,8 +151,13 @@ def test_a_directory_comes_back_bit_for_bit(tmp_path, num_shards, dtype):
     }
     expected = sum(tensor.nbytes for name, tensor in tensors.items() if name not in masks)
     expected += sum(tensors[name].nbytes // 2 + math.ceil(tensors[name].numel() / 8) for name in masks)
-    header = struct.unpack("<Q", path.read_bytes()[:8])[0]
-    assert path.stat().st_size == 8 + header + expected
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    assert len(content) == 8 + length + expected
+    # a reader that maps the file finds every tensor at a multiple of its element's size
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % stored[name].itemsize == 0 for name in stored)
     assert not list(tmp_path.rglob(".*"))
 
 
