@@ -1,0 +1,39 @@
+"""Reports of prunings that nobody ran, and one of a small model pruned in the process."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.callbacks.pruning.pruner import prune_model
+from wandazeta.callbacks.pruning.report import BlockRecord, LayerRecord, PruneReport
+
+
+def made_up(num_blocks=3, losses=(0.5, 0.25), names=("up.weight", "down.weight"), options=None, width=40, **record):
+    """A report whose layer `i` of block `b` has (b + i + 1) % 10 tenths of zeros."""
+    blocks = []
+    for index in range(num_blocks):
+        layers = tuple(
+            LayerRecord(name, (8, width), "2:4", (index + i + 1) % 10 / 10, 1.5, 0.25) for i, name in enumerate(names)
+        )
+        costs = {"seconds": 1.5, "peak_memory": 2**30, "num_samples": 4, "num_tokens": 40} | record
+        blocks.append(BlockRecord(index, f"model.layers.{index}", layers, *losses, **costs))
+    options = PruneOptions().to_dict() if options is None else options
+    return PruneReport(options, "model.layers", tuple(blocks))
+
+
+def pruned_llama(num_blocks=6):
+    """The report of a random LLaMA, pruned by Wanda++ to 2:4."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=num_blocks,
+        initializer_range=0.25,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    batches = list(torch.randint(300, (8, 12), generator=torch.Generator().manual_seed(0)).split(4))
+    options = PruneOptions(rounds=2, samples_per_round=4, learning_rate=1e-3)
+    return prune_model(model, lambda tokens: model(input_ids=tokens), batches, options)
