@@ -1,6 +1,7 @@
 """A pruned transformers model as a directory that every loader reads."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .packed import MASKS_FILE, PACKED_FILE, write_packed
+from .page import write_page
 from .progress import ProgressFolder, check_writable, write_json
 from .report import PruneReport
 
@@ -25,6 +27,8 @@ _PACKED_NOTE = (
     f"- `{PACKED_FILE}`: the same weights packed, all that need be shipped besides configuration and tokenizer; "
     "`python -m wandazeta.callbacks.pruning.packed SRC DST` restores the plain file bit for bit"
 )
+_PAGE = "prune_report.html"
+_logger = logging.getLogger(__name__)
 
 
 def prune_and_export(
@@ -126,7 +130,7 @@ def export_pretrained(
     key: str | None = None,
     pack: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: zero-filled safetensors, tokenizer, masks, report and model card.
+    """Writes a Hugging Face directory: zero-filled safetensors, tokenizer, masks, report, its page and model card.
 
     The directory appears whole or not at all. Loaded by transformers alone, the model has the same weights bit for
     bit, and so the same logits; kernels that round by where a weight lies in memory may change their last bit.
@@ -156,7 +160,9 @@ def export_pretrained(
     if pack:
         write_packed(fresh)
     write_json(fresh / _REPORT, {"key": key, **report.to_dict()})
-    (fresh / "README.md").write_text(_model_card(model, report, tokenizer is not None, pack), encoding="utf-8")
+    has_page = _write_page(fresh / _PAGE, report, model)
+    card = _model_card(model, report, has_tokenizer=tokenizer is not None, has_page=has_page, is_packed=pack)
+    (fresh / "README.md").write_text(card, encoding="utf-8")
     _make_readable(fresh)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -227,12 +233,27 @@ def _check_masks(directory: Path, masks: Mapping[str, Tensor]) -> None:
         )
 
 
-def _model_card(model: Any, report: PruneReport, has_tokenizer: bool, is_packed: bool) -> str:
-    options = report.options
+def _write_page(path: Path, report: PruneReport, model: Any) -> bool:
+    """Writes the report as a page, if what draws it is installed; without it the model is no worse."""
+    try:
+        write_page(report, path, model=_hub_name(model) or type(model).__name__)
+    except ModuleNotFoundError as error:
+        _logger.warning("Wrote no %s: %s", path.name, error)
+        return False
+    return True
+
+
+def _hub_name(model: Any) -> str | None:
     base = getattr(model.config, "_name_or_path", "") or ""
     is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    return base if is_hub_name else None
+
+
+def _model_card(model: Any, report: PruneReport, *, has_tokenizer: bool, has_page: bool, is_packed: bool) -> str:
+    options = report.options
+    base = _hub_name(model)
     header = ["---", "library_name: transformers", "tags: [pruned, sparse, wandazeta]"]
-    if is_hub_name:
+    if base:
         header.append(f"base_model: {base}")
     layers = sum(len(block.layers) for block in report.blocks)
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in options.items())
@@ -241,7 +262,7 @@ def _model_card(model: Any, report: PruneReport, has_tokenizer: bool, is_packed:
         *header,
         "---",
         "",
-        f"# {base if is_hub_name else name}, pruned",
+        f"# {base or name}, pruned",
         "",
         f"{report.sparsity:.2%} of the weights in {layers} Linear layers of {len(report.blocks)} blocks are zero "
         f"(method `{options.get('method')}`, pattern `{options.get('sparsity_pattern')}`). Embeddings, norms and head "
@@ -260,6 +281,7 @@ def _model_card(model: Any, report: PruneReport, has_tokenizer: bool, is_packed:
         f"- `{MASKS_FILE}`: true where a weight was kept; a byte a weight, not needed to run the model",
         *([_PACKED_NOTE] if is_packed else []),
         f"- `{_REPORT}`: what was done to each layer",
+        *([f"- `{_PAGE}`: the same with pictures, to open in a browser"] if has_page else []),
         "",
         "| option | value |",
         "|---|---|",

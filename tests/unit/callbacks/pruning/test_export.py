@@ -1,5 +1,6 @@
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -118,9 +119,25 @@ def test_the_directory_holds_report_card_and_tokenizer(tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n")
     for piece in ("50.00%", "`wanda++`", "`2:4`", "neither smaller nor faster", "LlamaForCausalLM.from_pretrained"):
         assert piece in card
+    assert "- `prune_report.html`" in card
+    page = (out / "prune_report.html").read_text()
+    assert "50.0% of the weights in 14 layers are zero" in page
+    assert "<title>LlamaForCausalLM, pruned</title>" in page
     assert (out / "tokenizer.json").exists()
     assert not list(tmp_path.glob(".*"))
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
+def test_without_matplotlib_all_but_the_page_is_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    export(tmp_path)
+    assert (tmp_path / "out" / "prune_report.json").exists()
+    assert not (tmp_path / "out" / "prune_report.html").exists()
+    assert "prune_report.html" not in (tmp_path / "out" / "README.md").read_text()
+    notes = [note.getMessage() for note in caplog.records if note.name.endswith("pruning.export")]
+    assert len(notes) == 1
+    assert notes[0].startswith("Wrote no prune_report.html: ")
+    assert "wandazeta[report]" in notes[0]
 
 
 def test_a_second_export_replaces_the_first_and_others_are_refused(tmp_path):
