@@ -4,12 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .keep_sparsity import KeepSparsity
     from .monitors import PeakMemoryMonitor
     from .wandapp import WandaPPPruneCallback
 
-__all__ = ["PeakMemoryMonitor", "WandaPPPruneCallback"]
+__all__ = ["KeepSparsity", "PeakMemoryMonitor", "WandaPPPruneCallback"]
 
-_HOMES = {"PeakMemoryMonitor": ".monitors", "WandaPPPruneCallback": ".wandapp"}
+_HOMES = {
+    "KeepSparsity": ".keep_sparsity",
+    "PeakMemoryMonitor": ".monitors",
+    "WandaPPPruneCallback": ".wandapp",
+}
 
 
 def __getattr__(name: str) -> Any:

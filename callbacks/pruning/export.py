@@ -154,7 +154,7 @@ def export_pretrained(
     model.save_pretrained(fresh)
     if tokenizer is not None:
         tokenizer.save_pretrained(fresh)
-    on_disk = _names_on_disk(model, dict(masks))
+    on_disk = names_on_disk(model, dict(masks))
     _check_masks(fresh, on_disk)
     save_file(on_disk, fresh / MASKS_FILE, metadata={"format": "pt"})
     if pack:
@@ -206,8 +206,16 @@ def _check_target(target: Path, progress: ProgressFolder) -> None:
         )
 
 
-def _names_on_disk(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Maps masks from the names in memory to those in the files, which transformers keeps in the original format."""
+def names_on_disk(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Maps masks from the names in memory to those in the files, which transformers keeps in the original format.
+
+    Args:
+        model: The model.
+        masks: A tensor for each weight, by parameter name.
+
+    Returns:
+        The same tensors by the names in the files, in the order of these.
+    """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
