@@ -21,11 +21,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
-from wandazeta.callbacks import PeakMemoryMonitor, WandaPPPruneCallback
+from wandazeta.callbacks import KeepSparsity, PeakMemoryMonitor, WandaPPPruneCallback
 from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
-from wandazeta.modules import LanguageModel, ZerothOrderModule
+from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
 __all__ = [
+    "FirstOrderModule",
+    "KeepSparsity",
     "LanguageModel",
     "PeakMemoryMonitor",
     "PromptedClassificationDataModule",

@@ -1,15 +1,20 @@
-"""LightningModules: a language model to evaluate, and the same fine-tuned with forward passes alone."""
+"""LightningModules: a language model to evaluate, and fine-tuned with forward passes alone or by back-propagation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .first_order import FirstOrderModule
     from .language_model import LanguageModel
     from .zeroth_order import ZerothOrderModule
 
-__all__ = ["LanguageModel", "ZerothOrderModule"]
+__all__ = ["FirstOrderModule", "LanguageModel", "ZerothOrderModule"]
 
-_HOMES = {"LanguageModel": ".language_model", "ZerothOrderModule": ".zeroth_order"}
+_HOMES = {
+    "FirstOrderModule": ".first_order",
+    "LanguageModel": ".language_model",
+    "ZerothOrderModule": ".zeroth_order",
+}
 
 
 def __getattr__(name: str) -> Any:

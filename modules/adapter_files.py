@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from .adapters import AdapterBank
 
 _WHAT = {
+    "train": "`train`",
     "backbone_key": "the backbone that the adapters were trained on (model and pruning)",
     "adapter_rank": "`adapter_rank`",
     "adapter_bottleneck": "`adapter_bottleneck`",
     "adapter_sites": "`adapter_sites` and `adapter_layers`",
     "update": "`update`",
+    "lora_rank": "`lora_rank`",
+    "lora_alpha": "`lora_alpha`",
+    "target_modules": "`target_modules`",
     "num_parameters": "the number of trainable values",
 }
 

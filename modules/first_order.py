@@ -1,0 +1,254 @@
+"""Fine-tuning by back-propagation, the baseline of `ZerothOrderModule` on the same batches: LoRA, or all weights."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
+
+from wandazeta.blocks import nearest
+
+from .adapter_files import backbone_fingerprint, require_same
+from .arguments import check_range
+from .language_model import LanguageModel
+from .scoring import option_losses
+
+
+class FirstOrderModule(LanguageModel):
+    """A causal language model that is trained by back-propagation with AdamW: LoRA adapters, or all of its weights.
+
+    Batches, losses and metrics are those of `ZerothOrderModule`. A backbone that a callback prunes is pruned by the
+    time `setup` puts the adapters in (Hu et al., arXiv 2106.09685); they are peft's, and checkpoints hold nothing else.
+    To train all weights of a pruned backbone and keep it sparse, add the callback `KeepSparsity`.
+
+    Args:
+        model_name_or_path: Hugging Face name or local directory of a causal language model.
+        dtype: Precision that the weights are loaded in; what is trained wants float32, LoRA's adapters are so anyway.
+        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
+        trust_remote_code: Run code that comes with the model; only for sources that you trust.
+        pad_token: Token to pad with, for tokenizers that have none.
+        train: What is trained, `lora` adapters beside frozen weights, or the `full` model.
+        learning_rate: Learning rate of AdamW.
+        lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
+        weight_decay: Weight decay of matrices; biases and norms have none.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Scale of the adapters, which add alpha / rank times their product.
+        lora_dropout: Dropout at the input of the adapters.
+        target_modules: Names of the modules with adapters; by default all Linears but the head.
+        seed: Seed of the adapters' start.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the model, or peft is not installed.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        pad_token: str | None = None,
+        train: Literal["lora", "full"] = "lora",
+        learning_rate: float = 1e-4,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        weight_decay: float = 0.0,
+        lora_rank: int = 8,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        target_modules: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_range("train", train, train in ("lora", "full"), "lora or full")
+        check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        check_range("lora_rank", lora_rank, lora_rank >= 1, "at least 1")
+        check_range("lora_alpha", lora_alpha, lora_alpha > 0, "above 0")
+        check_range("lora_dropout", lora_dropout, 0 <= lora_dropout < 1, "at least 0 and below 1")
+        check_range("target_modules", target_modules, target_modules != [], "one name or more")
+        if train == "lora" and find_spec("peft") is None:
+            raise ValueError(
+                "Expected the package peft for train='lora', but it is not installed; "
+                "run `pip install peft`, or set `train` to 'full'"
+            )
+        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
+        self.train_mode = train
+        self.strict_loading = train == "full"
+        self.learning_rate = learning_rate
+        self.lr_scheduler = lr_scheduler
+        self.weight_decay = weight_decay
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.target_modules = target_modules
+        self.seed = seed
+        self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
+        self.backbone_key = ""
+        self.adapter_names: frozenset[str] = frozenset()
+        self._check_target_modules()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Put the adapters into the backbone, which may have been pruned by now."""
+        if self.train_mode == "lora" and not self.adapter_names:
+            self._insert_adapters()
+        if stage == "fit":
+            self._require_adapters("train")
+            # models come from their files in evaluation mode, without dropout
+            self.backbone.train()
+
+    def _check_target_modules(self) -> None:
+        known = {name for name, module in self.backbone.named_modules() if name and not any(module.children())}
+        for target in self.target_modules or []:
+            if not any(name == target or name.endswith(f".{target}") for name in known):
+                raise ValueError(
+                    f"Expected argument `target_modules` to name modules of the model, but got {target!r}; "
+                    f"{nearest(target, sorted({name.rpartition('.')[2] for name in known}))}"
+                )
+
+    def _insert_adapters(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules or "all-linear",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            # changes the backbone in place; the wrapper saves and merges, and stays out of the module's own names
+            self.__dict__["_peft_model"] = get_peft_model(self.backbone, config)
+        trainable = {name: p.numel() for name, p in self.named_parameters() if p.requires_grad}
+        self.adapter_names = frozenset(trainable)
+        rank_zero_info(f"{sum(trainable.values()):,} trainable values in {len(trainable) // 2} LoRA adapters")
+
+    def _require_adapters(self, what: str) -> None:
+        if self.train_mode == "lora" and "_peft_model" not in self.__dict__:
+            raise ValueError(
+                f"Expected LoRA adapters to {what}, but there are none: they are put in by `setup`, which runs in "
+                "`fit`, `validate`, `test` and `predict`, and `merge` takes them out"
+            )
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        prepared = self.scorer.prepare(batch)
+        if prepared.labels is not None:
+            loss = option_losses(self.scorer.option_scores(prepared), prepared.labels)[0]
+        else:
+            loss = self.scorer.token_nll(prepared).double().sum() / batch["attention_mask"][:, 1:].sum()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.train_mode == "lora":
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if name in self.adapter_names}
+        checkpoint["first_order"] = self._description()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("first_order")
+        if saved is None:
+            raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
+        require_same(saved, self._description())
+        if self.train_mode == "lora" and set(checkpoint["state_dict"]) != self.adapter_names:
+            difference = set(checkpoint["state_dict"]) ^ self.adapter_names
+            raise ValueError(
+                f"Expected a checkpoint with exactly the adapters of this run, but {len(difference)} are in one only, "
+                f"first `{min(difference)}`; use the same `target_modules`, or start a new run"
+            )
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapters as peft does: `adapter_config.json` and `adapter_model.safetensors`.
+
+        They belong on the backbone that they were trained on, pruned where that was pruned.
+
+        Args:
+            directory: Where to write.
+
+        Raises:
+            ValueError: If there are no adapters.
+        """
+        check_range("train", self.train_mode, self.train_mode == "lora", "lora to have adapters to save")
+        self._require_adapters("save")
+        # `save_embedding_layers` would ask a hub about the vocabulary
+        self.__dict__["_peft_model"].save_pretrained(
+            str(directory), save_embedding_layers=False, is_main_process=self.global_rank == 0
+        )
+
+    @torch.no_grad()
+    def merge(self, keep_mask: bool = False) -> None:
+        """Merge the adapters into the backbone, which is a plain model of transformers afterwards.
+
+        A pruned weight plus a product of two factors is a dense weight. So on a pruned backbone this needs
+        `keep_mask=True`, which sets what was pruned to zero again: sparse as before, but no longer the function that
+        was trained; measure it.
+
+        Args:
+            keep_mask: Set the weights that were zero before to zero after the merge.
+
+        Raises:
+            ValueError: If there are no adapters, or the backbone is pruned and its masks are not to be kept.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        check_range("train", self.train_mode, self.train_mode == "lora", "lora to have adapters to merge")
+        self._require_adapters("merge")
+        layers = {name: m for name, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
+        zeros = {
+            layer.get_base_layer(): (name, layer.get_base_layer().weight == 0)
+            for name, layer in layers.items()
+            if _is_pruned(layer)
+        }
+        if zeros and not keep_mask:
+            raise ValueError(
+                f"Expected argument `keep_mask` to be True for a pruned backbone, but got {keep_mask!r}: merged with "
+                f"its adapter a sparse weight is dense, and {len(zeros)} layers such as "
+                f"`{next(iter(zeros.values()))[0]}` are sparse; keep the adapters beside the weights (`save_adapter`), "
+                "or merge with keep_mask=True, which gives up what the adapters add to pruned places"
+            )
+        self.__dict__.pop("_peft_model").merge_and_unload(safe_merge=True)
+        for base_layer, (_, pruned) in zeros.items():
+            base_layer.weight.masked_fill_(pruned, 0.0)
+
+    def _description(self) -> dict[str, Any]:
+        if self.train_mode == "full":
+            return {"train": "full"}
+        return {
+            "train": "lora",
+            "backbone_key": self.backbone_key,
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": self.target_modules,
+        }
+
+
+def _is_pruned(layer: nn.Module) -> bool:
+    """Whether the weight under an adapter was pruned: then every row lost some; a zero by chance is in few of them."""
+    weight = layer.get_base_layer().weight  # type: ignore[operator]
+    return bool((weight == 0).any(0 if getattr(layer, "fan_in_fan_out", False) else 1).all())
