@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
@@ -219,22 +219,18 @@ class FirstOrderModule(LanguageModel):
 
         check_range("train", self.train_mode, self.train_mode == "lora", "lora to have adapters to merge")
         self._require_adapters("merge")
-        layers = {name: m for name, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
-        zeros = {
-            layer.get_base_layer(): (name, layer.get_base_layer().weight == 0)
-            for name, layer in layers.items()
-            if _is_pruned(layer)
-        }
+        layers: dict[str, Any] = {name: m for name, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
+        zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items() if _is_pruned(layer)}
         if zeros and not keep_mask:
             raise ValueError(
                 f"Expected argument `keep_mask` to be True for a pruned backbone, but got {keep_mask!r}: merged with "
                 f"its adapter a sparse weight is dense, and {len(zeros)} layers such as "
-                f"`{next(iter(zeros.values()))[0]}` are sparse; keep the adapters beside the weights (`save_adapter`), "
+                f"`{next(iter(zeros))}` are sparse; keep the adapters beside the weights (`save_adapter`), "
                 "or merge with keep_mask=True, which gives up what the adapters add to pruned places"
             )
         self.__dict__.pop("_peft_model").merge_and_unload(safe_merge=True)
-        for base_layer, (_, pruned) in zeros.items():
-            base_layer.weight.masked_fill_(pruned, 0.0)
+        for name, pruned in zeros.items():
+            self.backbone.get_submodule(name).weight.masked_fill_(pruned, 0.0)  # type: ignore[operator]
 
     def _description(self) -> dict[str, Any]:
         if self.train_mode == "full":
@@ -248,7 +244,7 @@ class FirstOrderModule(LanguageModel):
         }
 
 
-def _is_pruned(layer: nn.Module) -> bool:
+def _is_pruned(layer: Any) -> bool:
     """Whether the weight under an adapter was pruned: then every row lost some; a zero by chance is in few of them."""
-    weight = layer.get_base_layer().weight  # type: ignore[operator]
+    weight = layer.get_base_layer().weight
     return bool((weight == 0).any(0 if getattr(layer, "fan_in_fan_out", False) else 1).all())

@@ -65,6 +65,25 @@ def test_accumulated_gradients_and_a_norm_of_kept_weights_only():
     assert_held(module, run.optimizers)
 
 
+class Langevin(torch.optim.SGD):
+    """Writes to every weight, whatever its gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(torch.randn_like(weight), alpha=1e-3)
+                self.state[weight]["noise"] = torch.randn_like(weight)
+        return loss
+
+
+def test_an_optimizer_that_adds_noise():
+    module = sparse_tiny()
+    run = fit(module, lambda p: Langevin(p, lr=0.1))
+    assert_held(module, run.optimizers)
+
+
 class SeesGradients(Callback):
     """Looks at gradients as early as a callback can, and before each clipping."""
 
