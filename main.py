@@ -59,7 +59,7 @@ class PruningTrainer(Trainer):
             model: The module whose model is pruned.
             datamodule: Where calibration data come from, unless the callback has its own.
             output_dir: Directory to write: weights, tokenizer, masks, report and model card.
-            pack: Write the 2:4 packed form too, `model.2of4.safetensors`: smaller to ship, the same weights.
+            pack: Write the 2:4 packed form too, `sparsity/model.2of4.safetensors`: smaller to ship, the same weights.
 
         Raises:
             ValueError: If the trainer does not have exactly one WandaPPPruneCallback, or anything does not fit.

@@ -25,7 +25,7 @@ class KeepSparsity(Callback):
     does not matter.
 
     Args:
-        masks: A `masks.safetensors`, or the directory of a `wandazeta prune` that holds one; by default the zeros of
+        masks: A `masks.safetensors`, or the directory of a `wandazeta prune` that holds it; by default the zeros of
             the Linears in the blocks when the fit starts.
         blocks: Dotted name of the list of blocks in the module; found where it is not given. For masks without a file.
 

@@ -1,6 +1,10 @@
-"""Checks of what a user passes."""
+"""Checks of what a user passes, and what becomes of it."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 def check_range(name: str, value: Any, fits: bool, what: str) -> None:
@@ -17,3 +21,17 @@ def top_blocks(adapter_layers: str) -> int | None:
     if start != "last" or not number.isdigit() or int(number) < 1:
         raise ValueError(f"Expected argument `adapter_layers` to be 'all' or like 'last:2', but got {adapter_layers!r}")
     return int(number)
+
+
+def stepped(optimizer: Optimizer, lr_scheduler: Callable[[Optimizer], LRScheduler] | None) -> Any:
+    """Make what `configure_optimizers` returns for a scheduler that is stepped after every training step.
+
+    Raises:
+        ValueError: If the scheduler follows a metric.
+    """
+    if lr_scheduler is None:
+        return optimizer
+    scheduler = lr_scheduler(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

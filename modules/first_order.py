@@ -9,15 +9,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.blocks import nearest
 
 from .adapter_files import backbone_fingerprint, require_same
-from .arguments import check_range
+from .arguments import check_range, stepped
 from .language_model import LanguageModel
-from .scoring import option_losses
+from .scoring import option_losses, token_losses
 
 
 class FirstOrderModule(LanguageModel):
@@ -143,7 +143,7 @@ class FirstOrderModule(LanguageModel):
         if prepared.labels is not None:
             loss = option_losses(self.scorer.option_scores(prepared), prepared.labels)[0]
         else:
-            loss = self.scorer.token_nll(prepared).double().sum() / batch["attention_mask"][:, 1:].sum()
+            loss = token_losses(self.scorer.token_nll(prepared), prepared)[0]
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -156,12 +156,7 @@ class FirstOrderModule(LanguageModel):
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return stepped(optimizer, self.lr_scheduler)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

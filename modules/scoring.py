@@ -73,6 +73,11 @@ def option_losses(scores_PBC: Tensor, labels_B: Tensor) -> Tensor:
     return losses.view(repeats, -1).mean(1)
 
 
+def token_losses(nll_PBT: Tensor, prepared: Prepared) -> Tensor:
+    """Mean negative log-likelihood of the tokens of a batch, `[P]` in fp64."""
+    return nll_PBT.double().sum((1, 2)) / prepared.rows.attention_mask[:, 1:].sum()
+
+
 class Scorer:
     """Runs a causal language model and returns only what a loss needs.
 

@@ -8,18 +8,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
 
 from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
 from .adapters import AdaptedModule, AdapterBank, inject_adapters
-from .arguments import check_range, top_blocks
+from .arguments import check_range, stepped, top_blocks
 from .exchange import Exchange
 from .language_model import LanguageModel, evaluating
 from .prefix import FrozenPrefix
-from .scoring import Prepared, option_losses
+from .scoring import Prepared, option_losses, token_losses
 from .zo import (
     AdaZetaSchedule,
     ConstantSchedule,
@@ -224,13 +224,7 @@ class ZerothOrderModule(LanguageModel):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = SGD([self.anchor], lr=self.learning_rate)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return stepped(SGD([self.anchor], lr=self.learning_rate), self.lr_scheduler)
 
     @override
     def on_fit_start(self) -> None:
@@ -341,8 +335,7 @@ class ZerothOrderModule(LanguageModel):
                     scores = self.scorer.option_scores(prepared, len(part))
                     losses.append(option_losses(scores, prepared.labels))
                 else:
-                    nll = self.scorer.token_nll(prepared, len(part))
-                    losses.append(nll.double().sum((1, 2)) / prepared.rows.attention_mask[:, 1:].sum())
+                    losses.append(token_losses(self.scorer.token_nll(prepared, len(part)), prepared))
         return torch.cat(losses)
 
     @override

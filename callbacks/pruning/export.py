@@ -156,6 +156,7 @@ def export_pretrained(
         tokenizer.save_pretrained(fresh)
     on_disk = names_on_disk(model, dict(masks))
     _check_masks(fresh, on_disk)
+    (fresh / MASKS_FILE).parent.mkdir()
     save_file(on_disk, fresh / MASKS_FILE, metadata={"format": "pt"})
     if pack:
         write_packed(fresh)

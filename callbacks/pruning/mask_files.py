@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from wandazeta.blocks import nearest
 
 from .export import find_pretrained, names_on_disk
-
-MASK_FILE = "masks.safetensors"
+from .packed import MASKS_FILE
 
 
 def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Reads the masks that `wandazeta prune` wrote.
 
     Args:
-        path: A file such as `masks.safetensors`, or the directory that holds it.
+        path: A file such as `masks.safetensors`, or the directory with `sparsity/masks.safetensors` in it.
 
     Returns:
         Bool masks in the layout of the weights, True where a weight is kept, by the name of the weight in its file.
@@ -30,11 +29,11 @@ def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     file = Path(path)
     if file.is_dir():
-        file = file / MASK_FILE
+        file = file / MASKS_FILE
     if not file.is_file():
         raise ValueError(
-            f"Expected argument `masks` to be a {MASK_FILE} or a directory that `wandazeta prune` wrote, but got "
-            f"'{path}', where there is none"
+            f"Expected argument `masks` to be a {Path(MASKS_FILE).name} or a directory that `wandazeta prune` wrote, "
+            f"but got '{path}', where there is none"
         )
     try:
         masks = load_file(file)

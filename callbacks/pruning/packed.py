@@ -27,8 +27,9 @@ from torch import Tensor
 from .progress import check_writable
 from .streamed import LazyTensor, open_safetensors, stored, write_streamed
 
-PACKED_FILE = "model.2of4.safetensors"
-MASKS_FILE = "masks.safetensors"
+# in a folder of their own: some loaders take every safetensors file beside config.json for weights
+PACKED_FILE = "sparsity/model.2of4.safetensors"
+MASKS_FILE = "sparsity/masks.safetensors"
 
 _VERSION = 1
 _PATTERN = "2:4"
@@ -141,8 +142,8 @@ def write_packed(directory: str | os.PathLike[str]) -> Path:
     """Writes the packed file of an exported directory beside its plain files, tensor by tensor.
 
     Args:
-        directory: Holds `model*.safetensors`, in one file or in shards, and `masks.safetensors`, which is true where a
-            weight was kept.
+        directory: Holds `model*.safetensors`, in one file or in shards, and `sparsity/masks.safetensors`, which is
+            true where a weight was kept.
 
     Returns:
         The path of the packed file.
@@ -168,6 +169,7 @@ def write_packed(directory: str | os.PathLike[str]) -> Path:
             entries |= _pack_entries(name, weight, partial(masks.get_tensor, name), transposed)
         note = {"version": _VERSION, "pattern": _PATTERN, "weights": packed}
         check_writable(directory, "directory", sum(entry.num_bytes for entry in entries.values()))
+        (directory / PACKED_FILE).parent.mkdir(exist_ok=True)
         write_streamed(directory / PACKED_FILE, entries, {"format": "pt", "wandazeta": json.dumps(note)})
     return directory / PACKED_FILE
 
@@ -243,7 +245,7 @@ def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]
         check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
         fresh = target.with_name(f".{target.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
-        weights = shutil.ignore_patterns(PACKED_FILE, *_PLAIN_FILES, _PLAIN_INDEX)
+        weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
         shutil.copytree(source, fresh, ignore=weights)
         write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
     fresh.rename(target)

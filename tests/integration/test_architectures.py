@@ -91,7 +91,7 @@ def test_pruned_exported_and_loaded_by_transformers_alone(tmp_path, name, patter
 
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     weights = load_file(tmp_path / "pruned" / "model.safetensors")
-    masks = load_file(tmp_path / "pruned" / "masks.safetensors")
+    masks = load_file(tmp_path / "pruned" / "sparsity/masks.safetensors")
     assert weights.keys() == dense.keys()
     for key, weight in weights.items():
         if key not in masks:

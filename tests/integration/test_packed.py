@@ -65,12 +65,12 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
     excluded = {"llama": "up_proj", "gpt2": "c_fc", "bert": "intermediate.dense"}[kind]
     model = export(tmp_path, kind, dtype, exclude_modules=[excluded])
     out, plain = tmp_path / "out", load_file(tmp_path / "out" / "model.safetensors")
-    masks = load_file(out / "masks.safetensors")
+    masks = load_file(out / "sparsity/masks.safetensors")
     assert len(masks) == num_layers - 2
     assert not any(excluded in name for name in masks)
 
     # 2 of 4 values and 4 bits: 9/16 of the size in 16 bit, 17/32 in 32 bit, and the rest as it was, tied weights once
-    packed_file = out / "model.2of4.safetensors"
+    packed_file = out / "sparsity/model.2of4.safetensors"
     pruned = sum(plain[name].nbytes for name in masks)
     dense = sum(tensor.nbytes for name, tensor in plain.items() if name not in masks)
     ratio = {4: 17 / 32, 2: 9 / 16}[dtype.itemsize]
@@ -91,11 +91,11 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
 
     # ship the packed file alone
     (out / "model.safetensors").unlink()
-    (out / "masks.safetensors").unlink()
+    (out / "sparsity/masks.safetensors").unlink()
     command = [sys.executable, "-m", "wandazeta.callbacks.pruning.packed", "out", "restored"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert not (tmp_path / "restored" / "model.2of4.safetensors").exists()
+    assert not (tmp_path / "restored" / "sparsity/model.2of4.safetensors").exists()
     equal_tensors(load_file(tmp_path / "restored" / "model.safetensors"), plain)
     loaded = auto.from_pretrained(tmp_path / "restored").eval()
     assert loaded.dtype == dtype
@@ -117,15 +117,15 @@ def test_shards_are_packed_into_one_file(tmp_path):
 
 def test_a_finished_pruning_is_packed_later_and_the_card_says_so(tmp_path):
     export(tmp_path, "llama", torch.bfloat16, pack=False)
-    assert not (tmp_path / "out" / "model.2of4.safetensors").exists()
-    assert "`model.2of4.safetensors`:" not in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "sparsity/model.2of4.safetensors").exists()
+    assert "`sparsity/model.2of4.safetensors`:" not in (tmp_path / "out" / "README.md").read_text()
     blocks = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "progress").glob("block*.safetensors")}
     export(tmp_path, "llama", torch.bfloat16)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "progress").glob("block*.safetensors")} == blocks
     card = (tmp_path / "out" / "README.md").read_text()
-    for piece in ("neither smaller nor faster", "0.56", "`model.2of4.safetensors`:", "Ampere", "SRC DST"):
+    for piece in ("neither smaller nor faster", "0.56", "`sparsity/model.2of4.safetensors`:", "Ampere", "SRC DST"):
         assert piece in card
-    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+    assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
 
 
 @pytest.mark.parametrize(

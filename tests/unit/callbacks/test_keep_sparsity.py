@@ -196,14 +196,20 @@ def test_what_has_no_zeros_or_nothing_else_is_left_alone():
     assert (module.layers[1].up.weight != 0).all(), "the new layer was trained"
 
 
+def masks_file(directory):
+    """Where `wandazeta prune` puts it."""
+    (directory / "sparsity").mkdir(exist_ok=True)
+    return directory / "sparsity" / "masks.safetensors"
+
+
 def test_masks_from_a_file_or_a_directory(tmp_path):
     places = pruned_places()
     # two places more than the zeros say, which are zero by chance
     module = sparse_tiny()
     with torch.no_grad():
         module.layers[0].up.weight[0, :] = 0.0
-    save_file({name: ~pruned for name, pruned in places.items()}, tmp_path / "masks.safetensors")
-    for masks in (tmp_path, tmp_path / "masks.safetensors"):
+    save_file({name: ~pruned for name, pruned in places.items()}, masks_file(tmp_path))
+    for masks in (tmp_path, masks_file(tmp_path)):
         keep = KeepSparsity(masks=str(masks))
         trained = sparse_tiny()
         trained.load_state_dict(module.state_dict())
@@ -302,7 +308,7 @@ def test_minus_zero_is_noticed():
 def test_a_dense_model_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="none of 6 holds both zeros and others"):
         fit(Tiny(), OPTIMIZERS["sgd"])
-    save_file({name: ~pruned for name, pruned in pruned_places().items()}, tmp_path / "masks.safetensors")
+    save_file({name: ~pruned for name, pruned in pruned_places().items()}, masks_file(tmp_path))
     with pytest.raises(ValueError, match=r"64 of `layers.0.down.weight` are not; load the pruned weights"):
         fit(Tiny(), OPTIMIZERS["sgd"], keep=KeepSparsity(masks=str(tmp_path)))
 
@@ -315,10 +321,10 @@ def test_files_that_are_no_masks(tmp_path):
         ({"layers.0.upp.weight": torch.zeros(16, 8, dtype=torch.bool)}, r"did you mean `layers\.0\.up\.weight`"),
     ):
         if content is not None:
-            save_file(content, tmp_path / "masks.safetensors")
+            save_file(content, masks_file(tmp_path))
         with pytest.raises(ValueError, match=message):
             fit(sparse_tiny(), OPTIMIZERS["sgd"], keep=KeepSparsity(masks=str(tmp_path)))
-    (tmp_path / "masks.safetensors").write_bytes(b"nothing")
+    masks_file(tmp_path).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="to be a safetensors file"):
         fit(sparse_tiny(), OPTIMIZERS["sgd"], keep=KeepSparsity(masks=str(tmp_path)))
 

@@ -121,7 +121,8 @@ def save_model(folder, num_shards=1, dtype=torch.bfloat16):
         save_file(part, folder / f"{name}.safetensors", metadata={"format": "pt"})
     if num_shards > 1:
         (folder / "model.safetensors.index.json").write_text("{}")
-    save_file(masks, folder / "masks.safetensors")
+    (folder / "sparsity").mkdir()
+    save_file(masks, folder / "sparsity/masks.safetensors")
     (folder / "config.json").write_text("{}")
     (folder / "extra").mkdir()
     (folder / "extra" / "note.txt").write_text("kept")
@@ -141,7 +142,7 @@ def equal_tensors(a, b):
 def test_a_directory_comes_back_bit_for_bit(tmp_path, num_shards, dtype):
     tensors, masks = save_model(tmp_path / "model", num_shards, dtype)
     path = write_packed(tmp_path / "model")
-    assert path == tmp_path / "model" / "model.2of4.safetensors"
+    assert path == tmp_path / "model" / "sparsity/model.2of4.safetensors"
     for place in (path, tmp_path / "model"):
         equal_tensors(load_packed(place), tensors)
     # any reader of safetensors reads it, and the size is the formula's, to the byte
@@ -165,7 +166,7 @@ def test_a_directory_comes_back_bit_for_bit(tmp_path, num_shards, dtype):
 def test_a_plain_directory_is_restored_from_what_was_shipped(tmp_path, num_shards, capsys):
     tensors, _ = save_model(tmp_path / "model", num_shards)
     write_packed(tmp_path / "model")
-    for path in (tmp_path / "model").glob("m*.safetensors"):
+    for path in (tmp_path / "model").rglob("m*.safetensors"):
         if path.name != "model.2of4.safetensors":
             path.unlink()
     main([str(tmp_path / "model"), str(tmp_path / "new" / "plain")])
@@ -186,13 +187,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
         ({"layers.0.norm.weight": torch.ones(3, dtype=torch.bool)}, "only models pruned with sparsity_pattern"),
         ({"layers.1.up.weight": masks["layers.0.up.weight"].clone()}, "holds none for `layers.1.up.weight`"),
     ):
-        save_file(masks | bad, tmp_path / "model" / "masks.safetensors")
+        save_file(masks | bad, tmp_path / "model" / "sparsity/masks.safetensors")
         with pytest.raises(ValueError, match=message):
             write_packed(tmp_path / "model")
-    (tmp_path / "model" / "masks.safetensors").unlink()
+    (tmp_path / "model" / "sparsity/masks.safetensors").unlink()
     with pytest.raises(ValueError, match=r"masks\.safetensors' to be a file that can be read"):
         write_packed(tmp_path / "model")
-    assert not (tmp_path / "model" / "model.2of4.safetensors").exists()
+    assert not (tmp_path / "model" / "sparsity/model.2of4.safetensors").exists()
     with pytest.raises(ValueError, match=r"model\.2of4\.safetensors' to be a file that can be read"):
         load_packed(tmp_path / "model")
     with pytest.raises(ValueError, match="packed file of version 1, but got pattern None"):
@@ -221,7 +222,7 @@ def test_a_target_that_cannot_be_filled_is_refused(tmp_path):
         ("model", "full", "new or empty folder"),
         ("model", "model", "lie apart from the source"),
         ("model", "model/extra/plain", "lie apart from the source"),
-        ("model/model.2of4.safetensors", "new", "`source` to be a directory"),
+        ("model/sparsity/model.2of4.safetensors", "new", "`source` to be a directory"),
         ("full", "new", r"model\.2of4\.safetensors' to be a file"),
     ):
         with pytest.raises(ValueError, match=message):
