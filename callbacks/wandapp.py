@@ -21,7 +21,8 @@ from typing_extensions import override
 from .pruning.calibration import call_arguments
 from .pruning.options import ComputeDtype, LRSchedule, Method, Optimizer, PruneOptions, Start, Target
 from .pruning.progress import ProgressFolder
-from .pruning.report import BlockRecord, PruneReport, table
+from .pruning.ranks import Ranks
+from .pruning.report import PruneReport, table
 from .pruning.run import PruneRun
 from .pruning.signals import DeferredSignals, requeue_slurm_job
 from .sources import calibration_loader
@@ -32,7 +33,8 @@ class WandaPPPruneCallback(Callback):
 
     It prunes in `setup`, while the weights are whole and on the CPU, one block at a time on the device. Each finished
     block goes to `output_dir`; a run that was stopped, even killed, goes on at the next block, and one that finds the
-    pruning complete only loads it. `validate`, `test` and `predict` load it too, or refuse. Embeddings, norms and the
+    pruning complete only loads it. Several ranks share the calibration samples out, and rank 0 alone uses the folder
+    while they prune. `validate`, `test` and `predict` load it too, or refuse. Embeddings, norms and the
     head stay as they are. Method: Wanda++ (ACL Findings 2025, arXiv 2503.04992).
 
     A model is called with a batch as `forward_batch` says, and the padding is found by `token_mask`; override them
@@ -240,7 +242,7 @@ class WandaPPPruneCallback(Callback):
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> PruneReport:
         """Prunes a module that is built, or goes on with its pruning, or loads it if it is complete.
 
-        Rank 0 does the work; the others wait, block by block, and load what it wrote.
+        Every rank works on its share of the calibration samples; rank 0 reads and writes the folder.
 
         Args:
             trainer: The trainer; its device, its data and its ranks are used.
@@ -255,9 +257,7 @@ class WandaPPPruneCallback(Callback):
         """
         run = self._run(pl_module)
         with DeferredSignals(_requeue_signal(trainer)) as signals, _quiet(pl_module):
-            report = (
-                self._lead(trainer, pl_module, run, signals) if trainer.is_global_zero else self._follow(trainer, run)
-            )
+            report = self._make(trainer, pl_module, run, signals)
         if report is None:
             self._stop(trainer, signals)
         if signals.received is not None:
@@ -282,43 +282,25 @@ class WandaPPPruneCallback(Callback):
             block_name=self.blocks,
         )
 
-    def _lead(
+    def _make(
         self, trainer: Trainer, pl_module: LightningModule, run: PruneRun, signals: DeferredSignals
     ) -> PruneReport | None:
-        def tell(state: str, message: str = "") -> None:
-            if trainer.world_size > 1:
-                trainer.strategy.broadcast((state, message), src=0)
-
-        def heartbeat(record: BlockRecord, num_blocks: int) -> None:
-            # one exchange a block, so that waiting ranks never reach the time limit of the process group
-            tell("block")
-
+        ranks = Ranks(trainer.strategy.root_device)
         try:
             report = run.prune(
                 lambda: calibration_loader(trainer, pl_module, self.calibration),
                 device=trainer.strategy.root_device if self.device == "auto" else torch.device(self.device),
-                on_block=heartbeat,
+                ranks=ranks,
                 should_stop=lambda: signals.received is not None,
                 show_progress=trainer.progress_bar_callback is not None,
             )
-        except BaseException as error:
-            tell("failed", str(error))
+        except ValueError as error:
             explained = _explained(error, pl_module)
             if explained is not None:
                 raise explained from error
             raise
-        if signals.received is not None:
-            report = None
-        tell("stopped" if report is None else "done", run.folder.key_digest)
-        return report
-
-    def _follow(self, trainer: Trainer, run: PruneRun) -> PruneReport | None:
-        state, message = "block", ""
-        while state == "block":
-            state, message = trainer.strategy.broadcast(("", ""), src=0)
-        if state == "failed":
-            raise RuntimeError(f"Pruning failed on rank 0: {message}")
-        return run.load_shared(message) if state == "done" else None
+        # one that came during the last block, or to one rank only, stops all of them
+        return None if ranks.total(float(signals.received is not None)) else report
 
     def _stop(self, trainer: Trainer, signals: DeferredSignals) -> NoReturn:
         name = signals.received.name if signals.received is not None else "a signal"
@@ -332,7 +314,7 @@ class WandaPPPruneCallback(Callback):
         raise SystemExit(self._exit_code)
 
     def _adopt(self, pl_module: LightningModule, report: PruneReport, run: PruneRun) -> None:
-        self.report, self.key = report, run.folder.key_digest
+        self.report, self.key = report, run.key_digest
         self._pruned.clear()
         parameters = dict(pl_module.named_parameters())
         for block in report.blocks:

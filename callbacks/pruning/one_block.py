@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .layers import weight_view
 from .masks import make_mask
 from .options import PruneOptions
+from .ranks import Ranks
 from .regional import MasterWeights, RunBlock, optimisation_loss, optimise_block, regional_gradients
 from .report import LayerRecord
 from .samples import Batches
@@ -31,6 +32,7 @@ class OneBlock:
         run: Runs the block on a batch of samples.
         samples: Which samples it can run together.
         masks: Positions that count, for each sample.
+        ranks: Those that the samples are shared out to; all samples here are this rank's.
     """
 
     def __init__(
@@ -41,12 +43,15 @@ class OneBlock:
         run: RunBlock,
         samples: Batches,
         masks: Sequence[Tensor | None],
+        ranks: Ranks,
     ) -> None:
         self.layers = dict(layers)
         self.options = options
         self.run = run
         self.samples = samples
         self.masks = masks
+        self.ranks = ranks
+        self.num_probes = len(ranks.own(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
         self.master = MasterWeights(layers)
         self.gradients: dict[str, Tensor] = {}
@@ -68,14 +73,16 @@ class OneBlock:
         outputs: list[Tensor] = []
 
         def on_output(output: Tensor) -> None:
-            if keep_outputs or len(outputs) < NUM_PROBES:
+            if keep_outputs or len(outputs) < self.num_probes:
                 outputs.extend(output.split(1))
 
         if not self.options.uses_gradients:
             self._measure_inputs(hidden, on_output=on_output)
             return outputs
         with self._trainable():
-            self.gradients = regional_gradients(self.run, self.layers, hidden, self.masks, self.statistics, on_output)
+            self.gradients = regional_gradients(
+                self.run, self.layers, hidden, self.masks, self.statistics, on_output, self.ranks
+            )
         return outputs
 
     def _measure_inputs(self, hidden: Sequence[Tensor], on_output: Callable[[Tensor], None] | None = None) -> None:
@@ -86,6 +93,7 @@ class OneBlock:
                     output = self.run(batch, torch.cat([hidden[index] for index in batch]))
                 if on_output is not None:
                     on_output(output)
+        self.statistics.share(self.ranks)
 
     def prune(self) -> dict[str, Tensor]:
         """Set the lowest scores of the block as it is to zero.
@@ -144,19 +152,20 @@ class OneBlock:
                 self.statistics,
                 self.options,
                 self.generator,
+                self.ranks,
             )
         self._measure_inputs(hidden)
 
     def probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """Mean loss of the block as it is over the first samples."""
-        probes = range(min(NUM_PROBES, len(hidden)))
+        probes = range(min(self.num_probes, len(hidden)))
         return self.mean_loss([self.run([index], hidden[index]) for index in probes], targets)
 
     def mean_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-        """Mean loss of the first outputs."""
-        pairs = zip(outputs[:NUM_PROBES], targets, self.masks, strict=False)
+        """Mean loss of the first outputs, over all ranks."""
+        pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
         losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
-        return sum(losses) / len(losses)
+        return self.ranks.total(sum(losses)) / self.ranks.total(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
         """What to report of each layer.

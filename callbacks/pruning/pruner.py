@@ -15,8 +15,9 @@ from wandazeta.blocks import call_block, find_blocks
 from .calibration import isolated_rng
 from .layers import prunable_layers, validate_layers
 from .memory import peak_memory
-from .one_block import NUM_PROBES, OneBlock
+from .one_block import OneBlock
 from .options import PruneOptions
+from .ranks import Ranks
 from .report import BlockRecord, PruneReport
 from .samples import Batches, Samples, capture_samples, split_rows
 
@@ -71,6 +72,7 @@ def prune_model(
     progress: Progress | None = None,
     on_block: Callable[[BlockRecord, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> PruneReport:
     """Prune the blocks of a model in place, from the first to the last.
 
@@ -82,9 +84,10 @@ def prune_model(
         block_name: Dotted name of the list of blocks; found where it is not given.
         token_mask: Gives the positions of a batch, bool of shape (rows, tokens), that are not padding.
         device: Where the block at work and the hidden states are.
-        progress: Keeps finished blocks; the ones that it has are not made again.
+        progress: Keeps finished blocks; the ones that it has are not made again. Only rank 0's is used.
         on_block: Called after each block with its record and the number of blocks.
-        should_stop: Asked after each block.
+        should_stop: Asked after each block; it is enough that one rank's says so.
+        ranks: Those that prune together, each with its share of the samples; all get the same model and batches.
 
     Returns:
         The report.
@@ -94,30 +97,33 @@ def prune_model(
         PruningInterrupted: If `should_stop` returned True before the last block.
     """
     device = torch.device(device)
+    ranks = ranks or Ranks(device)
+    progress = progress if ranks.rank == 0 else None
     rows = [row for batch in batches for row in split_rows(batch)]
     # autograd is needed inside, whatever the caller is in
     with torch.inference_mode(False), torch.no_grad(), isolated_rng(options.seed), _evaluating(model):
         name, blocks = find_blocks(model, (lambda: forward(rows[0])) if rows else None, block_name)
         validate_layers(blocks, options, model=model, block_name=name)
-        missing = [i for i in range(len(blocks)) if progress is None or progress.load(i) is None]
+        missing = ranks.first([i for i in range(len(blocks)) if progress is None or progress.load(i) is None])
         samples = None
         if missing and options.uses_calibration:
             _check_samples(len(rows), options)
-            samples = capture_samples(blocks, forward, rows, token_mask, device)
-        pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0))
+            samples = capture_samples(blocks, forward, rows[ranks.rank :: ranks.size], token_mask, device)
+        pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0), ranks)
         records = []
         for index in range(len(blocks)):
-            result = progress.load(index) if progress is not None and index not in missing else None
-            if result is not None:
-                pruner.load(index, result)
-            else:
+            if index in missing:
                 result = pruner.prune(index)
                 if progress is not None:
                     progress.save(index, result)
-            records.append(result.record)
+                record = result.record
+            else:
+                record = pruner.load(index, progress.load(index) if progress is not None else None)
+            records.append(record)
             if on_block is not None:
-                on_block(result.record, len(blocks))
-            if index < len(blocks) - 1 and should_stop is not None and should_stop():
+                on_block(record, len(blocks))
+            stops = should_stop is not None and should_stop()
+            if index < len(blocks) - 1 and ranks.total(float(stops)):
                 raise PruningInterrupted(index)
     return PruneReport(options.to_dict(), name, tuple(records))
 
@@ -133,6 +139,7 @@ class _Pruner:
         samples: Samples | None,
         device: torch.device,
         last_missing: int,
+        ranks: Ranks,
     ) -> None:
         self.name = name
         self.blocks = blocks
@@ -140,25 +147,31 @@ class _Pruner:
         self.samples = samples
         self.device = device
         self.last_missing = last_missing
+        self.ranks = ranks
         keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
         self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
         self._runs_together: dict[Hashable, bool] = {}
 
-    def load(self, index: int, result: BlockResult) -> None:
-        """Take a finished block, and go on as if it had been made now."""
+    def load(self, index: int, result: BlockResult | None) -> BlockRecord:
+        """Take a finished block, which rank 0 has, and go on as if it had been made now."""
         with self._block(index) as layers:
             batches = self._batches(index) if index < self.last_missing else Batches(())
-            if {n: w.shape for n, w in result.weights.items()} != {n: x.weight.shape for n, x in layers.items()}:
+            shapes = {name: layer.weight.shape for name, layer in layers.items()}
+            if result is not None and {name: weight.shape for name, weight in result.weights.items()} != shapes:
                 raise ValueError(
                     f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
                     f"{', '.join(result.weights)}; remove the progress and start again"
                 )
             if self.stream is not None and index < self.last_missing:
                 self._forward(index, self.stream, batches)
-            for name, layer in layers.items():
+            for name, layer in layers.items() if result is not None else ():
                 layer.weight.copy_(result.weights[name])
+            self.ranks.broadcast_([layer.weight for layer in layers.values()])
             if self.samples is not None and index < self.last_missing:
                 self._forward(index, self.samples.hidden, batches)
+        record = self.ranks.first(result.record if result is not None else None)
+        assert record is not None
+        return record
 
     def prune(self, index: int) -> BlockResult:
         """Prune a block, and move the hidden states on."""
@@ -167,7 +180,8 @@ class _Pruner:
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._block(index) as layers:
             masks = self.samples.masks if self.samples is not None else ()
-            work = OneBlock(index, layers, self.options, partial(self._run, index), self._batches(index), masks)
+            run = partial(self._run, index)
+            work = OneBlock(index, layers, self.options, run, self._batches(index), masks, self.ranks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
             else:
@@ -181,8 +195,8 @@ class _Pruner:
                 loss_after,
                 seconds=time.perf_counter() - start,
                 peak_memory=peak_memory(self.device),
-                num_samples=len(self.samples) if self.samples is not None else 0,
-                num_tokens=self.samples.num_tokens if self.samples is not None else 0,
+                num_samples=int(self.ranks.total(len(self.samples))) if self.samples is not None else 0,
+                num_tokens=int(self.ranks.total(self.samples.num_tokens)) if self.samples is not None else 0,
             )
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
 
@@ -203,8 +217,10 @@ class _Pruner:
         if self.options.uses_optimisation:
             work.optimise(samples.hidden, targets)
         kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
+        # the ranks did the same arithmetic on the same sums; this makes them equal whatever their hardware
+        self.ranks.broadcast_([layer.weight for layer in work.layers.values()])
         # the last block feeds no other: only the samples that the report looks at
-        num_needed = len(samples) if index < self.last_missing else NUM_PROBES
+        num_needed = len(samples) if index < self.last_missing else work.num_probes
         outputs = samples.hidden[:num_needed]
         self._forward(index, outputs, work.samples)
         samples.hidden[:num_needed] = outputs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import PruneOptions
+from .ranks import Ranks
 from .samples import Batches
 from .statistics import InputStatistics
 
@@ -59,6 +60,7 @@ def regional_gradients(
     masks: Sequence[Tensor | None],
     norms: InputStatistics,
     on_output: Callable[[Tensor], None],
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer, in float32 and in the layout of its weight.
 
@@ -71,6 +73,7 @@ def regional_gradients(
         masks: Positions that count, for each sample.
         norms: Collects the input norms.
         on_output: Gets each sample's dense output, in order.
+        ranks: Those that the samples are shared out to; each passes its own.
     """
     squares = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
@@ -93,7 +96,9 @@ def regional_gradients(
                 output = run([index], states)
                 (regional_loss(output, mask) * scale).backward()
             on_output(output.detach())
-    return {name: (square / len(hidden)).sqrt_().div_(scale) for name, square in squares.items()}
+    norms.share(ranks)
+    ranks.sum_(list(squares.values()))
+    return {name: (square / norms.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
 
 
 class MasterWeights:
@@ -137,6 +142,17 @@ class MasterWeights:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 weight.grad = None
 
+    def gradients(self, complete: bool) -> list[Tensor]:
+        """The masters' gradients.
+
+        Args:
+            complete: Make zeros of those that are missing, for a rank without a sample in this step.
+        """
+        for master in self.masters.values():
+            if complete and master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
     def clear_gradients(self) -> None:
         """Free all gradients."""
         for parameter in (*self.weights.values(), *self.masters.values()):
@@ -153,6 +169,7 @@ def optimise_block(
     norms: InputStatistics,
     options: PruneOptions,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> None:
     """K rounds: prune by the current score, then steps towards the target on M samples (Wanda++, algorithm 1).
 
@@ -166,6 +183,7 @@ def optimise_block(
         norms: Input norms of the block as it is; collected anew in each round's own forwards.
         options: The options.
         generator: Draws the samples of each round.
+        ranks: Those that the samples are shared out to; each passes its own, and all take the same steps.
 
     Raises:
         ValueError: If the weights are no longer finite.
@@ -176,15 +194,16 @@ def optimise_block(
     decay = (lambda step: 1 - step / num_steps) if options.lr_schedule == "linear" else (lambda step: 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     half = any(weight.dtype == torch.float16 for weight in master.weights.values())
+    num_samples = int(ranks.total(len(hidden)))
 
     for number in range(options.rounds):
         kept = prune(number)
         norms.reset()
-        drawn = torch.randperm(len(hidden), generator=generator)[: options.samples_per_round].tolist()
+        drawn = torch.randperm(num_samples, generator=generator)[: options.samples_per_round].tolist()
         with norms.collect():
             for start in range(0, len(drawn), options.samples_per_step):
                 step = drawn[start : start + options.samples_per_step]
-                for batch in samples.split(step):
+                for batch in samples.split(ranks.own(step)):
                     share = len(batch) / len(step)
                     target = torch.cat([targets[index] for index in batch])
                     scale = float(target.numel()) if half else 1.0
@@ -193,6 +212,7 @@ def optimise_block(
                         loss = optimisation_loss(output, target, samples.mask(batch))
                         (loss * (scale * share)).backward()
                     master.take_gradients(scale)
+                ranks.sum_(master.gradients(complete=ranks.size > 1))
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()
@@ -200,6 +220,7 @@ def optimise_block(
                     master.apply_masks(kept)
                 else:
                     master.publish()
+        norms.share(ranks)
     if not all(bool(torch.isfinite(parameter.sum())) for parameter in parameters):
         raise ValueError(
             f"Expected argument `learning_rate` to keep the weights finite, but {options.learning_rate:g} did not; "

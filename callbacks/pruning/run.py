@@ -19,6 +19,7 @@ from .layers import validate_layers
 from .options import PruneOptions
 from .progress import ProgressFolder, check_writable
 from .pruner import PruningInterrupted, prune_model
+from .ranks import Ranks
 from .report import BlockRecord, PruneReport
 
 _ARCHITECTURE = "(architecture)"
@@ -26,7 +27,7 @@ _ARCHITECTURE = "(architecture)"
 
 @dataclass
 class PruneRun:
-    """What a pruning needs to know, and the three ways to get it: make it, load it, load what another rank made.
+    """What a pruning needs to know, and the two ways to get it: make it, or load it.
 
     Args:
         module: The module that is pruned in place, or that holds the model.
@@ -47,13 +48,15 @@ class PruneRun:
     block_name: str | None = None
     was_complete: bool = field(default=False, init=False)
     """Whether `prune` found nothing left to do."""
+    key_digest: str = field(default="", init=False)
+    """The hash that names the pruning, once it is begun or found."""
 
     def prune(
         self,
         loader: Callable[[], Iterable[Any]],
         *,
         device: torch.device,
-        on_block: Callable[[BlockRecord, int], None],
+        ranks: Ranks,
         should_stop: Callable[[], bool],
         show_progress: bool,
     ) -> PruneReport | None:
@@ -62,38 +65,29 @@ class PruneRun:
         Args:
             loader: Makes the calibration loader; called once the cheap checks are through.
             device: Where the block at work is.
-            on_block: Called after each block.
+            ranks: Those that prune together; only rank 0 reads and writes the folder.
             should_stop: Asked after each block.
             show_progress: Whether to draw a progress bar.
 
         Returns:
-            The report, or `None` if `should_stop` ended it.
+            The report, or `None` if `should_stop` ended it on any rank.
 
         Raises:
-            ValueError: If anything does not fit, before any long work.
+            ValueError: If anything does not fit on any rank, before any long work.
         """
-        name, blocks = find_blocks(self.module, name=self.block_name)
-        validate_layers(blocks, self.options, model=self.module, block_name=name)
-        weights = [weight for weight in blocks.parameters() if weight.ndim >= 2]
-        room = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
-        check_writable(self.folder.directory, needed_bytes=room)
-        batches = (
-            collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
-        )
-        if batches and self.block_name is None:
-            with isolated_rng(self.options.seed):
-                name, blocks = find_blocks(self.module, lambda: self.forward(batches[0]))
-        self.folder.open(self._key(name, blocks, batches, device))
-        finished = self._load(blocks)
+        name, blocks, batches, key = ranks.together(lambda: self._prepare(loader, device, ranks))
+        found = ranks.first(key)
+        ranks.together(lambda: _require_same(key, found))
+        ranks.together(lambda: self.folder.open(key) if ranks.rank == 0 else None)
+        self.key_digest = ranks.first(self.folder.key_digest)
+        finished = ranks.first(self._load(blocks) if ranks.rank == 0 else None)
         if finished is not None:
             self.was_complete = True
+            for block, record in zip(blocks, finished.blocks, strict=True):
+                parameters = dict(block.named_parameters())
+                ranks.broadcast_([parameters[layer.name] for layer in record.layers])
             return finished
-        with _progress_bar(len(blocks), show_progress) as advance:
-
-            def after_block(record: BlockRecord, num_blocks: int) -> None:
-                advance(record)
-                on_block(record, num_blocks)
-
+        with _progress_bar(len(blocks), show_progress and ranks.rank == 0) as advance:
             try:
                 report = prune_model(
                     self.module,
@@ -104,13 +98,32 @@ class PruneRun:
                     token_mask=self.token_mask,
                     device=device,
                     progress=self.folder,
-                    on_block=after_block,
+                    on_block=lambda record, num_blocks: advance(record),
                     should_stop=should_stop,
+                    ranks=ranks,
                 )
             except PruningInterrupted:
                 return None
-        self.folder.finish(report)
+        if ranks.rank == 0:
+            self.folder.finish(report)
         return report
+
+    def _prepare(
+        self, loader: Callable[[], Iterable[Any]], device: torch.device, ranks: Ranks
+    ) -> tuple[str, nn.ModuleList, list[Any], PruneKey]:
+        name, blocks = find_blocks(self.module, name=self.block_name)
+        validate_layers(blocks, self.options, model=self.module, block_name=name)
+        if ranks.rank == 0:
+            weights = [weight for weight in blocks.parameters() if weight.ndim >= 2]
+            room = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
+            check_writable(self.folder.directory, needed_bytes=room)
+        batches = (
+            collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
+        )
+        if batches and self.block_name is None:
+            with isolated_rng(self.options.seed):
+                name, blocks = find_blocks(self.module, lambda: self.forward(batches[0]))
+        return name, blocks, batches, self._key(name, blocks, batches, device, ranks)
 
     def load_finished(self) -> PruneReport:
         """Loads a finished pruning into the dense module, without calibration data.
@@ -126,33 +139,13 @@ class PruneRun:
         model = digest_model({key: everything[key] for key in wanted if key in everything})
         model[_ARCHITECTURE] = _architecture(blocks)
         self.folder.open_finished(PruneKey({**self.options.to_dict(), "blocks": name}, model))
+        self.key_digest = self.folder.key_digest
         report = self._load(blocks)
         if report is None:
             raise ValueError(
                 f"Expected argument `output_dir` to hold a whole pruning, but a file in '{self.folder.directory}' is "
                 "damaged; run `fit` or `prune` again to make it anew."
             )
-        return report
-
-    def load_shared(self, key_digest: str) -> PruneReport:
-        """Loads the pruning that rank 0 has just made.
-
-        Args:
-            key_digest: The hash of its key, as rank 0 told it.
-
-        Raises:
-            ValueError: If the folder is not the one rank 0 wrote to.
-        """
-        found = self.folder.read_key()
-        if found is None or found.digest != key_digest:
-            raise ValueError(
-                f"Expected argument `output_dir` to be a folder that all ranks share, but '{self.folder.directory}' "
-                "does not hold what rank 0 wrote; choose one on a shared file system."
-            )
-        self.folder.open_again()
-        report = self._load(find_blocks(self.module, name=found.options["blocks"])[1])
-        if report is None:
-            raise ValueError(f"Expected whole blocks from rank 0 in '{self.folder.directory}', but they are damaged.")
         return report
 
     def _load(self, blocks: nn.ModuleList) -> PruneReport | None:
@@ -162,7 +155,9 @@ class PruneRun:
             return None
         return report if self.folder.load_into(blocks) else None
 
-    def _key(self, name: str, blocks: nn.ModuleList, batches: list[Any], device: torch.device) -> PruneKey:
+    def _key(
+        self, name: str, blocks: nn.ModuleList, batches: list[Any], device: torch.device, ranks: Ranks
+    ) -> PruneKey:
         calibration = {}
         tensors = {f"{name}.{key}": tensor for key, tensor in _tensors(blocks)}
         if batches:
@@ -170,9 +165,20 @@ class PruneRun:
             calibration = rows
             with isolated_rng(self.options.seed):
                 tensors |= _read_before(self.module, blocks, lambda: self.forward(batches[0]))
+        # sums over ranks round otherwise than sums in one process
         environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}
+        environment |= {"ranks": str(ranks.size)}
         model = {**digest_model(tensors), _ARCHITECTURE: _architecture(blocks)}
         return PruneKey({**self.options.to_dict(), "blocks": name}, model, calibration, environment)
+
+
+def _require_same(key: PruneKey, first: PruneKey) -> None:
+    difference = key.difference(first, ("options", "model", "calibration", "environment"))
+    if difference:
+        raise ValueError(
+            f"Expected every rank to prune the same model with the same data, but this one differs from rank 0 in "
+            f"{difference}; seed what is random, and give all the same files and versions"
+        )
 
 
 class _BlocksReached(Exception):

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import weight_view
+from .ranks import Ranks
+
 
 class InputStatistics:
     """Sums over the inputs of layers: Σx² of every feature and, for SparseGPT, the Gram matrix Σxxᵀ.
@@ -90,6 +93,26 @@ class InputStatistics:
             else:
                 group.append(name)
         return found
+
+    def share(self, ranks: Ranks) -> None:
+        """Adds up what all ranks have seen.
+
+        Args:
+            ranks: The ranks; each has collected its own samples since the last `reset`.
+        """
+        if ranks.size == 1:
+            return
+        for name, layer in self._layers.items():
+            width = weight_view(layer).shape[1]
+            ran = ranks.total(float(name in self._sums))
+            if not ran:
+                continue
+            device = layer.weight.device
+            sums = self._sums.setdefault(name, torch.zeros(width, dtype=torch.float64, device=device))
+            ranks.sum_([sums])
+            if self._with_gram:
+                ranks.sum_([self._grams.setdefault(name, torch.zeros(width, width, device=device))])
+        self.num_samples = int(ranks.total(self.num_samples))
 
     def leave_out_grams(self) -> None:
         """Free the Gram matrices, and sum none from now on."""

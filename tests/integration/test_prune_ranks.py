@@ -1,5 +1,6 @@
-"""Two ranks: one prunes, the other loads what it wrote, and both stop when one is asked to."""
+"""Ranks that share the samples out: all end with the same weights, close to those of one rank, and stop together."""
 
+import json
 import os
 import signal
 import socket
@@ -13,15 +14,16 @@ from helpers.pruning import Tiny, callback, loader, trainer
 from safetensors.torch import load_file
 
 SCRIPT = """
-    import os, signal, sys
+    import json, os, signal, sys
 
     sys.path.insert(0, sys.argv[1])
-    from helpers.pruning import Tiny, callback, loader, trainer
     from helpers.processes import leave_process_group
+    from helpers.pruning import Tiny, callback, loader, trainer
     from safetensors.torch import save_file
     from wandazeta.callbacks.pruning.progress import ProgressFolder
 
-    folder, case, rank = sys.argv[2], sys.argv[3], os.environ["LOCAL_RANK"]
+    folder, case, options = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+    rank, size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     if case == "stop":
         save = ProgressFolder.save
 
@@ -31,54 +33,114 @@ SCRIPT = """
             save(self, index, result)
 
         ProgressFolder.save = saving
-    # rank 1 starts from other weights, as a module without a seed would
-    module = Tiny(seed=0) if rank == "0" else Tiny(seed=7)
-    pruning = callback(folder + "/pruned", **({"exclude_modules": ["upp"]} if case == "fail" else {}))
-    trainer(pruning, strategy="ddp", devices=2).fit(module, loader())
+    module = Tiny(seed=7 if case == "other model" and rank == "1" else 0)
+    seen = []
+    module.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
+    # the other ranks need not see the folder
+    pruning = callback(folder + ("/pruned" if rank == "0" else f"/elsewhere-{rank}"), **options)
+    trainer(pruning, strategy="ddp", devices=size, limit_train_batches=1).fit(module, loader())
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, f"{folder}/{rank}.safetensors")
+    record = pruning.report.blocks[0].to_dict()
+    report = {"key": pruning.key, "rows": sum(seen), "samples": record["num_samples"], "loss": record["loss_after"]}
+    open(f"{folder}/{rank}.json", "w").write(json.dumps(report))
     leave_process_group()
 """
 
 
-def run(repository, folder, case):
+def run(repository, folder, case="prune", size=2, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "NODE_RANK": "0"}
     # as torchrun does it, so that each rank's exit code is seen
     shared["TORCHELASTIC_RUN_ID"] = "test"
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(repository / "tests"), str(folder), case]
+    arguments = [str(repository / "tests"), str(folder), case, json.dumps(options)]
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments]
     ranks = []
-    for rank in ("0", "1"):
-        env = {**shared, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    for rank in map(str, range(size)):
+        env = {**shared, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=240)[1] for process in ranks]
     return [process.returncode for process in ranks], errors
 
 
 @pytest.mark.slow
-def test_both_ranks_have_what_one_rank_has(repository, tmp_path):
-    codes, errors = run(repository, tmp_path, "prune")
-    assert codes == [0, 0], errors
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {"method": "wanda++", "rounds": 2, "target": "dense_stream", "learning_rate": 1e-3}),
+        (2, {"method": "ro", "samples_per_step": 2, "learning_rate": 1e-3}),
+        (2, {"method": "sparsegpt"}),
+        (4, {"method": "wanda", "num_calibration_samples": 6}),
+    ],
+    ids=["a step by one rank", "a step by both ranks", "gram matrices", "uneven shares"],
+)
+def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_path, size, options):
+    codes, errors = run(repository, tmp_path, size=size, **options)
+    assert codes == [0] * size, errors
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(size)]
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    assert all(torch.equal(state[name], states[0][name]) for state in states for name in state)
+    assert all(report["key"] == reports[0]["key"] for report in reports)
+    assert not list(tmp_path.glob("elsewhere-*")), "rank 0 alone writes"
+
+    single, alone, seen = Tiny(), callback(tmp_path / "single", **options), []
+    single.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
+    trainer(alone, limit_train_batches=1).fit(single, loader())
+    assert all(report["rows"] < 0.8 * sum(seen) for report in reports), "each rank runs its own samples"
+    total = alone.report.blocks[0].num_samples
+    assert all(report["samples"] == total for report in reports)
+    for name, weight in single.state_dict().items():
+        # sums over ranks round otherwise: the last digits differ, and no mask
+        torch.testing.assert_close(states[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+        assert torch.equal(states[0][name] == 0, weight == 0), name
+    assert reports[0]["loss"] == pytest.approx(alone.report.blocks[0].loss_after, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_loads_what_is_finished(repository, tmp_path):
+    options = {"method": "wanda"}
+    (tmp_path / "pruned").mkdir()
     single = Tiny()
-    trainer(callback(tmp_path / "single")).fit(single, loader())
-    for rank in ("0", "1"):
+    trainer(callback(tmp_path / "pruned", **options), limit_train_batches=1).fit(single, loader())
+    codes, errors = run(repository, tmp_path, **options)
+    assert codes == [0, 0], errors
+    for rank in range(2):
         state = load_file(tmp_path / f"{rank}.safetensors")
-        assert all(torch.equal(state[name], weight) for name, weight in single.state_dict().items()), rank
+        assert all(torch.equal(state[name], weight) for name, weight in single.state_dict().items())
+
+
+@pytest.mark.slow
+def test_stopped_and_started_again_the_same_bytes_come_out(repository, tmp_path):
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    undisturbed.mkdir()
+    stopped.mkdir()
+    options = {"rounds": 2, "target": "dense_stream", "learning_rate": 1e-3}
+    codes, errors = run(repository, undisturbed, **options)
+    assert codes == [0, 0], errors
+    codes, errors = run(repository, stopped, "stop", **options)
+    assert codes[0] == 128 + signal.SIGTERM
+    assert codes[1] != 0
+    assert "Stopped by SIGTERM while pruning" in errors[0]
+    assert len(list((stopped / "pruned").glob("block_*.safetensors"))) == 2
+    codes, errors = run(repository, stopped, **options)
+    assert codes == [0, 0], errors
+    for path in (undisturbed / "pruned").glob("*.safetensors"):
+        assert (stopped / "pruned" / path.name).read_bytes() == path.read_bytes()
+    for rank in range(2):
+        assert (stopped / f"{rank}.safetensors").read_bytes() == (undisturbed / f"{rank}.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "code", "messages"),
+    ("case", "options", "messages"),
     [
-        ("stop", 128 + signal.SIGTERM, ("Stopped by SIGTERM while pruning", "")),
-        ("fail", 1, ("did you mean `up`", "Pruning failed on rank 0: Expected argument `exclude_modules`")),
+        ("prune", {"exclude_modules": ["upp"]}, ("did you mean `up`", "did you mean `up`")),
+        ("other model", {}, ("Pruning failed on rank 1: Expected every rank to prune the same model", "model tensors")),
     ],
 )
-def test_both_ranks_stop_together(repository, tmp_path, case, code, messages):
-    codes, errors = run(repository, tmp_path, case)
-    assert codes[0] == code
-    assert codes[1] != 0
+def test_what_does_not_fit_on_one_rank_ends_all(repository, tmp_path, case, options, messages):
+    codes, errors = run(repository, tmp_path, case, **options)
+    assert codes == [1, 1]
     assert all(message in error for message, error in zip(messages, errors, strict=True)), errors
-    blocks = list((tmp_path / "pruned").glob("block_*.safetensors")) if case == "stop" else []
-    assert len(blocks) == (2 if case == "stop" else 0)
+    assert not list((tmp_path / "pruned").glob("block_*.safetensors"))

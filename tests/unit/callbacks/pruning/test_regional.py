@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.callbacks.pruning.ranks import Ranks
 from wandazeta.callbacks.pruning.regional import (
     MasterWeights,
     optimisation_loss,
@@ -41,7 +42,7 @@ def parts(block):
 def test_gradients_equal_the_root_mean_square_of_autograd_sample_by_sample(block):
     run, layers, norms = parts(block)
     outputs = []
-    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.append)
+    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.append, Ranks())
     for name, layer in layers.items():
         squares = []
         for hidden, mask in zip(HIDDEN, MASKS, strict=True):
@@ -82,7 +83,7 @@ def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
     targets = targets if targets is not None else [block(h).detach() for h in hidden]
     master, prune = halve(block)
     generator = torch.Generator().manual_seed(0)
-    optimise_block(run, master, prune, hidden, targets, Batches(masks), norms, options, generator)
+    optimise_block(run, master, prune, hidden, targets, Batches(masks), norms, options, generator, Ranks())
     return norms
 
 
@@ -142,7 +143,7 @@ def test_samples_in_one_batch_step_as_samples_apart():
         master, prune = halve(block)
         targets = [block(h).detach() for h in hidden]
         generator = torch.Generator().manual_seed(0)
-        optimise_block(run, master, prune, hidden, targets, samples, norms, options, generator)
+        optimise_block(run, master, prune, hidden, targets, samples, norms, options, generator, Ranks())
         assert norms.num_samples == 4
         found.append((block.up.weight.detach(), norms.norm("down")))
     for apart, together in zip(*found, strict=True):
@@ -184,7 +185,7 @@ def test_sixteen_bits_keep_a_float32_master():
     run, _, norms = parts(block)
     for _ in range(20):
         generator = torch.Generator().manual_seed(0)
-        optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator)
+        optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
     assert block.up.weight.dtype == torch.bfloat16
     assert master.masters["up"].dtype == torch.float32
     assert torch.equal(block.up.weight, master.masters["up"].bfloat16())
@@ -199,7 +200,7 @@ def test_half_precision_gradients_do_not_vanish():
     for block in (wide, half):
         run, layers, norms = parts(block)
         hidden = [h.to(block.up.weight.dtype) for h in HIDDEN]
-        found.append(regional_gradients(run, layers, hidden, MASKS, norms, lambda *_: None))
+        found.append(regional_gradients(run, layers, hidden, MASKS, norms, lambda _: None, Ranks()))
     torch.testing.assert_close(found[0]["up"], found[1]["up"], rtol=2e-2, atol=2e-3)
 
 
