@@ -285,7 +285,7 @@ class WandaPPPruneCallback(Callback):
     def _make(
         self, trainer: Trainer, pl_module: LightningModule, run: PruneRun, signals: DeferredSignals
     ) -> PruneReport | None:
-        ranks = Ranks(trainer.strategy.root_device)
+        ranks = Ranks.of_process_group(trainer.strategy.root_device)
         try:
             report = run.prune(
                 lambda: calibration_loader(trainer, pl_module, self.calibration),

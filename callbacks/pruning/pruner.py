@@ -87,7 +87,8 @@ def prune_model(
         progress: Keeps finished blocks; the ones that it has are not made again. Only rank 0's is used.
         on_block: Called after each block with its record and the number of blocks.
         should_stop: Asked after each block; it is enough that one rank's says so.
-        ranks: Those that prune together, each with its share of the samples; all get the same model and batches.
+        ranks: Those that prune together, each with its share of the samples; all pass the same model and batches. By
+            default this process prunes alone.
 
     Returns:
         The report.
@@ -97,7 +98,7 @@ def prune_model(
         PruningInterrupted: If `should_stop` returned True before the last block.
     """
     device = torch.device(device)
-    ranks = ranks or Ranks(device)
+    ranks = ranks or Ranks()
     progress = progress if ranks.rank == 0 else None
     rows = [row for batch in batches for row in split_rows(batch)]
     # autograd is needed inside, whatever the caller is in

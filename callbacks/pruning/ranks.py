@@ -11,19 +11,27 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those of the default process group, or alone.
+    """This process among those that prune together; by default it is alone.
 
     Sample i belongs to rank i modulo their number. Sums have the same bits on every rank.
 
     Args:
-        device: Where the group exchanges tensors; those that are elsewhere are copied there and back.
+        rank: The number of this process.
+        size: How many there are.
+        device: Where they exchange tensors; those that are elsewhere are copied there and back.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.size: int = dist.get_world_size() if together else 1
-        self.rank: int = dist.get_rank() if together else 0
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.size = size
         self._device = torch.device(device)
+
+    @classmethod
+    def of_process_group(cls, device: torch.device | str) -> "Ranks":
+        """All processes of the default process group, or this one alone where there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls()
 
     def own(self, samples: Iterable[int]) -> list[int]:
         """The samples of this rank, by their place among its own.
