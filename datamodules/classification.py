@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,8 @@ class PromptedClassificationDataModule(LightningDataModule):
         num_test: Test examples, balanced; null for all that can be balanced.
         max_length: Longest prompt in tokens; by default that of the longest example used.
         truncate: Shorten the text of prompts that exceed max_length; otherwise they are an error.
-        padding: "fixed" pads every batch to the same length, "batch" to its own longest prompt.
+        padding: "fixed" pads every training batch to the same length, "batch" to its own longest prompt, as it is
+            done for validation and test.
         pad_token: Token to pad with where the tokenizer has none.
         text_column: Column with the text.
         label_column: Column with the class: its number, or one of the names in label_names.
@@ -194,9 +196,10 @@ class PromptedClassificationDataModule(LightningDataModule):
         chosen = self._choose()[split]
         return [text for text, _ in chosen], [label for _, label in chosen]
 
-    def collate(self, examples: list[Example]) -> Batch:
-        """Pad examples into a batch."""
-        length = self._length if self.padding == "fixed" else max(len(example.input_ids) for example in examples)
+    def collate(self, examples: list[Example], to_longest: bool = False) -> Batch:
+        """Pad examples into a batch, as `padding` says or `to_longest` of them."""
+        longest = max(len(example.input_ids) for example in examples)
+        length = longest if to_longest or self.padding == "batch" else self._length
         input_ids = torch.full((len(examples), length), self._pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, example in enumerate(examples):
@@ -241,11 +244,15 @@ class PromptedClassificationDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader("test")
+        return self._loader(self.examples("test"))
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
-        examples = self.examples(split)
-        return DataLoader(examples, batch_size=self.eval_batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+        # neighbours of one length: half the tokens of most sources would be padding otherwise
+        return self._loader(sorted(self.examples(split), key=lambda example: len(example.input_ids)))
+
+    def _loader(self, examples: list[Example]) -> DataLoader[Any]:
+        collate = partial(self.collate, to_longest=True)
+        return DataLoader(examples, batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
     def _choose(self) -> dict[Split, list[tuple[str, int]]]:
         """Draw each split's balanced examples (text, class); by id and seed, not by the order of the source."""

@@ -78,8 +78,22 @@ def test_all_that_can_be_balanced(source):
 def test_padding(source):
     fixed = {batch["input_ids"].shape[1] for batch in build(source).train_dataloader()}
     assert len(fixed) == 1
-    for batch in build(source, padding="batch").val_dataloader():
+    for batch in build(source, padding="batch").train_dataloader():
         assert batch["attention_mask"].any(dim=0).all()
+
+
+def test_evaluation_sees_neighbours_of_one_length_and_predictions_keep_their_order(source):
+    data = build(source)
+    lengths, seen = [], []
+    for batch in data.val_dataloader():
+        assert batch["attention_mask"].any(dim=0).all()
+        lengths += batch["attention_mask"].sum(1).tolist()
+        seen += batch["example_id"].tolist()
+    assert len(set(lengths)) > 1
+    assert lengths == sorted(lengths)
+    assert sorted(seen) == [example.example_id for example in data.examples("val")]
+    predicted = [number for batch in data.predict_dataloader() for number in batch["example_id"].tolist()]
+    assert predicted == [example.example_id for example in data.examples("test")]
 
 
 def test_the_seed_decides_the_choice(source):
@@ -159,7 +173,7 @@ def test_pad_token(source):
         data(pad_token="nothing").setup("fit")
     padded = data(pad_token="<eos>")
     padded.setup("fit")
-    batch = next(iter(padded.val_dataloader()))
+    batch = next(iter(padded.train_dataloader()))
     filled = batch["input_ids"][batch["attention_mask"] == 0]
     assert torch.equal(filled, torch.full_like(filled, byte_tokenizer().eos_token_id))
 
