@@ -173,7 +173,7 @@ def test_pad_token(source):
         data(pad_token="nothing").setup("fit")
     padded = data(pad_token="<eos>")
     padded.setup("fit")
-    batch = next(iter(padded.train_dataloader()))
+    batch = padded.collate(padded.examples("train"))
     filled = batch["input_ids"][batch["attention_mask"] == 0]
     assert torch.equal(filled, torch.full_like(filled, byte_tokenizer().eos_token_id))
 
