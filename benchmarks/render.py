@@ -78,8 +78,8 @@ def blocks() -> dict[str, str]:
 def rendered(text: str) -> str:
     """The README with its tables made anew."""
     for name, block in blocks().items():
-        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(\n<!-- end -->)"
-        text, found = re.subn(pattern, lambda match: match[1] + block + match[2], text, flags=re.DOTALL)  # noqa: B023
+        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)  # noqa: B023
         if found != 1:
             raise ValueError(f"Expected one place for the table {name!r} in {README.name}, but found {found}")
     return text
