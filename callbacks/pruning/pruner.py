@@ -165,8 +165,9 @@ class _Pruner:
                 )
             if self.stream is not None and index < self.last_missing:
                 self._forward(index, self.stream, batches)
-            for name, layer in layers.items() if result is not None else ():
-                layer.weight.copy_(result.weights[name])
+            if result is not None:
+                for name, layer in layers.items():
+                    layer.weight.copy_(result.weights[name])
             self.ranks.broadcast_([layer.weight for layer in layers.values()])
             if self.samples is not None and index < self.last_missing:
                 self._forward(index, self.samples.hidden, batches)
