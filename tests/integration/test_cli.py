@@ -165,7 +165,7 @@ def test_pack_writes_an_extra_file_and_is_for_2of4_alone(config, tmp_path, capsy
     assert not (tmp_path / "run/pruning").exists()
 
     main(arguments)
-    plain, packed = (tmp_path / "exported" / f"model{kind}.safetensors" for kind in ("", ".2of4"))
+    plain, packed = (tmp_path / "exported" / name for name in ("model.safetensors", "sparsity/model.2of4.safetensors"))
     assert packed.stat().st_size < plain.stat().st_size
     weights, unpacked = load_file(plain), load_packed(packed)
     assert unpacked.keys() == weights.keys()
