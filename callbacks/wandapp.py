@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich import get_console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
+
+from wandazeta.stored import is_stored, require_whole
 
 from .pruning.calibration import call_arguments
 from .pruning.options import ComputeDtype, LRSchedule, Method, Optimizer, PruneOptions, Start, Target
@@ -184,6 +187,9 @@ class WandaPPPruneCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.state.status == TrainerStatus.RUNNING:
+            # the module would say so too, but after the pruning
+            require_whole(pl_module)
         if self._is_pruned(pl_module):
             return
         if is_overridden("configure_model", pl_module):
@@ -321,7 +327,8 @@ class WandaPPPruneCallback(Callback):
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
                 weight = parameters[name]
-                self._pruned[name] = (weakref.ref(weight), int(torch.count_nonzero(weight)))
+                nonzero = weight.numel() if is_stored(weight) else int(torch.count_nonzero(weight))
+                self._pruned[name] = (weakref.ref(weight), nonzero)
         if hasattr(pl_module, "pruned_backbone_key"):
             pl_module.pruned_backbone_key = self.key  # type: ignore[assignment]
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from wandazeta.stored import is_stored, require_whole
+
 from .scoring import Scorer, is_classification
+from .streamed_model import build_streamed
 
 
 class LanguageModel(LightningModule):
@@ -25,6 +29,8 @@ class LanguageModel(LightningModule):
         attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
+        stream_weights: Leave the blocks' weights in the model's safetensors and bring in one block at a time, to prune
+            a model larger than memory; for `prune` alone, from a local directory.
 
     Raises:
         ValueError: If the model cannot be loaded or an argument does not fit it.
@@ -37,13 +43,23 @@ class LanguageModel(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         pad_token: str | None = None,
+        stream_weights: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.tokenizer = load_causal_lm(
-            model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token
+            model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, stream_weights
         )
         self.scorer = Scorer(self.backbone)
         self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
+
+    @override
+    def setup(self, stage: str) -> None:
+        require_whole(self)
+
+    @override
+    def cpu(self) -> Self:
+        # a trainer does this on its way out of an error, that of `setup` too; what is streamed stays where it is
+        return self if any(map(is_stored, self.parameters())) else super().cpu()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +126,12 @@ def _metrics() -> nn.ModuleDict:
 
 
 def load_causal_lm(
-    model_name_or_path: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool, pad_token: str | None
+    model_name_or_path: str,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    pad_token: str | None,
+    stream_weights: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a causal language model, from safetensors only, and its tokenizer.
 
@@ -121,14 +142,23 @@ def load_causal_lm(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"Expected argument `dtype` to be float32, bfloat16 or float16, but got {dtype!r}")
+    if stream_weights and not Path(model_name_or_path).is_dir():
+        raise ValueError(
+            f"Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, but "
+            f"got {str(model_name_or_path)!r}; download the model first"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+        model = (
+            build_streamed(Path(model_name_or_path), getattr(torch, dtype), attn_implementation, trust_remote_code)
+            if stream_weights
+            else AutoModelForCausalLM.from_pretrained(
+                model_name_or_path,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
         )
     except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from wandazeta.stored import Stored, is_stored, whole
 
 from .packed import MASKS_FILE, PACKED_FILE, write_packed
 from .page import write_page
 from .progress import ProgressFolder, check_writable, write_json
 from .report import PruneReport
+from .streamed import lazy, open_safetensors, write_streamed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -92,7 +93,7 @@ def prune_and_export(
     masks = {
         f"{block.name}.{name}".removeprefix(prefix): mask
         for block, result in zip(report.blocks, folder.results(len(report.blocks)), strict=True)
-        for name, mask in result.masks.items()
+        for name, mask in folder.stored_masks(block.index, result).items()
     }
     tokenizer = next((t for owner in (model, datamodule) if _saves(t := getattr(owner, "tokenizer", None))), None)
     export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
@@ -140,7 +141,7 @@ def export_pretrained(
         tokenizer: Its tokenizer, or `None`.
         directory: Where to write; what it held before is replaced.
         report: What was done.
-        masks: True where a weight was kept, by parameter name in `model`.
+        masks: True where a weight was kept, by parameter name in `model`; stored ones are read one at a time.
         key: The hash that names the pruning.
         pack: Write the 2:4 packed file beside the plain ones.
 
@@ -151,13 +152,13 @@ def export_pretrained(
     fresh = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    model.save_pretrained(fresh)
+    _write_weights(model, fresh)
     if tokenizer is not None:
         tokenizer.save_pretrained(fresh)
     on_disk = names_on_disk(model, dict(masks))
     _check_masks(fresh, on_disk)
     (fresh / MASKS_FILE).parent.mkdir()
-    save_file(on_disk, fresh / MASKS_FILE, metadata={"format": "pt"})
+    write_streamed(fresh / MASKS_FILE, {name: lazy(mask) for name, mask in on_disk.items()}, {"format": "pt"})
     if pack:
         write_packed(fresh)
     write_json(fresh / _REPORT, {"key": key, **report.to_dict()})
@@ -171,6 +172,31 @@ def export_pretrained(
         directory.rename(old)
     fresh.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(model: Any, directory: Path) -> None:
+    """Writes configuration and weights; of a streamed model one tensor at a time, which transformers does not do."""
+    if not _is_streamed(model):
+        model.save_pretrained(directory)
+        return
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    # everything but the weights
+    model.save_pretrained(directory, state_dict={})
+    saved = model.state_dict(keep_vars=True)
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    tensors = {name: saved[name] for name in saved if name not in left_out}
+    plan = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors")
+    for file, names in plan.filename_to_tensors.items():
+        write_streamed(directory / file, {name: lazy(tensors[name]) for name in names}, {"format": "pt"})
+    if plan.is_sharded:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _is_streamed(model: nn.Module) -> bool:
+    return any(is_stored(parameter) for parameter in model.parameters())
 
 
 def _make_readable(directory: Path) -> None:
@@ -220,21 +246,22 @@ def names_on_disk(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
-    if isinstance(model, PreTrainedModel):
-        masks = revert_weight_conversion(model, masks)
-    return {name: masks[name].contiguous() for name in sorted(masks)}
+    # the files of a streamed model have its own names
+    if isinstance(model, PreTrainedModel) and not _is_streamed(model):
+        masks = revert_weight_conversion(model, {name: whole(mask) for name, mask in masks.items()})
+    return {name: masks[name] for name in sorted(masks)}
 
 
 def _check_masks(directory: Path, masks: Mapping[str, Tensor]) -> None:
     unseen = set(masks)
     for path in sorted(directory.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in unseen & set(file.keys()):
-                if bool(file.get_tensor(name)[~masks[name]].any()):
-                    raise ValueError(
-                        f"Expected the mask of `{name}` to fit the model, but a removed weight is not zero."
-                    )
-                unseen.discard(name)
+        with open_safetensors(path) as file:
+            names = unseen & set(file.keys())
+        for name in names:
+            # opened for each, so that no mapped page stays
+            if bool(Stored(path, name).read()[~whole(masks[name])].any()):
+                raise ValueError(f"Expected the mask of `{name}` to fit the model, but a removed weight is not zero.")
+        unseen -= names
     if unseen:
         raise ValueError(
             f"Expected a written weight for every mask, but there is none for `{min(unseen)}` and "

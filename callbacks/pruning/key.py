@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from wandazeta.stored import whole
+
 from .calibration import digest_tensor
 
 _PARTS = ("options", "model", "calibration", "environment")
@@ -79,6 +81,6 @@ def digest_model(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Digests each tensor by name, sorted.
 
     Args:
-        tensors: Parameters and buffers.
+        tensors: Parameters and buffers; those that are stored are read one at a time.
     """
-    return {name: digest_tensor(tensors[name]) for name in sorted(tensors)}
+    return {name: digest_tensor(whole(tensors[name])) for name in sorted(tensors)}

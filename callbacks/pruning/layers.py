@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.blocks import nearest
+from wandazeta.stored import is_stored
 
 from .options import PruneOptions
 
@@ -117,7 +118,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
-    if weight.is_meta or weight.numel() == 0:
+    if (weight.is_meta and not is_stored(weight)) or weight.numel() == 0:
         raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
         raise ValueError(
@@ -149,19 +150,24 @@ def _check_own_matrices(modules: Mapping[str, nn.Module], block_name: str) -> No
 def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None:
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        other = owners.setdefault(layer.weight.data_ptr(), name)
+        other = owners.setdefault(_identity(layer.weight), name)
         if other != name:
             raise ValueError(
                 f"Expected weights of their own in every layer, but `{name}` and `{other}` share one; "
                 "add both to `exclude_modules` to leave them dense"
             )
     for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
-        owner = owners.get(parameter.data_ptr())
+        owner = owners.get(_identity(parameter))
         if owner not in (None, name):
             raise ValueError(
                 f"Expected weights of their own in every layer, but `{owner}` is tied to `{name}`; "
                 "add it to `exclude_modules` to leave it dense"
             )
+
+
+def _identity(weight: Tensor) -> int:
+    # a stored one is nowhere in memory
+    return weight.data_ptr() or id(weight)
 
 
 def _name_in_block(name: str, block_name: str) -> str:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from wandazeta.stored import Stored, is_stored, store
+
 from .calibration import digest_tensor
 from .key import PruneKey
 from .pruner import BlockResult
@@ -279,8 +281,37 @@ class ProgressFolder:
                 raise ValueError(f"Expected a whole block in '{self._path(index)}', but it is missing or damaged.")
             yield result
 
+    def stored_masks(self, block_index: int, result: BlockResult) -> dict[str, Tensor]:
+        """The masks of a block, left in its file.
+
+        Args:
+            block_index: The position of the block.
+            result: The block.
+
+        Returns:
+            Stored tensors, by parameter name relative to the block.
+        """
+        path = self._path(block_index)
+        return {
+            name: store(torch.empty_like(mask, device="meta"), Stored(path, f"mask:{name}"))
+            for name, mask in result.masks.items()
+        }
+
+    def lend_weights(self, blocks: nn.ModuleList, report: PruneReport) -> None:
+        """Lets the stored weights of a model be read from a complete pruning, no longer from the dense model's files.
+
+        Args:
+            blocks: The decoder blocks; weights in memory are left alone.
+            report: The report of all blocks.
+        """
+        for block, record in zip(blocks, report.blocks, strict=True):
+            parameters = dict(block.named_parameters())
+            for layer in record.layers:
+                if is_stored(parameters[layer.name]):
+                    store(parameters[layer.name], Stored(self._path(record.index), f"weight:{layer.name}"))
+
     def load_into(self, blocks: nn.ModuleList) -> bool:
-        """Puts a complete pruning into a model.
+        """Puts a complete pruning into a model; stored weights are left to `lend_weights`.
 
         Args:
             blocks: The decoder blocks of the dense model.
@@ -297,6 +328,8 @@ class ProgressFolder:
             return False
         if marker != {"key": self._key, "num_blocks": len(blocks), "last": self._chain[len(blocks) - 1]}:
             return False
+        if all(is_stored(parameter) for parameter in blocks.parameters()):
+            return True
         for block, result in zip(blocks, self.results(len(blocks)), strict=True):
             parameters = dict(block.named_parameters())
             with torch.no_grad():

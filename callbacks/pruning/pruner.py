@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.blocks import call_block, find_blocks
+from wandazeta.stored import resident
 
 from .calibration import isolated_rng
 from .layers import prunable_layers, validate_layers
@@ -274,12 +275,13 @@ class _Pruner:
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
         """One block on the device, its layers to prune."""
         block = self.blocks[index]
-        home = next(block.parameters()).device
-        block.to(self.device)
-        try:
-            yield prunable_layers(block, self.options, f"{self.name}.{index}")
-        finally:
-            block.to(home)
+        with resident(block):
+            home = next(block.parameters()).device
+            block.to(self.device)
+            try:
+                yield prunable_layers(block, self.options, f"{self.name}.{index}")
+            finally:
+                block.to(home)
 
 
 @contextmanager

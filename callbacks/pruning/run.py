@@ -86,6 +86,7 @@ class PruneRun:
             for block, record in zip(blocks, finished.blocks, strict=True):
                 parameters = dict(block.named_parameters())
                 ranks.broadcast_([parameters[layer.name] for layer in record.layers])
+            self.folder.lend_weights(blocks, finished)
             return finished
         with _progress_bar(len(blocks), show_progress and ranks.rank == 0) as advance:
             try:
@@ -106,6 +107,7 @@ class PruneRun:
                 return None
         if ranks.rank == 0:
             self.folder.finish(report)
+        self.folder.lend_weights(blocks, report)
         return report
 
     def _prepare(

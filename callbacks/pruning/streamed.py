@@ -14,6 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wandazeta.stored import whole
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
 
 class LazyTensor(NamedTuple):
     """A tensor that is not in memory yet.
@@ -79,6 +94,15 @@ def stored(file: Any) -> dict[str, LazyTensor]:
     return tensors
 
 
+def lazy(tensor: Tensor) -> LazyTensor:
+    """A tensor in memory, or a stored one, which is read when it is written.
+
+    Args:
+        tensor: Any dense tensor.
+    """
+    return LazyTensor(_NAMES[tensor.dtype], tuple(tensor.shape), partial(whole, tensor))
+
+
 def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
     """Writes a file that exists whole or not at all.
 
@@ -100,7 +124,7 @@ def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict
     with temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            file.write(tensors[name].read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensors[name].read().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -34,14 +34,14 @@ def test_siblings_do_not_import_each_other(layer):
         for name in imported_names(path):
             parts = name.split(".")
             if parts[0] == "wandazeta" and len(parts) > 1:
-                assert parts[1] in (layer, "blocks"), f"{path.relative_to(ROOT)} imports {name}"
+                assert parts[1] in (layer, "blocks", "stored"), f"{path.relative_to(ROOT)} imports {name}"
             assert parts[0] not in LAYERS, f"{path.relative_to(ROOT)} imports {name}, which is called wandazeta.{name}"
 
 
 @pytest.mark.parametrize("core", CORES)
 def test_cores_import_without_lightning_and_transformers(core, tmp_path):
     names = [".".join(("wandazeta", *path.relative_to(ROOT).with_suffix("").parts)) for path in python_files(core)]
-    names = [name.removesuffix(".__init__") for name in [*names, "wandazeta.blocks"]]
+    names = [name.removesuffix(".__init__") for name in [*names, "wandazeta.blocks", "wandazeta.stored"]]
     program = f"""
 import importlib, sys
 
@@ -80,7 +80,7 @@ def test_the_tested_torch_is_pinned_once():
 def test_examples_in_docstrings_show_what_they_print():
     attempted = 0
     files = [path for layer in LAYERS for path in python_files(layer)]
-    for path in [*files, ROOT / "blocks.py"]:
+    for path in [*files, ROOT / "blocks.py", ROOT / "stored.py"]:
         # by the installed name, never by path: a class imported under two names is two classes
         name = ".".join(("wandazeta", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
         result = doctest.testmod(importlib.import_module(name))
