@@ -29,6 +29,8 @@ _PACKED_NOTE = (
     "`python -m wandazeta.callbacks.pruning.packed SRC DST` restores the plain file bit for bit"
 )
 _PAGE = "prune_report.html"
+# of a streamed model
+_SHARD_SIZE = "5GB"
 _logger = logging.getLogger(__name__)
 
 
@@ -186,7 +188,9 @@ def _write_weights(model: Any, directory: Path) -> None:
     saved = model.state_dict(keep_vars=True)
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     tensors = {name: saved[name] for name in saved if name not in left_out}
-    plan = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors")
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD_SIZE
+    )
     for file, names in plan.filename_to_tensors.items():
         write_streamed(directory / file, {name: lazy(tensors[name]) for name in names}, {"format": "pt"})
     if plan.is_sharded:

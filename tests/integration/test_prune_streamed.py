@@ -168,12 +168,7 @@ def test_a_complete_pruning_is_exported_again(tmp_path):
 
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    split = huggingface_hub.split_torch_state_dict_into_shards
-    monkeypatch.setattr(
-        huggingface_hub, "split_torch_state_dict_into_shards", lambda *a, **k: split(*a, max_shard_size="20KB", **k)
-    )
+    monkeypatch.setattr("wandazeta.callbacks.pruning.export._SHARD_SIZE", "20KB")
     prune(save_sharded(tmp_path / "model"), tmp_path, streamed=True, method="wanda")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     weights = weights_of(tmp_path / "out")
