@@ -60,6 +60,8 @@ def _placed_alike(mapped: Tensor) -> Tensor:
     num_bytes = mapped.numel() * mapped.element_size()
     room = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
     start = (mapped.data_ptr() - room.data_ptr()) % _ALIGNMENT
+    # files that others wrote may have it where no tensor of its type can be
+    start -= start % mapped.element_size()
     copy = room[start : start + num_bytes].view(mapped.dtype).view(mapped.shape)
     return copy.copy_(mapped)
 

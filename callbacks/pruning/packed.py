@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,22 +154,19 @@ def write_packed(directory: str | os.PathLike[str]) -> Path:
     paths = sorted(path for pattern in _PLAIN_FILES for path in directory.glob(pattern))
     if not paths:
         raise ValueError(f"Expected argument `directory` to hold `model.safetensors`, but '{directory}' does not.")
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_safetensors(path)) for path in paths]
-        masks = stack.enter_context(open_safetensors(directory / MASKS_FILE))
-        entries = {name: entry for file in files for name, entry in stored(file).items()}
-        packed: dict[str, dict[str, Any]] = {}
-        for name in sorted(masks.keys()):
-            if name not in entries:
-                raise ValueError(f"Expected a weight for every mask, but '{directory}' holds none for `{name}`.")
-            weight = entries.pop(name)
-            transposed = _is_transposed(name, masks.get_tensor(name))
-            packed[name] = {"shape": weight.shape, "transposed": transposed}
-            entries |= _pack_entries(name, weight, partial(masks.get_tensor, name), transposed)
-        note = {"version": _VERSION, "pattern": _PATTERN, "weights": packed}
-        check_writable(directory, "directory", sum(entry.num_bytes for entry in entries.values()))
-        (directory / PACKED_FILE).parent.mkdir(exist_ok=True)
-        write_streamed(directory / PACKED_FILE, entries, {"format": "pt", "wandazeta": json.dumps(note)})
+    entries = {name: entry for path in paths for name, entry in stored(path).items()}
+    packed: dict[str, dict[str, Any]] = {}
+    for name, mask in sorted(stored(directory / MASKS_FILE).items()):
+        if name not in entries:
+            raise ValueError(f"Expected a weight for every mask, but '{directory}' holds none for `{name}`.")
+        weight = entries.pop(name)
+        transposed = _is_transposed(name, mask.read())
+        packed[name] = {"shape": weight.shape, "transposed": transposed}
+        entries |= _pack_entries(name, weight, mask.read, transposed)
+    note = {"version": _VERSION, "pattern": _PATTERN, "weights": packed}
+    check_writable(directory, "directory", sum(entry.num_bytes for entry in entries.values()))
+    (directory / PACKED_FILE).parent.mkdir(exist_ok=True)
+    write_streamed(directory / PACKED_FILE, entries, {"format": "pt", "wandazeta": json.dumps(note)})
     return directory / PACKED_FILE
 
 
@@ -217,8 +213,7 @@ def load_packed(directory_or_file: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is no packed file, or it is damaged or of another version.
     """
-    with open_safetensors(_packed_path(directory_or_file)) as file:
-        return {name: entry.read() for name, entry in sorted(_plain_entries(file).items())}
+    return {name: entry.read() for name, entry in sorted(_plain_entries(_packed_path(directory_or_file)).items())}
 
 
 def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -240,14 +235,13 @@ def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]
         raise ValueError(f"Expected argument `target` to be a new or empty folder, but got '{target}'; choose another.")
     if not source.is_dir():
         raise ValueError(f"Expected argument `source` to be a directory, but got '{source}'; give the one to restore.")
-    with open_safetensors(_packed_path(source)) as file:
-        entries = _plain_entries(file)
-        check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
-        fresh = target.with_name(f".{target.name}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
-        shutil.copytree(source, fresh, ignore=weights)
-        write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
+    entries = _plain_entries(_packed_path(source))
+    check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
+    shutil.copytree(source, fresh, ignore=weights)
+    write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
     fresh.rename(target)
 
 
@@ -256,14 +250,15 @@ def _packed_path(directory_or_file: str | os.PathLike[str]) -> Path:
     return path / PACKED_FILE if path.is_dir() else path
 
 
-def _plain_entries(file: Any) -> dict[str, LazyTensor]:
-    note = json.loads((file.metadata() or {}).get("wandazeta", "{}"))
+def _plain_entries(path: Path) -> dict[str, LazyTensor]:
+    with open_safetensors(path) as file:
+        note = json.loads((file.metadata() or {}).get("wandazeta", "{}"))
     if note.get("version") != _VERSION or note.get("pattern") != _PATTERN:
         raise ValueError(
             f"Expected a {_PATTERN} packed file of version {_VERSION}, but got pattern {note.get('pattern')!r} and "
             f"version {note.get('version')!r}; write it with `wandazeta prune --pack true`."
         )
-    entries = stored(file)
+    entries = stored(path)
     for name, layout in note["weights"].items():
         values, indices = entries.pop(f"{name}.values"), entries.pop(f"{name}.indices")
         read = partial(_unpack, values.read, indices.read, tuple(layout["shape"]), layout["transposed"])

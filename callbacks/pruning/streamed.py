@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wandazeta.stored import whole
+from wandazeta.stored import Stored, whole
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -78,19 +78,23 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def stored(file: Any) -> dict[str, LazyTensor]:
-    """The tensors of an open file.
+def stored(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file; it is opened again for each that is read, so that no mapped page stays in memory.
 
     Args:
-        file: What `open_safetensors` gave; it must be open when they are read.
+        path: The file.
 
     Returns:
         Tensors by name.
+
+    Raises:
+        ValueError: As `open_safetensors` does.
     """
     tensors = {}
-    for name in file.keys():  # noqa: SIM118 (not a dict)
-        piece = file.get_slice(name)
-        tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), partial(file.get_tensor, name))
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            piece = file.get_slice(name)
+            tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), Stored(path, name).read)
     return tensors
 
 
