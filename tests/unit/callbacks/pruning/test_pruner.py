@@ -392,7 +392,7 @@ def test_sparsegpt_solves_every_layer_from_its_own_inputs():
 
 
 def test_optimisation_may_start_from_sparsegpt():
-    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_updates": True, "target": "dense_block"}
+    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_mode": "fixed", "target": "dense_block"}
     started, blocks, report = tiny(start="sparsegpt", **options)
     reference, other_blocks, _ = tiny(method="sparsegpt")
     # with steps too small to matter the first block is SparseGPT's own
