@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from .masks import zero_where_false
 from .options import PruneOptions
 from .ranks import Ranks
 from .samples import Batches
@@ -121,8 +122,7 @@ class MasterWeights:
     def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Set masters and weights to zero where the mask is False; masks are in the weights' layout."""
         for name, mask in masks.items():
-            # a product with the mask would leave -0.0 for negative weights
-            self.masters[name].masked_fill_(~mask, 0.0)
+            zero_where_false(self.masters[name], mask)
         self.publish()
 
     @torch.no_grad()
