@@ -70,7 +70,7 @@ def settings(arguments: argparse.Namespace, versions: dict[str, str]) -> Iterato
     for repeat in range(arguments.repeats):
         runs = []
         for dtype, method in product(arguments.dtypes, arguments.methods):
-            tools = [("wandazeta", 1)]
+            tools = [("wandazeta", together)]
             if method in COMPARED:
                 tools += [("llmcompressor", size) for size in sorted({1, together})]
             for tool, batch_size in tools:

@@ -120,8 +120,8 @@ def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmar
     versions = {"wandazeta": "1", "llmcompressor": "2"}
     runs = list(benchmark.prune.settings(arguments(), versions))
     order = [(run["method"], run["tool"], run["batch_size"]) for run in runs]
-    kinds = [("wanda", "wandazeta", 1), ("wanda", "llmcompressor", 1), ("wanda", "llmcompressor", 8)]
-    kinds += [("wanda++", "wandazeta", 1)]
+    kinds = [("wanda", "wandazeta", 8), ("wanda", "llmcompressor", 1), ("wanda", "llmcompressor", 8)]
+    kinds += [("wanda++", "wandazeta", 8)]
     assert order == kinds + kinds[::-1]
     assert [run["repeat"] for run in runs] == [0] * 4 + [1] * 4
     assert runs[3]["options"]["samples_per_round"] == 8
@@ -129,7 +129,7 @@ def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmar
 
 def test_ratios_are_to_the_faster_of_the_other_tool(benchmark):
     wanted = list(benchmark.prune.settings(arguments(), {"wandazeta": "1", "llmcompressor": "2"}))
-    seconds = {("wandazeta", 1): 2.0, ("llmcompressor", 1): 8.0, ("llmcompressor", 8): 5.0}
+    seconds = {("wandazeta", 8): 2.0, ("llmcompressor", 1): 8.0, ("llmcompressor", 8): 5.0}
     records = [
         run
         | {"seconds": (10.0 if run["method"] == "wanda++" else seconds[run["tool"], run["batch_size"]]) + run["repeat"]}
