@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from .masks import zero_where_false
 from .options import PruneOptions
 from .ranks import Ranks
 from .samples import Batches
@@ -135,8 +136,7 @@ class MasterWeights:
             self.publish()
             return
         for name, mask in masks.items():
-            # a product with the mask would leave -0.0 for negative weights
-            self.masters[name].masked_fill_(~mask, 0.0)
+            zero_where_false(self.masters[name], mask)
         self.publish()
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class MasterWeights:
             if self.masters[name] is not weight:
                 weight.copy_(self.masters[name])
             if name in self._masks:
-                weight.masked_fill_(~self._masks[name], 0.0)
+                zero_where_false(weight, self._masks[name])
 
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
