@@ -32,11 +32,24 @@ def commit() -> str:
     return done.stdout.decode().strip() or "unknown"
 
 
+def command() -> str:
+    """The command line; of a path outside the checkout only the name, the rest says nothing elsewhere."""
+
+    def portable(argument: str) -> str:
+        option, equals, value = argument.rpartition("=")
+        path = Path(value)
+        if path.is_absolute():
+            value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        return f"{option}{equals}{value}"
+
+    return " ".join(["python", *map(portable, sys.argv)])
+
+
 def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
     """Records, and what is needed to make them again."""
     return {
         "name": name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},

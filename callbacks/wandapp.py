@@ -22,7 +22,7 @@ from typing_extensions import override
 from wandazeta.stored import is_stored, require_whole
 
 from .pruning.calibration import call_arguments
-from .pruning.options import ComputeDtype, LRSchedule, Method, Optimizer, PruneOptions, Start, Target
+from .pruning.options import ComputeDtype, LRSchedule, MaskMode, Method, Optimizer, PruneOptions, Start, Target
 from .pruning.progress import ProgressFolder
 from .pruning.ranks import Ranks
 from .pruning.report import PruneReport, table
@@ -58,7 +58,9 @@ class WandaPPPruneCallback(Callback):
         target: What a pruned block is fitted to: `dense_block`, the dense block's output on the same input, or
             `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
-        mask_updates: Keep pruned weights at zero during the steps, so that the first round's mask stays.
+        mask_mode: What pruned weights do during the steps: `free`, they move and the next round prunes again; `fixed`,
+            they stay zero and with them the first round's mask; `straight_through`, they are trained beside the block,
+            which runs without them, and may come back in the next round.
         compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
             statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
@@ -93,7 +95,7 @@ class WandaPPPruneCallback(Callback):
         start: Start = "score",
         target: Target = "dense_block",
         samples_per_step: int = 1,
-        mask_updates: bool = False,
+        mask_mode: MaskMode = "free",
         compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
         num_calibration_samples: int = 128,
@@ -116,7 +118,7 @@ class WandaPPPruneCallback(Callback):
             start=start,
             target=target,
             samples_per_step=samples_per_step,
-            mask_updates=mask_updates,
+            mask_mode=mask_mode,
             compute_dtype=compute_dtype,
             exclude_modules=tuple(exclude_modules) if isinstance(exclude_modules, list) else exclude_modules or (),
             seed=seed,

@@ -54,6 +54,55 @@ def group_mask(score: Tensor, num_kept: int, group_size: int) -> Tensor:
     return (beaten >= group_size - num_kept).t().reshape(score.shape)
 
 
+def zero_where_false(weight: Tensor, mask: Tensor) -> None:
+    """Set a weight to zero, +0.0, where the mask is False; what it keeps stays bit for bit.
+
+    On integers, a product does this many times faster on a CPU than `masked_fill_`; one of floats would leave -0.0.
+
+    Args:
+        weight: Floating-point, changed in place.
+        mask: Bool of its shape.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    weight.detach().view(integers[weight.element_size()]).mul_(mask)
+
+
+class OneGroup:
+    """Gives the mask of one N:M group of columns, as `group_mask` does, with few operations for a loop over many.
+
+    Args:
+        num_kept: N.
+        group_size: M.
+        device: Where the scores are.
+
+    Example:
+        >>> OneGroup(2, 4)(torch.tensor([[1.0], [3.0], [2.0], [2.0]])).int().flatten()
+        tensor([0, 1, 0, 1], dtype=torch.int32)
+    """
+
+    def __init__(self, num_kept: int, group_size: int, device: torch.device | str = "cpu") -> None:
+        self._num_pruned = group_size - num_kept
+        self._later, self._earlier = torch.tril_indices(group_size, group_size, -1, device=device)
+        pairs = torch.arange(len(self._later), device=device)
+        # a column beats all before it, but for those that are larger
+        self._beaten = torch.arange(group_size, dtype=torch.float32, device=device)[:, None]
+        self._change = torch.zeros(group_size, len(self._later), device=device)
+        self._change[self._earlier, pairs] = 1.0
+        self._change[self._later, pairs] = -1.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """The mask.
+
+        Args:
+            scores: Shape (M, rows), finite.
+
+        Returns:
+            Bool of the same shape, exactly N True in every column.
+        """
+        earlier_wins = scores.index_select(0, self._earlier) > scores.index_select(0, self._later)
+        return torch.addmm(self._beaten, self._change, earlier_wins.float()) >= self._num_pruned
+
+
 def row_mask(score: Tensor, sparsity: float) -> Tensor:
     """Prunes the `int(in * sparsity)` smallest of every row.
 

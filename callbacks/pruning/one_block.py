@@ -1,7 +1,7 @@
 """All that happens to one block: statistics, regional gradients, rounds of optimisation, the final pruning."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +53,7 @@ class OneBlock:
         self.ranks = ranks
         self.num_probes = len(ranks.own(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
-        self.master = MasterWeights(layers)
+        self.master = MasterWeights(layers, keep_pruned=options.keeps_pruned)
         self.gradients: dict[str, Tensor] = {}
         seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
@@ -70,30 +70,34 @@ class OneBlock:
         Returns:
             The dense outputs that are kept, from the first sample on.
         """
+        if not self.options.uses_gradients:
+            return self._measure_inputs(hidden, len(hidden) if keep_outputs else self.num_probes)
         outputs: list[Tensor] = []
 
         def on_output(output: Tensor) -> None:
             if keep_outputs or len(outputs) < self.num_probes:
                 outputs.extend(output.split(1))
 
-        if not self.options.uses_gradients:
-            self._measure_inputs(hidden, on_output=on_output)
-            return outputs
         with self._trainable():
             self.gradients = regional_gradients(
                 self.run, self.layers, hidden, self.masks, self.statistics, on_output, self.ranks
             )
         return outputs
 
-    def _measure_inputs(self, hidden: Sequence[Tensor], on_output: Callable[[Tensor], None] | None = None) -> None:
+    def _measure_inputs(self, hidden: Sequence[Tensor], num_outputs: int = 0) -> list[Tensor]:
+        """Takes the statistics; the outputs of at least the first `num_outputs` samples come back."""
+        outputs: list[Tensor] = []
         self.statistics.reset()
         with self.statistics.collect():
             for batch in self.samples.split(range(len(hidden))):
-                with self.statistics.sample(self.samples.mask(batch), len(batch)):
-                    output = self.run(batch, torch.cat([hidden[index] for index in batch]))
-                if on_output is not None:
-                    on_output(output)
+                states = torch.cat([hidden[index] for index in batch])
+                wanted = len(outputs) < num_outputs
+                with self.statistics.sample(self.samples.mask(batch), len(batch), states.shape, may_stop=not wanted):
+                    output = self.run(batch, states)
+                    if wanted:
+                        outputs.extend(output.split(1))
         self.statistics.share(self.ranks)
+        return outputs
 
     def prune(self) -> dict[str, Tensor]:
         """Set the lowest scores of the block as it is to zero.
@@ -104,7 +108,7 @@ class OneBlock:
         kept = {}
         for name in self.layers:
             score = self._score(name)
-            self.score_moments[name] = torch.std_mean(score, correction=0)
+            self.score_moments[name] = _std_mean(score)
             kept[name] = self._in_layout(name, make_mask(score, self.options))
         self.master.apply_masks(kept)
         return kept
@@ -119,8 +123,9 @@ class OneBlock:
         for gram, names in self.statistics.groups():
             views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
             for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.options), strict=True):
-                view.copy_(solved)
-                self.score_moments[name] = torch.std_mean(solved.abs(), correction=0)
+                # what the masters keep of the pruned weights is not part of the solution
+                view.copy_(torch.where(mask, solved, view))
+                self.score_moments[name] = _std_mean(solved.abs())
                 kept[name] = self._in_layout(name, mask)
         self.master.apply_masks(kept)
         return kept
@@ -204,3 +209,9 @@ class OneBlock:
 
     def _in_layout(self, name: str, mask: Tensor) -> Tensor:
         return weight_view(self.layers[name], mask).contiguous()
+
+
+def _std_mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `torch.std_mean` without correction, which is ten times slower on a CPU."""
+    mean = values.mean()
+    return torch.linalg.vector_norm(values - mean) / values.numel() ** 0.5, mean

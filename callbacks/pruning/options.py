@@ -9,6 +9,7 @@ Optimizer = Literal["rmsprop", "adamw"]
 LRSchedule = Literal["constant", "linear"]
 Start = Literal["score", "sparsegpt"]
 Target = Literal["dense_block", "dense_stream"]
+MaskMode = Literal["free", "fixed", "straight_through"]
 ComputeDtype = Literal["model", "bfloat16"]
 
 UNSTRUCTURED = "unstructured"
@@ -18,6 +19,7 @@ _CHOICES = {
     "lr_schedule": LRSchedule,
     "start": Start,
     "target": Target,
+    "mask_mode": MaskMode,
     "compute_dtype": ComputeDtype,
 }
 
@@ -43,8 +45,10 @@ class PruneOptions:
         target: What the pruned block is fitted to: `dense_block`, the dense block's output on the same input (the
             paper's), or `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
-        mask_updates: Keep pruned weights at zero during the steps, so that the first round's mask stays; the paper lets
-            them move and prunes again.
+        mask_mode: What pruned weights do during the steps: `free`, they move away from zero and the next round prunes
+            again (the paper's); `fixed`, they stay zero and with them the first round's mask; `straight_through`, they
+            keep their values beside the block, which runs without them, get its gradients (the straight-through
+            estimator, as in SR-STE, arXiv 2102.04010) and may come back in the next round.
         compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
             statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
@@ -72,7 +76,7 @@ class PruneOptions:
     start: Start = "score"
     target: Target = "dense_block"
     samples_per_step: int = 1
-    mask_updates: bool = False
+    mask_mode: MaskMode = "free"
     compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
     seed: int = 0
@@ -169,6 +173,11 @@ class PruneOptions:
     def uses_gram(self) -> bool:
         """Whether the first pruning of a block is SparseGPT's, which wants Gram matrices of the inputs."""
         return self.method == "sparsegpt" or (self.uses_optimisation and self.start == "sparsegpt")
+
+    @property
+    def keeps_pruned(self) -> bool:
+        """Whether pruned weights are trained beside the block."""
+        return self.uses_optimisation and self.mask_mode == "straight_through"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for keys."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from .masks import zero_where_false
 from .options import PruneOptions
 from .ranks import Ranks
 from .samples import Batches
@@ -108,29 +109,44 @@ class MasterWeights:
 
     Args:
         layers: The layers, by name.
+        keep_pruned: Keep what is pruned in the masters, which are copies then whatever the precision; only the weights
+            get zeros, and the masters their gradients.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], keep_pruned: bool = False) -> None:
+        self._keep_pruned = keep_pruned
+        self._masks: Mapping[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
-        self.masters: dict[str, Tensor] = {
-            name: nn.Parameter(weight.detach().float()) if weight.dtype in (torch.float16, torch.bfloat16) else weight
-            for name, weight in self.weights.items()
-        }
+        self.masters: dict[str, Tensor] = {name: self._master(weight) for name, weight in self.weights.items()}
+
+    def _master(self, weight: Tensor) -> Tensor:
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            return nn.Parameter(weight.detach().float())
+        return nn.Parameter(weight.detach().clone()) if self._keep_pruned else weight
 
     @torch.no_grad()
     def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Set masters and weights to zero where the mask is False; masks are in the weights' layout."""
+        """Set weights, and masters unless they keep what is pruned, to zero where the mask is False.
+
+        Args:
+            masks: In the weights' layout.
+        """
+        if self._keep_pruned:
+            self._masks = masks
+            self.publish()
+            return
         for name, mask in masks.items():
-            # a product with the mask would leave -0.0 for negative weights
-            self.masters[name].masked_fill_(~mask, 0.0)
+            zero_where_false(self.masters[name], mask)
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters to the weights."""
+        """Round the masters to the weights; what is pruned stays zero where the masters keep it."""
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
                 weight.copy_(self.masters[name])
+            if name in self._masks:
+                zero_where_false(weight, self._masks[name])
 
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
@@ -138,7 +154,7 @@ class MasterWeights:
         for name, weight in self.weights.items():
             master = self.masters[name]
             if master is not weight and weight.grad is not None:
-                gradient = weight.grad.float().div_(scale)
+                gradient = weight.grad.to(master.dtype).div_(scale)
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 weight.grad = None
 
@@ -216,7 +232,7 @@ def optimise_block(
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()
-                if options.mask_updates:
+                if options.mask_mode == "fixed":
                     master.apply_masks(kept)
                 else:
                     master.publish()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masks import group_mask
+from .masks import OneGroup, zero_where_false
 from .options import PruneOptions
 
 # columns over which an unstructured mask is chosen at once, as in the paper
@@ -37,6 +37,7 @@ def sparsegpt(
     """
     solver = _Solver(weights, gram, options, damping)
     solver.solve(0, len(gram))
+    zero_where_false(solver.columns, solver.kept)
     results = zip(solver.columns.split(solver.sizes, dim=1), solver.kept.split(solver.sizes, dim=1), strict=True)
     return [(columns.t().contiguous(), kept.t().contiguous()) for columns, kept in results]
 
@@ -51,6 +52,7 @@ class _Solver:
         self.kept = torch.ones_like(self.columns, dtype=torch.bool)
         self.errors = torch.zeros_like(self.columns)
         self.mask_size = options.group[1] if options.group is not None else _MASK_BLOCK
+        self.group_mask = OneGroup(*options.group, gram.device) if options.group is not None else None
         dead = gram.diagonal() == 0
         self.columns[dead] = 0.0  # never seen: any value does
         self.factor = _inverse_factor(gram, dead, damping)
@@ -79,20 +81,25 @@ class _Solver:
         self.solve(middle, stop, chosen)
 
     def _choose(self, start: int, stop: int) -> None:
-        scores = (self.columns[start:stop] / self.factor.diagonal()[start:stop, None]).square()
-        if self.options.group is not None:
-            self.kept[start:stop] = group_mask(scores.t(), *self.options.group).t()
-            return
+        diagonal = self.factor.diagonal()[start:stop, None]
+        scores = (self.columns[start:stop] / diagonal).square()
+        if self.group_mask is not None:
+            self.kept[start:stop] = self.group_mask(scores)
+        else:
+            self._choose_block(start, stop, scores)
+        # what an error is divided by: that of a weight that is kept is zero
+        self.errors[start:stop] = torch.where(self.kept[start:stop], torch.inf, diagonal)
+
+    def _choose_block(self, start: int, stop: int, scores: Tensor) -> None:
         parts = zip(scores.split(self.sizes, dim=1), self.kept[start:stop].split(self.sizes, dim=1), strict=True)
         for part, kept in parts:
             lowest = part.flatten().sort(stable=True).indices[: int(part.numel() * self.options.target_sparsity)]
             kept.copy_(torch.ones_like(kept).flatten().index_fill_(0, lowest, False).view_as(kept))
 
     def _eliminate(self, column: int, stop: int) -> None:
-        """Zero the pruned weights of a column and pass its error on to the columns before `stop`."""
-        error = self.columns[column].masked_fill(self.kept[column], 0.0).div_(self.factor[column, column])
-        self.columns[column].masked_fill_(~self.kept[column], 0.0)
-        self.errors[column] = error
+        """Pass the error of a column's pruned weights on to the columns before `stop`."""
+        error = self.errors[column]
+        torch.div(self.columns[column], error, out=error)
         if column + 1 < stop:
             self.columns[column + 1 : stop].addr_(self.factor[column, column + 1 : stop], error, alpha=-1)
 

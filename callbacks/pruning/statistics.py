@@ -11,6 +11,10 @@ from .layers import weight_view
 from .ranks import Ranks
 
 
+class _AllSeen(Exception):
+    """Private, so that no other error is mistaken for it."""
+
+
 class InputStatistics:
     """Sums over the inputs of layers: Σx² of every feature and, for SparseGPT, the Gram matrix Σxxᵀ.
 
@@ -24,6 +28,10 @@ class InputStatistics:
         self._with_gram = with_gram
         self._mask: Tensor | None = None
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._seen: list[str] = []
+        self._stop_at: str | None = None
+        # by the shape of the hidden states: the layer that runs last, None where one runs twice or not at all
+        self._last_layers: dict[torch.Size, str | None] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -44,19 +52,37 @@ class InputStatistics:
             self._last = None
 
     @contextmanager
-    def sample(self, mask: Tensor | None = None, num_samples: int = 1) -> Iterator[None]:
+    def sample(
+        self,
+        mask: Tensor | None = None,
+        num_samples: int = 1,
+        shape: torch.Size | None = None,
+        may_stop: bool = False,
+    ) -> Iterator[None]:
         """Within this context, inside `collect`, samples go through the block in one batch.
 
         Args:
             mask: Positions that count, bool of shape (samples, tokens); None where all do.
             num_samples: How many samples the batch holds.
+            shape: Shape of the hidden states.
+            may_stop: The output is not wanted: where a whole forward on this shape has shown that every layer runs
+                just once, this one ends before the last layer, and with it the context.
         """
         self._mask = mask
+        self._seen = []
+        self._stop_at = self._last_layers.get(shape) if shape is not None and may_stop else None
         try:
             yield
+        except _AllSeen:
+            pass
+        else:
+            if shape is not None:
+                once = sorted(self._seen) == sorted(self._layers)
+                self._last_layers[shape] = self._seen[-1] if once else None
         finally:
             # an activation kept here would outlive its graph
             self._last = None
+            self._stop_at = None
         self.num_samples += num_samples
 
     def norm(self, name: str) -> Tensor:
@@ -135,6 +161,10 @@ class InputStatistics:
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
             if gram is not None:
                 self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
+            self._seen.append(name)
+            # in another order than before, the last layer may come while others have yet to
+            if name == self._stop_at and len(set(self._seen)) == len(self._layers):
+                raise _AllSeen
 
         return hook
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from wandazeta.callbacks.pruning.masks import group_mask, make_mask, row_mask
+from wandazeta.callbacks.pruning.masks import OneGroup, group_mask, make_mask, row_mask, zero_where_false
 from wandazeta.callbacks.pruning.options import PruneOptions
 
 
@@ -41,6 +41,28 @@ def test_all_equal_scores_prune_from_the_left():
     assert group_mask(zeros, 2, 4).tolist() == [[False, False, True, True] * 2] * 2
     assert group_mask(torch.zeros(2, 16), 4, 16).tolist() == [[False] * 12 + [True] * 4] * 2
     assert row_mask(zeros, 0.5).tolist() == [[False] * 4 + [True] * 4] * 2
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("kept", "size"), [(1, 4), (2, 4), (4, 8), (5, 16)])
+def test_one_group_of_columns_has_the_mask_of_all_groups(kept, size, ties):
+    scores = torch.rand(size, 50, generator=torch.Generator().manual_seed(size))
+    if ties:
+        scores = (scores * 3).round()
+    assert torch.equal(OneGroup(kept, size)(scores), group_mask(scores.t(), kept, size).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_zeros_are_positive_and_what_is_kept_keeps_its_bits(dtype):
+    values = torch.tensor([[-1.5, 2.0, torch.inf, torch.nan, -0.0, 3.0]], dtype=dtype)
+    mask = torch.tensor([[False, True, False, False, True, True]])
+    weight = torch.nn.Parameter(values.clone().t().contiguous().t())
+    with torch.no_grad():
+        zero_where_false(weight, mask)
+    assert torch.equal(weight[~mask], torch.zeros(3, dtype=dtype))
+    assert not weight[~mask].signbit().any()
+    assert torch.equal(weight[mask], values[mask])
+    assert weight[0, 4].signbit()
 
 
 def test_a_transposed_score_gives_the_same_mask():

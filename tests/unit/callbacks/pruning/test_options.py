@@ -71,7 +71,7 @@ def test_defaults_are_the_papers():
         "start": "score",
         "target": "dense_block",
         "samples_per_step": 1,
-        "mask_updates": False,
+        "mask_mode": "free",
         "compute_dtype": "model",
         "exclude_modules": (),
         "seed": 0,

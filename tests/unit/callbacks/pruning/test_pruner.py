@@ -7,11 +7,13 @@ import torch
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad, token_batches
 from torch import nn
 
+from wandazeta.callbacks.pruning import samples
 from wandazeta.callbacks.pruning.layers import is_transposed, prunable_layers
 from wandazeta.callbacks.pruning.masks import make_mask
 from wandazeta.callbacks.pruning.options import PruneOptions
 from wandazeta.callbacks.pruning.pruner import PruningInterrupted, prune_model
 from wandazeta.callbacks.pruning.sparsegpt import sparsegpt
+from wandazeta.callbacks.pruning.statistics import InputStatistics
 
 FAST = {"rounds": 2, "samples_per_round": 4, "learning_rate": 1e-3}
 BATCHES = token_batches(8)
@@ -22,9 +24,9 @@ def prune(model, batches=BATCHES, token_mask=None, run=None, **options):
     return prune_model(model, lambda batch: model(**batch), batches, options, token_mask=token_mask, **(run or {}))
 
 
-def tiny(name="llama", **options):
+def tiny(name="llama", batches=BATCHES, **options):
     model, blocks = build(name)
-    report = prune(model, **options)
+    report = prune(model, batches, **options)
     return model, model.get_submodule(blocks), report
 
 
@@ -392,7 +394,7 @@ def test_sparsegpt_solves_every_layer_from_its_own_inputs():
 
 
 def test_optimisation_may_start_from_sparsegpt():
-    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_updates": True, "target": "dense_block"}
+    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_mode": "fixed", "target": "dense_block"}
     started, blocks, report = tiny(start="sparsegpt", **options)
     reference, other_blocks, _ = tiny(method="sparsegpt")
     # with steps too small to matter the first block is SparseGPT's own
@@ -456,3 +458,24 @@ def test_samples_go_together_where_the_block_allows_it(per_sample):
         torch.equal(a.linear.weight, b.linear.weight) for a, b in zip(model.layers, expected.layers, strict=True)
     )
     assert max(model.layers[1].seen) == (1 if per_sample else 6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "options", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "ro", "target": "dense_stream"}], ids=str
+)
+def test_forwards_without_a_use_end_early_and_nothing_changes(monkeypatch, name, options):
+    monkeypatch.setattr(samples, "_MAX_TOKENS", 16)  # several batches
+    batches = token_batches(24)
+    model, _, report = tiny(name, batches=batches, **options)
+    sample, stops = InputStatistics.sample, []
+
+    def whole(self, mask=None, num_samples=1, shape=None, may_stop=False):
+        stops.append(may_stop and self._last_layers.get(shape) is not None)
+        return sample(self, mask, num_samples, shape)
+
+    monkeypatch.setattr(InputStatistics, "sample", whole)
+    reference, _, wanted = tiny(name, batches=batches, **options)
+    assert any(stops)
+    assert equal(model, reference)
+    assert [block.loss_after for block in report.blocks] == [block.loss_after for block in wanted.blocks]

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,9 +68,9 @@ def test_losses():
     assert regional_loss(output.bfloat16()).dtype == torch.float32
 
 
-def halve(block):
+def halve(block, keep_pruned=False):
     """A pruning that is easy to follow: the even columns go."""
-    master = MasterWeights({"up": block.up, "down": block.down})
+    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned)
     kept = {name: torch.arange(weight.shape[1]).expand_as(weight) % 2 == 1 for name, weight in master.masters.items()}
 
     def prune(number=0):
@@ -152,10 +154,60 @@ def test_samples_in_one_batch_step_as_samples_apart():
 
 def test_updates_are_masked_only_when_asked(block):
     options = {"rounds": 1, "samples_per_round": 2, "learning_rate": 1e-2}
-    run_rounds(block, PruneOptions(mask_updates=False, **options))
+    run_rounds(block, PruneOptions(mask_mode="free", **options))
     assert (block.up.weight[:, ::2] != 0).any()
-    run_rounds(block, PruneOptions(mask_updates=True, **options))
+    run_rounds(block, PruneOptions(mask_mode="fixed", **options))
     assert (block.up.weight[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_straight_through_equals_a_plain_loop(dtype):
+    # masks by the size of the weights as they are, so that some come back
+    options = PruneOptions(rounds=3, samples_per_round=4, learning_rate=0.05, mask_mode="straight_through")
+    torch.manual_seed(0)
+    block = Block().to(dtype)
+    hidden = [h.to(dtype) for h in HIDDEN]
+    targets = [torch.randn_like(h) for h in hidden]
+    dense = {"up": block.up.weight.detach().clone(), "down": block.down.weight.detach().clone()}
+    dense = {name: weight if dtype == torch.float64 else weight.float() for name, weight in dense.items()}
+
+    def mask_of(weight):
+        return weight.abs() >= weight.abs().median(1, keepdim=True).values
+
+    # the reference: the gradient of a product with a mask, handed on as if there were none
+    optimizer = torch.optim.RMSprop([nn.Parameter(weight) for weight in dense.values()], lr=0.05)
+    parameters = dict(zip(dense, optimizer.param_groups[0]["params"], strict=True))
+    generator, first_masks = torch.Generator().manual_seed(0), None
+    twin = copy.deepcopy(block)
+    for _ in range(3):
+        masks = {name: mask_of(parameter.detach()) for name, parameter in parameters.items()}
+        first_masks = first_masks or masks
+        for i in torch.randperm(4, generator=generator).tolist():
+            sparse = {f"{n}.weight": (p.detach() * masks[n]).to(dtype).requires_grad_() for n, p in parameters.items()}
+            output = torch.func.functional_call(twin, sparse, (hidden[i],))
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            count = 5 if i == 2 else None
+            (output.to(wide) - targets[i].to(wide))[:, :count].pow(2).mean().backward()
+            for name, parameter in parameters.items():
+                parameter.grad = sparse[f"{name}.weight"].grad.to(parameter.dtype)
+            optimizer.step()
+
+    run, _, norms = parts(block)
+    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned=True)
+
+    def prune(number=0):
+        kept = {name: mask_of(weight.detach()) for name, weight in master.masters.items()}
+        master.apply_masks(kept)
+        return kept
+
+    generator.manual_seed(0)
+    optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
+    assert any((masks[name] & ~first_masks[name]).any() for name in masks)
+    for name, weight in (("up", block.up.weight), ("down", block.down.weight)):
+        torch.testing.assert_close(master.masters[name], parameters[name])
+        assert weight.dtype == dtype
+        assert not weight[~masks[name]].any()
+        torch.testing.assert_close(weight.detach(), (parameters[name].detach() * masks[name]).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -87,3 +87,64 @@ def test_a_batch_counts_as_its_samples():
     with together.collect(), together.sample(num_samples=4):
         layer(x)
     torch.testing.assert_close(together.norm("layer"), measure(layer, list(x.split(1)), [None] * 4).norm("layer"))
+
+
+class Counted(nn.Module):
+    """Two layers; the second one's runs are counted."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.a, self.b, self.twice, self.num_finished = nn.Linear(3, 3), nn.Linear(3, 3), twice, 0
+
+    def forward(self, x, swap=False):
+        first, last = (self.b, self.a) if swap else (self.a, self.b)
+        x = last(first(x))
+        if self.twice:
+            x = last(x)
+        self.num_finished += 1
+        return x
+
+
+def sums_of(block, inputs, may_stop, **options):
+    statistics = InputStatistics({"a": block.a, "b": block.b}, with_gram=True)
+    with statistics.collect(), torch.no_grad():
+        for x in inputs:
+            with statistics.sample(None, len(x), x.shape, may_stop):
+                block(x, **options)
+    return [statistics.norm(name) for name in "ab"] + [gram for gram, _ in statistics.groups()]
+
+
+def test_a_forward_ends_once_all_inputs_are_seen_and_the_statistics_are_the_same():
+    inputs = [torch.randn(2, 5, 3) for _ in range(3)] + [torch.randn(1, 5, 3)]
+    block = Counted()
+    whole = sums_of(block, inputs, may_stop=False)
+    assert block.num_finished == 4
+    early = sums_of(block, inputs, may_stop=True)
+    assert block.num_finished == 4 + 2  # the first of either shape shows which layer is the last
+    assert all(torch.equal(x, y) for x, y in zip(whole, early, strict=True))
+
+
+def test_a_forward_does_not_end_early_where_a_layer_runs_twice():
+    inputs, block = [torch.randn(1, 5, 3) for _ in range(3)], Counted(twice=True)
+    whole, early = sums_of(block, inputs, may_stop=False), sums_of(block, inputs, may_stop=True)
+    assert block.num_finished == 6
+    assert all(torch.equal(x, y) for x, y in zip(whole, early, strict=True))
+
+
+def test_a_forward_does_not_end_early_when_the_last_layer_comes_first():
+    block, x = Counted(), torch.randn(1, 5, 3)
+    statistics = InputStatistics({"a": block.a, "b": block.b})
+    with statistics.collect(), torch.no_grad():
+        for swap in (False, True, False):
+            with statistics.sample(None, 1, x.shape, may_stop=True):
+                block(x, swap=swap)
+    # the second one shows that the order changes, and the third follows it: both run whole
+    assert block.num_finished == 3
+    assert statistics.num_samples == 3
+
+
+def test_other_errors_are_not_swallowed():
+    statistics = InputStatistics({"layer": nn.Linear(3, 2)})
+    with pytest.raises(RuntimeError, match="of the block"), statistics.sample(shape=torch.Size([1]), may_stop=True):
+        raise RuntimeError("of the block")
+    assert statistics.num_samples == 0

@@ -1,0 +1,139 @@
+"""What pays in pruning: variants of one setting, the first blocks of SmolLM2-135M only, perplexity on validation text.
+
+    python benchmarks/ablation.py --workers 2
+
+The variants are in `benchmarks/ablation.yaml`. Each is a process of its own with one thread and takes minutes; one
+that is finished is not made again. A record names the commit that it was made at: what did not pay is no longer in the
+code, but its record stays, and that commit makes it again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import yaml
+from records import ROOT, commit, describe, write
+
+RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
+VARIANTS = ROOT / "benchmarks" / "ablation.yaml"
+MODEL = ".cache/wandazeta/smollm2-135m"
+SOURCE = "sample:wikipedia"
+EVAL_WINDOW = 512
+# decides a record, beside the options
+SETTINGS = ("pattern", "blocks", "samples", "tokens", "eval_windows", "seed")
+
+
+def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prune the first blocks and take the perplexity of the whole model, the other blocks being dense."""
+    import torch
+
+    from wandazeta.callbacks.pruning.options import PruneOptions
+    from wandazeta.callbacks.pruning.pruner import PruningInterrupted, prune_model
+    from wandazeta.callbacks.pruning.report import BlockRecord
+    from wandazeta.datamodules import TextDataModule
+    from wandazeta.modules import LanguageModel
+
+    module = LanguageModel(str(ROOT / MODEL)).eval()
+    calibration = TextDataModule(
+        SOURCE,
+        tokenizer=module.tokenizer,
+        sequence_length=arguments.tokens,
+        num_calibration_samples=arguments.samples,
+        seed=arguments.seed,
+    )
+    text = TextDataModule(SOURCE, tokenizer=module.tokenizer, sequence_length=EVAL_WINDOW)
+    records: list[BlockRecord] = []
+    seconds = 0.0
+    if arguments.blocks:
+        start = time.perf_counter()
+        with suppress(PruningInterrupted):
+            prune_model(
+                module.backbone,
+                module.calibration_forward,
+                list(calibration.calibration_dataloader()),
+                PruneOptions(**options),
+                on_block=lambda record, num_blocks: records.append(record),
+                should_stop=lambda: len(records) >= arguments.blocks,
+            )
+        seconds = time.perf_counter() - start
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        for window in text.windows("val")[: arguments.eval_windows]:
+            logits = module.backbone(input_ids=window[None], use_cache=False).logits[0, :-1]
+            loss += torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+            count += len(window) - 1
+    return {
+        "perplexity": float(torch.tensor(loss / count, dtype=torch.float64).exp()),
+        "seconds": seconds,
+        "block_losses": [record.loss_after for record in records],
+    }
+
+
+def in_a_process(name: str, options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one variant with one thread."""
+    flags = [item for key in SETTINGS[1:] for item in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))]
+    command = [sys.executable, __file__, *flags, "--pattern", arguments.pattern, "--measure", json.dumps(options)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        # a variant that cannot be pruned with is a result too
+        return {"failure": done.stderr.strip().splitlines()[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Make what is missing; the result file is written after each record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="variants; by default all")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, each with one thread")
+    parser.add_argument("--pattern", default="2:4", help='"N:M", or the share of zeros such as "0.6"')
+    parser.add_argument("--blocks", type=int, default=6, help="blocks that are pruned, from the first on")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a calibration window")
+    parser.add_argument("--eval-windows", type=int, default=8, help="validation windows of 512 tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows and of the draws")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments.measure, arguments)))
+        return
+    variants: dict[str, dict[str, Any]] = yaml.safe_load(VARIANTS.read_text())
+    base = variants.pop("base")
+    unknown = set(arguments.names) - set(variants)
+    if unknown:
+        raise SystemExit(f"error: Expected names out of {', '.join(variants)}, but got {', '.join(sorted(unknown))}")
+    pattern = (
+        {"sparsity_pattern": arguments.pattern}
+        if ":" in arguments.pattern
+        else {"sparsity_pattern": "unstructured", "sparsity": float(arguments.pattern)}
+    )
+    records: list[dict[str, Any]] = json.loads(RESULT.read_text())["records"] if RESULT.exists() else []
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+
+    def make(name: str) -> None:
+        changes = variants[name] or {}
+        key = settings | {"name": name, "options": base | changes}
+        if arguments.blocks == 0:
+            key["options"] = {}
+        if any(record.items() >= key.items() for record in records):
+            return
+        made_at = commit()
+        record = key | {"changes": changes, "commit": made_at}
+        record |= in_a_process(name, base | changes | pattern | {"seed": arguments.seed}, arguments)
+        records.append(record)
+        write(RESULT, describe("ablation", records, source=SOURCE, split="val"))
+        outcome = f"{record['perplexity']:.2f}" if "perplexity" in record else record["failure"]
+        print(f"{name}: {outcome}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(make, arguments.names or variants))
+
+
+if __name__ == "__main__":
+    main()

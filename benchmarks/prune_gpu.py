@@ -1,0 +1,351 @@
+"""What Wanda++ costs on one GPU, phase by phase, for a model of the shape of LLaMA-7B with random weights.
+
+    python benchmarks/prune_gpu.py
+    python benchmarks/prune_gpu.py --device cpu --shape tiny
+
+The second line is a smoke test, and all that has been run so far: no GPU was at hand yet. Weights decide nothing about
+the time, so they are drawn, one block at a time; 128 samples of 2048 tokens and K = 5 rounds of M = 32 are the paper's.
+
+Seconds are wall-clock, each phase by itself and the device waited for at its ends: `capture` (the inputs of the first
+block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of the optimised block),
+`prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and `rest` (blocks that move,
+the report). The utilisation counts the multiplications that the method asks for, by formula, over the peak of the card.
+Then: the Linears of that shape dense against 2:4 on torch's sparse kernels.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from records import ROOT, describe, write
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from wandazeta.callbacks.pruning import pruner
+from wandazeta.callbacks.pruning.masks import group_mask, zero_where_false
+from wandazeta.callbacks.pruning.memory import peak_memory
+from wandazeta.callbacks.pruning.one_block import NUM_PROBES, OneBlock
+from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.callbacks.pruning.semi_structured import to_semi_structured
+
+RESULT = ROOT / "benchmarks" / "results" / "prune_gpu.json"
+METHODS = ("wanda", "rgs", "wanda++")
+# dense bfloat16 TFLOP/s with float32 sums, as the makers state them
+PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaMA.
+
+    Args:
+        width: Of the hidden states.
+        inner: Of the MLP.
+        blocks: How many.
+        heads: Of the attention.
+        kv_heads: Of keys and values.
+        vocabulary: Tokens.
+    """
+
+    width: int
+    inner: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 32000
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the Linears of a block, in the order in which they run."""
+        kv = self.width * self.kv_heads // self.heads
+        attention = {"q": (self.width, self.width), "k": (kv, self.width), "v": (kv, self.width)}
+        mlp = {"gate": (self.inner, self.width), "up": (self.inner, self.width), "down": (self.width, self.inner)}
+        return attention | {"o": (self.width, self.width)} | mlp
+
+    def config(self) -> LlamaConfig:
+        """Its configuration, with a single block."""
+        return LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=1,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            attn_implementation="sdpa",
+        )
+
+
+SHAPES = {
+    "llama-7b": Shape(4096, 11008, 32, 32, 32),
+    "llama-13b": Shape(5120, 13824, 40, 40, 40),
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "tiny": Shape(64, 128, 2, 4, 2, 97),
+}
+
+
+def random_model(shape: Shape, device: torch.device, home: torch.device) -> LlamaForCausalLM:
+    """A model in bfloat16 whose blocks are made on the device, one after another, and kept at home."""
+    config = shape.config()
+    with device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to(home)
+    config.num_hidden_layers = shape.blocks
+    for index in range(shape.blocks):
+        with device:
+            block = LlamaDecoderLayer(config, index).to(torch.bfloat16)
+        for parameter in block.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        block = block.to(home)
+        if index == 0:
+            model.model.layers[0] = block
+        else:
+            model.model.layers.append(block)
+    return model.eval()
+
+
+class Phases:
+    """Seconds and peak memory of the phases of a pruning, each without those that run inside it.
+
+    Args:
+        device: The device at work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._open = ["rest"]
+        self._start = 0.0
+
+    def _boundary(self) -> None:
+        """Give what passed since the last boundary to the innermost phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, name = time.perf_counter(), self._open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._start
+        self.peaks[name] = max(self.peaks.get(name, 0), peak_memory(self.device))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._start = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within this context time goes to a phase."""
+        self._boundary()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._boundary()
+            self._open.pop()
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # the first norms are part of the measurement
+            with self.phase("measure" if name == "norms" and self._open[-1] == "measure" else name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Within this context prunings are timed."""
+        parts = [
+            (pruner, "capture_samples", "capture"),
+            (pruner._Pruner, "_forward", "propagate"),
+            (OneBlock, "measure", "measure"),
+            (OneBlock, "optimise", "optimise"),
+            (OneBlock, "_measure_inputs", "norms"),
+            (OneBlock, "prune", "prune"),
+        ]
+        with ExitStack() as stack:
+            for owner, attribute, name in parts:
+                stack.enter_context(patch.object(owner, attribute, self._timed(name, getattr(owner, attribute))))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = time.perf_counter()
+            yield
+            self._boundary()
+
+
+def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) -> dict[str, float]:
+    """Floating-point operations of the matrix products of each phase, by formula.
+
+    Attention is causal, so half of its scores count; nothing below a block's first Linears is differentiated.
+    """
+    sizes = {name: 2.0 * rows * columns * length for name, (rows, columns) in shape.linears.items()}
+    linears, attention = sum(sizes.values()), 2.0 * length * length * shape.width
+    forward = linears + attention
+    backward = 2 * linears - sizes["q"] - sizes["k"] - sizes["v"] + 2 * attention
+    inputs = forward - sizes["down"]
+    probes = min(NUM_PROBES, num_samples)
+    counts: dict[str, float] = {}
+    if options.uses_gradients:
+        counts["measure"] = num_samples * (forward + backward)
+    else:
+        counts["measure"] = probes * forward + (num_samples - probes) * inputs
+    if options.uses_optimisation:
+        counts["optimise"] = options.rounds * options.samples_per_round * (forward + backward) + probes * forward
+        counts["norms"] = num_samples * inputs
+    counts = {name: count * shape.blocks for name, count in counts.items()}
+    counts["propagate"] = ((shape.blocks - 1) * num_samples + probes) * forward
+    return counts
+
+
+def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prune a fresh model; one record for each phase and one for the whole."""
+    shape, device = SHAPES[name], arguments.device
+    torch.manual_seed(0)
+    model = random_model(shape, device, arguments.home)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(shape.vocabulary, (arguments.num_samples, arguments.sequence_length), generator=generator)
+    batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
+    phases = Phases(device)
+    with phases.watch():
+        pruner.prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
+    counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
+    seconds = phases.seconds | {"total": sum(phases.seconds.values())}
+    peaks = phases.peaks | {"total": max(phases.peaks.values())}
+    counts["total"] = sum(counts.values())
+    records = []
+    for phase, duration in seconds.items():
+        record: dict[str, Any] = {"model": name, "method": options.method, "phase": phase, "seconds": duration}
+        record |= {"peak_gib": peaks[phase] / 2**30, "tflop": counts.get(phase, 0.0) / 1e12, "mfu": None}
+        if arguments.peak_tflops and phase in counts:
+            record["mfu"] = record["tflop"] / duration / arguments.peak_tflops
+        records.append(record | {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length})
+    return records
+
+
+def seconds_of(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds of a call on the GPU."""
+    durations = []
+    for repeat in range(repeats + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        if repeat >= 3:  # the first ones choose kernels
+            durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+@torch.no_grad()
+def measure_kernels(name: str, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
+    """Each kind of Linear of a shape, dense and on the sparse kernels, in bfloat16."""
+    records = []
+    for out_features, in_features in dict.fromkeys(SHAPES[name].linears.values()):
+        dense = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
+        zero_where_false(dense.weight, group_mask(dense.weight.abs().float(), 2, 4))
+        sparse = nn.Sequential(nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16))
+        sparse[0].weight.copy_(dense.weight)
+        to_semi_structured(sparse)
+        for count in rows:
+            x = torch.randn(count, in_features, device=device, dtype=torch.bfloat16)
+            wanted, got = dense(x), sparse(x)
+            plain, fast = seconds_of(partial(dense, x)), seconds_of(partial(sparse, x))
+            record = {"model": name, "out_features": out_features, "in_features": in_features, "rows": count}
+            record |= {"dense_seconds": plain, "sparse_seconds": fast, "times_faster": plain / fast}
+            records.append(record | {"relative_error": float((got - wanted).norm() / wanted.norm())})
+    return records
+
+
+def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
+    """The records for the terminal."""
+    table = Table(title="seconds of a pruning")
+    for column in ("model", "method", "phase", "seconds", "GiB", "TFLOP", "MFU"):
+        table.add_column(column, justify="left" if column in ("model", "method", "phase") else "right")
+    for r in records:
+        mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
+        figures = (f"{r['seconds']:.2f}", f"{r['peak_gib']:.2f}", f"{r['tflop']:,.2f}" if r["tflop"] else "", mfu)
+        table.add_row(r["model"], r["method"], r["phase"], *figures)
+    console.print(table)
+    if not kernels:
+        return
+    table = Table(title="2:4 kernels against dense ones, bfloat16")
+    for column in ("out", "in", "rows", "dense µs", "sparse µs", "times faster"):
+        table.add_column(column, justify="right")
+    for r in kernels:
+        times = [f"{1e6 * r[side]:.0f}" for side in ("dense_seconds", "sparse_seconds")]
+        sizes = (str(r["out_features"]), str(r["in_features"]), str(r["rows"]))
+        table.add_row(*sizes, *times, f"{r['times_faster']:.2f}")
+    console.print(table)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; ends with one line where it asks for what is not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++"])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the device at work")
+    parser.add_argument("--home", type=torch.device, help="where the other blocks are; the device by default")
+    parser.add_argument("--num-samples", type=int, help="calibration samples; 128, and 8 for the tiny shape")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a sample; 2048, and 16 for the tiny shape")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the optimisation, K")
+    parser.add_argument("--samples-per-round", type=int, help="samples of a round, M; a quarter of all by default")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
+    parser.add_argument("--rows", type=int, nargs="*", default=[16, 64, 256, 1024, 4096], help="batches of the kernels")
+    parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
+    arguments = parser.parse_args()
+    is_tiny, is_gpu = arguments.shape == "tiny", arguments.device.type == "cuda"
+    if is_gpu and not torch.cuda.is_available():
+        raise SystemExit(
+            "error: Expected a CUDA device, but torch finds none; `--device cpu --shape tiny` is a smoke test without"
+        )
+    if not is_gpu and not is_tiny:
+        raise SystemExit(
+            f"error: Expected a CUDA device for shape {arguments.shape}, but got '{arguments.device}'; "
+            "a smoke test takes `--shape tiny`"
+        )
+    arguments.home = arguments.home or arguments.device
+    arguments.num_samples = arguments.num_samples or (8 if is_tiny else 128)
+    arguments.sequence_length = arguments.sequence_length or (16 if is_tiny else 2048)
+    arguments.samples_per_round = arguments.samples_per_round or max(1, arguments.num_samples // 4)
+    arguments.result = arguments.result or (RESULT if is_gpu else None)
+    if is_gpu and arguments.peak_tflops is None:
+        card = torch.cuda.get_device_name(arguments.device)
+        arguments.peak_tflops = next((peak for name, peak in PEAKS.items() if name in card), None)
+        if arguments.peak_tflops is None:
+            console.print(f"no peak known of {card}: give `--peak-tflops` for the utilisation")
+    return arguments
+
+
+def main() -> None:
+    """Measure and write the result file, after the prunings and again after the kernels."""
+    arguments = parse()
+    records: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
+
+    def save() -> None:
+        if arguments.result is not None:
+            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "kernels": kernels}
+            write(arguments.result, describe("prune_gpu", records, **more))
+
+    for method in arguments.methods:
+        options = PruneOptions(method=method, rounds=arguments.rounds, samples_per_round=arguments.samples_per_round)
+        records += measure_method(arguments.shape, options, arguments)
+        save()
+    if arguments.device.type == "cuda" and arguments.rows:
+        kernels += measure_kernels(arguments.shape, arguments.device, arguments.rows)
+        save()
+    show(records, kernels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The benchmarks of pruning run as a whole on tiny models; what they measure is not looked at."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.architectures import build
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from wandazeta.callbacks.pruning.options import PruneOptions
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import prune
+    import prune_gpu
+    import records
+
+    return Namespace(prune=prune, prune_gpu=prune_gpu, records=records)
+
+
+def run(script, *arguments, environment=None):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / script, *map(str, arguments)],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_prune_gpu_times_all_phases(tmp_path):
+    result = tmp_path / "prune_gpu.json"
+    arguments = ("--device", "cpu", "--shape", "tiny", "--rounds", 2, "--peak-tflops", 1, "--result", result)
+    done = run("prune_gpu.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(result.read_text())
+    assert "/" not in content["command"].removeprefix("python benchmarks/")
+    for method, phases in (("wanda", PHASES - {"optimise", "norms"}), ("wanda++", PHASES)):
+        records = {r["phase"]: r for r in content["records"] if (r["model"], r["method"]) == ("tiny", method)}
+        assert records.keys() == phases
+        total = records.pop("total")
+        assert total["seconds"] == pytest.approx(sum(r["seconds"] for r in records.values()))
+        assert all(r["seconds"] > 0 and r["peak_gib"] > 0 for r in records.values())
+        assert 0 < total["mfu"] < 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--device", "cpu")])
+def test_prune_gpu_asks_for_a_gpu_in_one_line(arguments):
+    done = run("prune_gpu.py", *arguments, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Expected a CUDA device")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["wanda", "rgs", "wanda++"])
+def test_the_formula_counts_what_is_multiplied(benchmark, monkeypatch, method):
+    # samples that share no batch, and widths beside which the attention is little
+    module, length, num_samples = benchmark.prune_gpu, 1100, 10
+    shape = dataclasses.replace(module.SHAPES["tiny"], width=128, inner=256)
+    monkeypatch.setitem(module.SHAPES, "tiny", shape)
+    options = PruneOptions(method=method, rounds=2, samples_per_round=3)
+    cpu = torch.device("cpu")
+    arguments = Namespace(device=cpu, home=cpu, num_samples=num_samples, sequence_length=length, peak_tflops=None)
+    with FlopCounterMode(display=False) as counter:
+        module.measure_method("tiny", options, arguments)
+    found = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+    def counted(length):
+        return sum(module.flops(shape, options, num_samples, length).values())
+
+    linears = (4 * counted(length) - counted(2 * length)) / 2  # the rest is quadratic in the length
+    # capture runs the real model once
+    capture = sum(2 * length * rows * columns for rows, columns in shape.linears.values()) * shape.blocks
+    assert found == pytest.approx(linears + capture, rel=0.03)
+
+
+def test_the_worker_prunes_and_saves(tmp_path):
+    model, _ = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    save_file({"input_ids": torch.randint(32, (4, 8))}, tmp_path / "calibration.safetensors")
+    task = {
+        "tool": "wandazeta",
+        "method": "wanda",
+        "options": {},
+        "sparsity_pattern": "2:4",
+        "dtype": "float32",
+        "threads": 1,
+        "batch_size": 1,
+        **{name: str(tmp_path / f"{name}.safetensors") for name in ("calibration", "weights")},
+        "model": str(tmp_path / "model"),
+        "measured": str(tmp_path / "measured.json"),
+    }
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    done = run("prune_worker.py", tmp_path / "task.json")
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert len(weights) == 7 * len(model.model.layers)
+    assert all(int((w.reshape(-1, 4) != 0).sum(1).max()) == 2 for w in weights.values())
+    assert json.loads((tmp_path / "measured.json").read_text())["seconds"] > 0
+
+
+def arguments(**changes):
+    given = {"methods": ["wanda", "wanda++"], "repeats": 2, "dtypes": ["float32"], "threads": 1, "num_samples": 32}
+    return Namespace(**given | {"sequence_length": 256, "eval_windows": 1} | changes)
+
+
+def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmark):
+    versions = {"wandazeta": "1", "llmcompressor": "2"}
+    runs = list(benchmark.prune.settings(arguments(), versions))
+    order = [(run["method"], run["tool"], run["batch_size"]) for run in runs]
+    kinds = [("wanda", "wandazeta", 8), ("wanda", "llmcompressor", 1), ("wanda", "llmcompressor", 8)]
+    kinds += [("wanda++", "wandazeta", 8)]
+    assert order == kinds + kinds[::-1]
+    assert [run["repeat"] for run in runs] == [0] * 4 + [1] * 4
+    assert runs[3]["options"]["samples_per_round"] == 8
+
+
+def test_ratios_are_to_the_faster_of_the_other_tool(benchmark):
+    wanted = list(benchmark.prune.settings(arguments(), {"wandazeta": "1", "llmcompressor": "2"}))
+    seconds = {("wandazeta", 8): 2.0, ("llmcompressor", 1): 8.0, ("llmcompressor", 8): 5.0}
+    records = [
+        run
+        | {"seconds": (10.0 if run["method"] == "wanda++" else seconds[run["tool"], run["batch_size"]]) + run["repeat"]}
+        | {"perplexity": 50.0, "mask_agreement": 0.75 if run["tool"] == "llmcompressor" else None}
+        for run in wanted
+    ]
+    stale = records[0] | {"version": "0", "seconds": 100.0}
+    summary = benchmark.prune.summarise([stale, *records], wanted)
+    (compared,) = summary["compared"]
+    assert (compared["method"], compared["dtype"], compared["batch_size"]) == ("wanda", "float32", 8)
+    assert compared["times_faster"] == 5.5 / 2.5
+    assert compared["times_faster_at_least"] == 5.0 / 3.0
+    assert (compared["perplexity_ratio"], compared["mask_agreement"]) == (1.0, 0.75)
+    assert summary["wanda++_to_wanda"] == {"float32": 10.5 / 2.5}
+
+
+def test_masks_agree_where_both_or_neither_are_zero(benchmark):
+    ours = {"a": torch.tensor([True, True, False, False])}
+    assert benchmark.prune.agreement(ours, {"a": torch.tensor([1.0, 0.0, 0.0, 2.0])}) == 0.5
+
+
+def test_a_command_names_no_path_of_one_machine(benchmark, monkeypatch):
+    inside = str(benchmark.records.ROOT / "benchmarks" / "prune.py")
+    monkeypatch.setattr(sys, "argv", [inside, "--model=/somewhere/model", "--work", "/else/where", "--repeats", "3"])
+    assert benchmark.records.command() == "python benchmarks/prune.py --model=model --work where --repeats 3"
