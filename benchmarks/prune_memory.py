@@ -179,7 +179,7 @@ def prune(arguments: argparse.Namespace, folder: Path) -> tuple[int, float, int]
         while process.poll() is None:
             peak, seconds = max(peak, peak_bytes(process.pid)), time.perf_counter() - begin
             starts.write_text(json.dumps([*earlier, [peak, seconds]]))
-            time.sleep(0.1)
+            time.sleep(1)
     if process.returncode:
         raise SystemExit(f"error: `wandazeta prune` ended with {process.returncode}; start again to go on")
     peaks, times = zip(*earlier, (peak, seconds), strict=True)
