@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib.pyplot  # noqa: E402, F401 (else every fork imports it anew)
 import torch  # noqa: E402
-import yaml  # noqa: E402
-from helpers.tiny_model import save_tiny_llama  # noqa: E402
+from helpers.prune_config import write_prune_config  # noqa: E402
 
 from wandazeta.callbacks.pruning import export, packed, page, pruner  # noqa: E402, F401
 from wandazeta.main import main  # noqa: E402
@@ -37,28 +36,6 @@ sys.argv = ["wandazeta"]
 # seconds and memory are the only figures that may differ between two runs
 pruner.time = SimpleNamespace(perf_counter=lambda: 0.0)
 pruner.peak_memory = lambda device: 0
-
-
-def write_config():
-    (root / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
-    save_tiny_llama(root / "model", num_blocks=NUM_BLOCKS)
-    pruning = {
-        "class_path": "WandaPPPruneCallback",
-        "init_args": {
-            "rounds": 2,
-            "samples_per_round": 4,
-            "num_calibration_samples": 6,
-            "target": "dense_stream",
-            "learning_rate": 1e-4,
-            "output_dir": "progress",
-        },
-    }
-    config = {
-        "model": {"class_path": "LanguageModel", "init_args": {"model_name_or_path": "../model"}},
-        "data": {"class_path": "TextDataModule", "init_args": {"source": "../text.txt", "sequence_length": 16}},
-        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "callbacks": [pruning]},
-    }
-    (root / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def start(folder):
@@ -154,5 +131,5 @@ def killed(folder, block_seconds, export_seconds):
     (root / "kills.json").write_text(json.dumps({"kills": kills, "kept": kept}))
 
 
-write_config()
+write_prune_config(root, NUM_BLOCKS)
 killed(root / "killed", *undisturbed(root / "undisturbed"))
