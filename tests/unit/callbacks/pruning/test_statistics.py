@@ -87,3 +87,14 @@ def test_a_batch_counts_as_its_samples():
     with together.collect(), together.sample(num_samples=4):
         layer(x)
     torch.testing.assert_close(together.norm("layer"), measure(layer, list(x.split(1)), [None] * 4).norm("layer"))
+
+
+def test_autocast_of_the_block_does_not_reach_the_statistics():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 2), torch.randn(1, 50, 64)
+    statistics = InputStatistics({"layer": layer}, with_gram=True)
+    with statistics.collect(), statistics.sample(), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    ((gram, _),) = statistics.groups()
+    assert torch.equal(gram, x[0].t() @ x[0])
+    torch.testing.assert_close(statistics.norm("layer"), x[0].norm(dim=0))
