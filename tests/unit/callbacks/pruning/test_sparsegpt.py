@@ -82,8 +82,16 @@ def test_a_feature_that_is_never_seen_costs_nothing():
     assert found.isfinite().all()
 
 
-def test_activations_that_are_not_finite_are_an_error():
+def test_a_layer_that_only_sees_zeros_costs_nothing():
+    weight, _ = problem(64)
+    ((found, kept),) = sparsegpt([weight], torch.zeros(64, 64), PruneOptions())
+    assert (found == 0).all()
+    assert (kept.view(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e30"])
+def test_activations_that_are_not_finite_are_an_error(value):
     weight, x = problem(64)
-    x[3, 3] = float("nan")
+    x[3, 3] = float(value)
     with pytest.raises(ValueError, match="Gram matrix can be inverted"):
         sparsegpt([weight], x.t() @ x, PruneOptions())
