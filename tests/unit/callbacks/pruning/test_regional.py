@@ -204,6 +204,23 @@ def test_half_precision_gradients_do_not_vanish():
     torch.testing.assert_close(found[0]["up"], found[1]["up"], rtol=2e-2, atol=2e-3)
 
 
+def test_half_precision_steps_do_not_vanish():
+    """The loss is a mean over many values: unscaled, its gradient is zero in float16."""
+    hidden, updates = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(0)), []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        block = Block().to(dtype)
+        run, layers, norms = parts(block)
+        master, states = MasterWeights(layers), [hidden.to(dtype)]
+        before = master.masters["down"].detach().clone()
+        targets = [block(states[0]).detach().float() + 1e-4]
+        options, draw = PruneOptions(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
+        optimise_block(run, master, lambda _: {}, states, targets, Batches([None]), norms, options, draw, Ranks())
+        updates.append(master.masters["down"].detach() - before)
+    assert (updates[1] != 0).all()
+    assert (updates[0].sign() == updates[1].sign()).float().mean() > 0.9
+
+
 def test_weights_that_blow_up_are_an_error(block):
     hidden = [h.clone() for h in HIDDEN]
     targets = [torch.full_like(h, float("nan")) for h in hidden]
