@@ -6,6 +6,10 @@
 Settings are those of `configs/prune/smollm2.yaml`, but for what the options say. Blocks after the first `--num-blocks`
 stay dense. Weights are float32 in both, and so is the model that perplexity is measured with. A record that is finished
 is not made again.
+
+What to expect: perplexity within 1%, and for `wanda` and `rgs` fewer than 1% of the mask places. Not so `sparsegpt`: it
+decides column by column by an inverse Gram matrix, and decides otherwise as often when its inputs are changed by half a
+unit of bfloat16 and everything is computed in float32.
 """
 
 import argparse
