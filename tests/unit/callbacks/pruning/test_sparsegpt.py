@@ -95,3 +95,19 @@ def test_activations_that_are_not_finite_are_an_error(value):
     x[3, 3] = float(value)
     with pytest.raises(ValueError, match="Gram matrix can be inverted"):
         sparsegpt([weight], x.t() @ x, PruneOptions())
+
+
+def test_a_gram_matrix_that_rounding_has_spoiled_is_an_error():
+    weight, _ = problem(64)
+    with pytest.raises(ValueError, match="Gram matrix can be inverted"):
+        sparsegpt(
+            [weight], torch.eye(64) + 2 * torch.eye(64).roll(1, 0) + 2 * torch.eye(64).roll(-1, 0), PruneOptions()
+        )
+
+
+def test_sixteen_bit_weights_are_solved_in_thirty_two():
+    weight, x = problem(64)
+    weight = weight.bfloat16()
+    found, expected = (sparsegpt([w], x.t() @ x, PruneOptions())[0] for w in (weight, weight.float()))
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])
