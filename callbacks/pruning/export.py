@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .packed import MASKS_FILE, PACKED_FILE, write_packed
 from .page import write_page
-from .progress import ProgressFolder, check_writable, write_json
+from .progress import ProgressFolder, check_writable, removed_if_unwritten, write_json
 from .report import PruneReport
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def prune_and_export(
 
     Raises:
         ValueError: If model, data, options or folders do not fit, before any long work.
+        OSError: If the disk is full; what is finished is kept for the next run.
     """
     target = Path(output_dir).absolute()
     if pack and callback.options.sparsity_pattern != "2:4":
@@ -81,6 +82,7 @@ def prune_and_export(
         datamodule.trainer = trainer
     model.configure_model()
     prefix, backbone = find_pretrained(model)
+    check_writable(target.parent, needed_bytes=sum(weight.nbytes for weight in backbone.parameters()))
     if datamodule is not None:
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -95,7 +97,8 @@ def prune_and_export(
         for name, mask in result.masks.items()
     }
     tokenizer = next((t for owner in (model, datamodule) if _saves(t := getattr(owner, "tokenizer", None))), None)
-    export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
+    with removed_if_unwritten(_fresh(target), target):
+        export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
     return report
 
 
@@ -148,7 +151,7 @@ def export_pretrained(
         ValueError: If a mask is not that of a written weight, or not 2:4 where that is to be packed.
     """
     directory = Path(directory).absolute()
-    fresh = directory.with_name(f".{directory.name}.new")
+    fresh = _fresh(directory)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     model.save_pretrained(fresh)
@@ -171,6 +174,11 @@ def export_pretrained(
         directory.rename(old)
     fresh.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fresh(directory: Path) -> Path:
+    """Where a directory is written before it takes its name."""
+    return directory.with_name(f".{directory.name}.new")
 
 
 def _make_readable(directory: Path) -> None:
