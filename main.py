@@ -1,5 +1,6 @@
 """The command line: `wandazeta fit | prune | validate | test | predict`."""
 
+import errno
 import logging
 import os
 import sys
@@ -39,6 +40,8 @@ __all__ = [
     "command_line",
     "main",
 ]
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class PruningTrainer(Trainer):
@@ -180,7 +183,7 @@ def _leave_process_group() -> None:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command line; what a user got wrong is told in a line, with exit code 2.
+    """Run the command line; what a user got wrong is told in a line, with exit code 2, and a full disk with 1.
 
     Args:
         args: The arguments; those of the process by default.
@@ -192,6 +195,12 @@ def main(args: ArgsType = None) -> None:
             raise
         sys.stderr.write(f"error: {_explained(error)}\n")
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS or os.environ.get("WANDAZETA_DEBUG"):
+            raise
+        where = f": '{error.filename}'" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; make room and start again, what is finished is kept\n")
+        raise SystemExit(1) from None
     finally:
         _leave_process_group()
 

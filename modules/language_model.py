@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -160,7 +161,7 @@ def load_causal_lm(
                 use_safetensors=True,
             )
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"Expected argument `model_name_or_path` to be a causal language model, a Hugging Face name or a directory "

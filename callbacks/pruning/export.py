@@ -14,7 +14,7 @@ from wandazeta.stored import Stored, is_stored, whole
 
 from .packed import MASKS_FILE, PACKED_FILE, write_packed
 from .page import write_page
-from .progress import ProgressFolder, check_writable, write_json
+from .progress import ProgressFolder, check_writable, removed_if_unwritten, write_json
 from .report import PruneReport
 from .streamed import lazy, open_safetensors, write_streamed
 
@@ -58,6 +58,7 @@ def prune_and_export(
 
     Raises:
         ValueError: If model, data, options or folders do not fit, before any long work.
+        OSError: If the disk is full; what is finished is kept for the next run.
     """
     target = Path(output_dir).absolute()
     if pack and callback.options.sparsity_pattern != "2:4":
@@ -84,6 +85,7 @@ def prune_and_export(
         datamodule.trainer = trainer
     model.configure_model()
     prefix, backbone = find_pretrained(model)
+    check_writable(target.parent, needed_bytes=sum(weight.nbytes for weight in backbone.parameters()))
     if datamodule is not None:
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -98,7 +100,8 @@ def prune_and_export(
         for name, mask in folder.stored_masks(block.index, result).items()
     }
     tokenizer = next((t for owner in (model, datamodule) if _saves(t := getattr(owner, "tokenizer", None))), None)
-    export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
+    with removed_if_unwritten(_fresh(target), target):
+        export_pretrained(backbone, tokenizer, target, report, masks, key=callback.key, pack=pack)
     return report
 
 
@@ -151,7 +154,7 @@ def export_pretrained(
         ValueError: If a mask is not that of a written weight, or not 2:4 where that is to be packed.
     """
     directory = Path(directory).absolute()
-    fresh = directory.with_name(f".{directory.name}.new")
+    fresh = _fresh(directory)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     _write_weights(model, fresh)
@@ -201,6 +204,11 @@ def _write_weights(model: Any, directory: Path) -> None:
 
 def _is_streamed(model: nn.Module) -> bool:
     return any(is_stored(parameter) for parameter in model.parameters())
+
+
+def _fresh(directory: Path) -> Path:
+    """Where a directory is written before it takes its name."""
+    return directory.with_name(f".{directory.name}.new")
 
 
 def _make_readable(directory: Path) -> None:

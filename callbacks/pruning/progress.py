@@ -9,8 +9,10 @@ renamed, so that a process killed at any instant leaves whole files or none. No 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,48 @@ def write_atomically(path: Path, content: bytes) -> None:
     Args:
         path: Where the file goes.
         content: What it holds.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk; the error names the file, and nothing is left of it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with removed_if_unwritten(temporary, path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def removed_if_unwritten(temporary: Path, path: Path) -> Iterator[None]:
+    """Removes what was written so far where writing fails: on a full disk it would take the room of the next try.
+
+    Args:
+        temporary: The file or folder that is written.
+        path: What it is to become.
+
+    Raises:
+        OSError: For an error of the disk, whoever noticed it, naming `path` where it names no file.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        # safetensors says it in words, and errors of a file that is open name none
+        code = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,9 +116,14 @@ def check_writable(directory: Path, argument: str = "output_dir", needed_bytes: 
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise ValueError(
-            f"Expected argument `{argument}` to have {needed_bytes / 2**30:.1f} GiB of room, but '{directory}' is on a "
-            f"disk with {free / 2**30:.1f} GiB left; choose another one or make room."
+            f"Expected argument `{argument}` to have {_size(needed_bytes)} of room, but '{directory}' is on a "
+            f"disk with {_size(free)} left; choose another one or make room."
         )
+
+
+def _size(num_bytes: int) -> str:
+    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if num_bytes >= 2**p), ("KiB", 10))
+    return f"{num_bytes / 2**power:.1f} {unit}"
 
 
 class ProgressFolder:

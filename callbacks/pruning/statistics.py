@@ -178,5 +178,8 @@ class InputStatistics:
                 )
             rows = rows[self._mask.reshape(-1)]
         rows = rows.float()
+        # not in the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
+        with torch.autocast(rows.device.type, enabled=False):
+            gram = rows.t() @ rows if self._with_gram else None
         # float64 sums: the result does not depend on the order of many small terms
-        return rows.square().sum(0).double(), rows.t() @ rows if self._with_gram else None
+        return rows.square().sum(0).double(), gram

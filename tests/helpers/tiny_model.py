@@ -8,14 +8,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .tokenizer import byte_tokenizer
 
 
-def save_tiny_llama(folder: Path, *, words: tuple[str, ...] = (" good", " bad"), seed: int = 0) -> Path:
-    """Write a random LLaMA of two blocks of width 32 as a Hugging Face directory."""
+def save_tiny_llama(
+    folder: Path, *, words: tuple[str, ...] = (" good", " bad"), seed: int = 0, num_blocks: int = 2
+) -> Path:
+    """Write a random LLaMA of width 32 as a Hugging Face directory."""
     tokenizer = byte_tokenizer(words)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_blocks,
         num_attention_heads=2,
         num_key_value_heads=1,
         pad_token_id=tokenizer.pad_token_id,

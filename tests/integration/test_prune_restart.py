@@ -1,5 +1,6 @@
 """Pruning that is stopped, at any moment and by any means, goes on and gives the same bytes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,59 +9,11 @@ import textwrap
 import time
 
 import pytest
+from helpers.processes import run
 from helpers.pruning import Tiny, callback, loader, same, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from wandazeta.callbacks.pruning import progress
-
-# One process imports everything once; each attempt is a fork of it, so that many kills fit into a test.
-SERVER = """
-    import os, random, signal, sys, time
-    from pathlib import Path
-
-    sys.path.insert(0, sys.argv[1])
-    import torch
-    torch.set_num_threads(1)
-    from helpers.pruning import Tiny, callback, loader, trainer
-    from safetensors.torch import save_file
-
-    work, attempts, draw = Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
-
-    def prune(folder):
-        pruning = callback(folder, rounds=2, target="dense_stream", learning_rate=1e-4)
-        module = Tiny(width=32, num_blocks=24)
-        trainer(pruning, limit_train_batches=1).fit(module, loader(shuffle=True))
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / "model.safetensors")
-
-    def start(folder):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                prune(folder)
-                code = 0
-            finally:
-                os._exit(code)
-        return child
-
-    begun = time.monotonic()
-    assert os.waitpid(start(work / "undisturbed"), 0)[1] == 0
-    seconds = time.monotonic() - begun
-    for attempt in range(attempts):
-        folder = work / f"killed-{attempt}"
-        stops = []
-        while True:
-            child = start(folder)
-            if len(stops) == 3:
-                assert os.waitpid(child, 0)[1] == 0
-                break
-            time.sleep(draw.uniform(0, 1.05 * seconds * (1 - len(stops) / 4)))
-            os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:
-                break
-            stops.append(len(list(folder.glob("block_*.safetensors"))))
-        print(folder.name, "blocks at each kill:", stops, flush=True)
-"""
 
 
 def contents(folder):
@@ -77,14 +30,24 @@ def assert_same_bytes(folder, reference, num_blocks):
     assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
 
 
-def test_killed_at_random_moments_the_same_bytes_come_out(repository, tmp_path):
+@pytest.mark.slow
+def test_killed_ten_times_in_a_row_the_same_bytes_come_out(tmp_path):
     seed = int.from_bytes(os.urandom(4), "big")
-    arguments = [str(repository / "tests"), str(tmp_path), "4", str(seed)]
-    command = [sys.executable, "-c", textwrap.dedent(SERVER), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"seed {seed}\n{done.stdout}\n{done.stderr}"
-    for attempt in range(4):
-        assert_same_bytes(tmp_path / f"killed-{attempt}", tmp_path / "undisturbed", num_blocks=24)
+    run("killed_prune", {"seed": seed, "kills": 10}, tmp_path)
+    seen = json.loads((tmp_path / "kills.json").read_text())
+    assert len(seen["kills"]) == 10
+    finished = [kill["finished"] for kill in seen["kills"]]
+    assert finished == sorted(set(finished)), f"seed {seed}: a kill without progress before it"
+    assert [kill["exporting"] for kill in seen["kills"]] == [False] * 9 + [True]
+    assert seen["kept"], f"seed {seed}: a finished block was written again"
+    assert all(kill["kept"] for kill in seen["kills"]), f"seed {seed}: a finished block was written again"
+
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    files = [{str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders]
+    assert files[0].keys() == files[1].keys()
+    assert {"progress/complete.json", "model/model.safetensors", "model/prune_report.html"} <= files[0].keys()
+    different = [name for name, content in files[0].items() if files[1][name] != content]
+    assert different == [], f"seed {seed}"
 
 
 def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeypatch):

@@ -54,6 +54,7 @@ def test_gradients_equal_the_root_mean_square_of_autograd_sample_by_sample(block
         torch.testing.assert_close(found[name], torch.stack(squares).mean(0).sqrt())
         assert layer.weight.grad is None
     assert torch.equal(outputs[1], block(HIDDEN[1]))
+    assert not any(output.requires_grad for output in outputs)
     assert norms.num_samples == 4
     block(HIDDEN[0]).sum().backward()  # no hook is left to drop this gradient
     assert block.up.weight.grad is not None
@@ -254,6 +255,48 @@ def test_half_precision_gradients_do_not_vanish():
         hidden = [h.to(block.up.weight.dtype) for h in HIDDEN]
         found.append(regional_gradients(run, layers, hidden, MASKS, norms, lambda _: None, Ranks()))
     torch.testing.assert_close(found[0]["up"], found[1]["up"], rtol=2e-2, atol=2e-3)
+
+
+def test_small_half_precision_gradients_keep_their_digits():
+    torch.manual_seed(0)
+    half, wide = Block().half(), Block()
+    with torch.no_grad():
+        half.down.weight.mul_(1e-5)
+    wide.load_state_dict(half.state_dict())
+    hidden = torch.randn(1, 64, 8).half()
+    found = []
+    for block in (wide, half):
+        run, layers, norms = parts(block)
+        states = [hidden.to(block.up.weight.dtype)]
+        found.append(regional_gradients(run, layers, states, [None], norms, lambda _: None, Ranks())["up"])
+    assert (found[0] - found[1]).norm() < 1e-2 * found[0].norm()
+
+
+def test_masters_add_up_the_gradients_of_a_step(block):
+    layers = {"up": block.bfloat16().up}
+    master = MasterWeights(layers)
+    for value in (3.0, 5.0):
+        block.up.weight.grad = torch.full_like(block.up.weight, value)
+        master.take_gradients(scale=2.0)
+        assert block.up.weight.grad is None
+    assert torch.equal(master.masters["up"].grad, torch.full((12, 8), 4.0))
+
+
+def test_half_precision_steps_do_not_vanish():
+    """The loss is a mean over many values: unscaled, its gradient is zero in float16."""
+    hidden, updates = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(0)), []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        block = Block().to(dtype)
+        run, layers, norms = parts(block)
+        master, states = MasterWeights(layers), [hidden.to(dtype)]
+        before = master.masters["down"].detach().clone()
+        targets = [block(states[0]).detach().float() + 1e-4]
+        options, draw = PruneOptions(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
+        optimise_block(run, master, lambda _: {}, states, targets, Batches([None]), norms, options, draw, Ranks())
+        updates.append(master.masters["down"].detach() - before)
+    assert (updates[1] != 0).all()
+    assert (updates[0].sign() == updates[1].sign()).float().mean() > 0.9
 
 
 def test_weights_that_blow_up_are_an_error(block):

@@ -82,8 +82,32 @@ def test_a_feature_that_is_never_seen_costs_nothing():
     assert found.isfinite().all()
 
 
-def test_activations_that_are_not_finite_are_an_error():
+def test_a_layer_that_only_sees_zeros_costs_nothing():
+    weight, _ = problem(64)
+    ((found, kept),) = sparsegpt([weight], torch.zeros(64, 64), PruneOptions())
+    assert (found == 0).all()
+    assert (kept.view(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e30"])
+def test_activations_that_are_not_finite_are_an_error(value):
     weight, x = problem(64)
-    x[3, 3] = float("nan")
+    x[3, 3] = float(value)
     with pytest.raises(ValueError, match="Gram matrix can be inverted"):
         sparsegpt([weight], x.t() @ x, PruneOptions())
+
+
+def test_a_gram_matrix_that_rounding_has_spoiled_is_an_error():
+    weight, _ = problem(64)
+    with pytest.raises(ValueError, match="Gram matrix can be inverted"):
+        sparsegpt(
+            [weight], torch.eye(64) + 2 * torch.eye(64).roll(1, 0) + 2 * torch.eye(64).roll(-1, 0), PruneOptions()
+        )
+
+
+def test_sixteen_bit_weights_are_solved_in_thirty_two():
+    weight, x = problem(64)
+    weight = weight.bfloat16()
+    found, expected = (sparsegpt([w], x.t() @ x, PruneOptions())[0] for w in (weight, weight.float()))
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])

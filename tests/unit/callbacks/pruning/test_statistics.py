@@ -76,6 +76,7 @@ def test_gram_matrices_are_shared_by_layers_with_one_input():
     torch.testing.assert_close(gram, rows.t() @ rows)
     torch.testing.assert_close(other, (rows + 1).t() @ (rows + 1))
     statistics.leave_out_grams()
+    assert not statistics._grams, "they are large"
     with statistics.collect(), statistics.sample():
         layers["a"](samples[0])
     assert statistics.num_samples == 4
@@ -148,3 +149,21 @@ def test_other_errors_are_not_swallowed():
     with pytest.raises(RuntimeError, match="of the block"), statistics.sample(shape=torch.Size([1]), may_stop=True):
         raise RuntimeError("of the block")
     assert statistics.num_samples == 0
+
+
+def test_autocast_of_the_block_does_not_reach_the_statistics():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 2), torch.randn(1, 50, 64)
+    statistics = InputStatistics({"layer": layer}, with_gram=True)
+    with statistics.collect(), statistics.sample(), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    ((gram, _),) = statistics.groups()
+    assert torch.equal(gram, x[0].t() @ x[0])
+    torch.testing.assert_close(statistics.norm("layer"), x[0].norm(dim=0))
+
+
+def test_small_terms_are_not_lost_in_large_sums():
+    layer = nn.Linear(1, 1)
+    samples = [torch.full((1, 1, 1), value) for value in (4096.0, *[1.0] * 4)]
+    # 2²⁴ + 1 is no float32
+    assert measure(layer, samples, [None] * 5)._sums["layer"].item() == 2**24 + 4

@@ -1,0 +1,56 @@
+"""Models in 16 bits, and 16-bit products for models in 32."""
+
+import copy
+
+import pytest
+import torch
+from helpers.architectures import build
+from helpers.prune_model import linears, prune, tiny
+
+from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.callbacks.pruning.pruner import prune_model
+from wandazeta.datamodules import TextDataModule
+from wandazeta.datamodules.samples import cache_folder
+from wandazeta.modules import LanguageModel
+
+
+def test_sixteen_bit_models_stay_so():
+    model, _ = build("llama")
+    model = model.bfloat16()
+    report = prune(model)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    for layer in linears(model.model.layers):
+        assert ((layer.weight != 0).view(-1, 4).sum(1) == 2).all()
+    assert report.blocks[0].loss_after < report.blocks[0].loss_before
+
+
+def test_bfloat16_compute_hardly_changes_the_masks():
+    for method in ("wanda", "rgs"):
+        found = []
+        for compute_dtype in ("model", "bfloat16"):
+            model, blocks, _ = tiny(method=method, compute_dtype=compute_dtype, alpha=10.0)
+            assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+            found.append(torch.cat([(layer.weight != 0).flatten() for block in blocks for layer in linears(block)]))
+        assert 0 < (found[0] != found[1]).float().mean() < 0.05, "autocast was on, and did no harm"
+
+
+@pytest.mark.slow
+@pytest.mark.samples
+def test_bfloat16_compute_hardly_changes_the_masks_of_the_sample_model():
+    """Bar: fewer than 1% of the places. Perplexities of every method: `benchmarks/prune_bf16.py`."""
+    folder = str(cache_folder() / "smollm2-135m")
+    whole = LanguageModel(folder)
+    # a few blocks: products in bfloat16 are slow on a CPU
+    whole.backbone.model.layers = whole.backbone.model.layers[:3]
+    text = TextDataModule(tokenizer=folder, sequence_length=32, num_calibration_samples=8)
+    batches = list(text.calibration_dataloader())
+    for method in ("wanda", "rgs"):
+        found = []
+        for compute_dtype in ("model", "bfloat16"):
+            model = copy.deepcopy(whole)
+            options = PruneOptions(method=method, alpha=5.0, compute_dtype=compute_dtype)
+            prune_model(model, model.calibration_forward, batches, options)
+            blocks = model.backbone.model.layers
+            found.append([torch.cat([(x.weight != 0).flatten() for x in linears(block)]) for block in blocks])
+        for block, (mine, other) in enumerate(zip(*found, strict=True)):
+            assert 0 < (mine != other).float().mean() < 0.01, f"{method}, block {block}"
