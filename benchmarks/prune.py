@@ -57,9 +57,9 @@ def options_of(method: str, num_samples: int) -> dict[str, Any]:
     """Options of this project's methods: for Wanda++ those of the sample model, with the paper's share of samples."""
     if method in COMPARED:
         return {}
-    config = yaml.safe_load((ROOT / "configs" / "prune" / "smollm2.yaml").read_text())
+    config = yaml.safe_load((ROOT / "configs" / "prune" / "best.yaml").read_text())
     chosen = config["trainer"]["callbacks"][0]["init_args"]
-    options = {name: chosen[name] for name in ("alpha", "learning_rate", "target")}
+    options = {name: chosen[name] for name in ("alpha", "learning_rate", "lr_schedule", "target", "mask_mode")}
     # K = 5 rounds of M = 32 of N = 128 samples
     return options | {"rounds": 5, "samples_per_round": max(1, num_samples // 4)}
 

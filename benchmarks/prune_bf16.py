@@ -3,7 +3,7 @@
     python benchmarks/prune_bf16.py
     python benchmarks/prune_bf16.py --num-blocks 4 --num-samples 16 --sequence-length 64 --eval-windows 4
 
-Settings are those of `configs/prune/smollm2.yaml`, but for what the options say. Blocks after the first `--num-blocks`
+Settings are those of `configs/prune/best.yaml`, but for what the options say. Blocks after the first `--num-blocks`
 stay dense. Weights are float32 in both, and so is the model that perplexity is measured with. A record that is finished
 is not made again.
 
@@ -33,7 +33,7 @@ from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import LanguageModel
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_bf16.json"
-CONFIG = ROOT / "configs" / "prune" / "smollm2.yaml"
+CONFIG = ROOT / "configs" / "prune" / "best.yaml"
 SOURCE = "sample:wikipedia"
 METHODS: tuple[str, ...] = get_args(Method)
 # names in the records, and the option's values

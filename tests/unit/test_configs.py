@@ -82,3 +82,10 @@ def test_the_schedule_of_the_paper_is_the_released_codes():
     ours = AdaZetaSchedule(**adazeta["model"]["init_args"]["schedule"]["init_args"])
     theirs = AdaZetaSchedule.from_target(final_queries=20, num_epochs=160)
     assert [ours.num_queries(epoch) for epoch in range(161)] == [theirs.num_queries(epoch) for epoch in range(161)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_read_configs_that_exist(path):
+    text = path.read_text().replace('" / "', "/")
+    for name in re.findall(r"configs/[\w/]+\.yaml", text):
+        assert (ROOT / name).exists(), name
