@@ -53,7 +53,7 @@ class OneBlock:
         self.ranks = ranks
         self.num_probes = len(ranks.own(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
-        self.master = MasterWeights(layers)
+        self.master = MasterWeights(layers, options.straight_through)
         self.gradients: dict[str, Tensor] = {}
         seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
@@ -119,7 +119,7 @@ class OneBlock:
         for gram, names in self.statistics.groups():
             views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
             for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.options), strict=True):
-                view.copy_(solved)
+                view.copy_(torch.where(mask, solved, view) if self.options.straight_through else solved)
                 self.score_moments[name] = torch.std_mean(solved.abs(), correction=0)
                 kept[name] = self._in_layout(name, mask)
         self.master.apply_masks(kept)
@@ -134,7 +134,7 @@ class OneBlock:
         """
 
         def prune(number: int) -> dict[str, Tensor]:
-            if number > 0:
+            if number != 0:
                 return self.prune()
             kept = self.solve() if self.options.start == "sparsegpt" else self.prune()
             self.statistics.leave_out_grams()  # the rounds look at norms alone

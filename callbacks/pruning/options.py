@@ -73,6 +73,13 @@ class PruneOptions:
     target: Target = "dense_block"
     samples_per_step: int = 1
     mask_updates: bool = False
+    straight_through: bool = False
+    freeze_after: int = 1000
+    loss: str = "mse"
+    decay_pruned: float = 0.0
+    beta2: float = 0.99
+    step_mask: bool = False
+    norm: str = "rms"
     compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
     seed: int = 0

@@ -17,6 +17,8 @@ from .statistics import InputStatistics
 # (the samples of a batch, their hidden states) -> the block's output
 RunBlock = Callable[[Sequence[int], Tensor], Tensor]
 
+LOSS = "mse"
+
 # half precision would flush the gradient of a norm over millions of values to zero
 _HALF_SCALE = 1024.0
 
@@ -50,7 +52,16 @@ def optimisation_loss(output: Tensor, target: Tensor, mask: Tensor | None = None
         target: What it should be.
         mask: Positions that count.
     """
-    return nn.functional.mse_loss(select(output, mask), select(target, mask))
+    o, t = select(output, mask), select(target, mask)
+    if LOSS == "relative":
+        return ((o - t).square().sum(-1) / (t.square().sum(-1) + 1e-6)).mean()
+    if LOSS == "norm":
+        return ((o - t).square().mean(-1) / (t.square().mean(-1).sqrt() + 1e-6)).mean()
+    if LOSS == "clip":
+        w = t.square().mean(-1)
+        w = (w.median() / w).clamp(max=1.0)
+        return ((o - t).square().mean(-1) * w).mean()
+    return nn.functional.mse_loss(o, t)
 
 
 def regional_gradients(
@@ -110,16 +121,22 @@ class MasterWeights:
         layers: The layers, by name.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], dense: bool = False) -> None:
+        self.dense = dense
+        self.masks: Mapping[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
         self.masters: dict[str, Tensor] = {
-            name: nn.Parameter(weight.detach().float()) if weight.dtype in (torch.float16, torch.bfloat16) else weight
+            name: nn.Parameter(weight.detach().float().clone()) if dense or weight.dtype in (torch.float16, torch.bfloat16) else weight
             for name, weight in self.weights.items()
         }
 
     @torch.no_grad()
     def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Set masters and weights to zero where the mask is False; masks are in the weights' layout."""
+        if self.dense:
+            self.masks = {n: ~m for n, m in masks.items()}
+            self.publish()
+            return
         for name, mask in masks.items():
             # a product with the mask would leave -0.0 for negative weights
             self.masters[name].masked_fill_(~mask, 0.0)
@@ -131,6 +148,8 @@ class MasterWeights:
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
                 weight.copy_(self.masters[name])
+                if name in self.masks:
+                    weight.masked_fill_(self.masks[name], 0.0)
 
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
@@ -197,7 +216,8 @@ def optimise_block(
     num_samples = int(ranks.total(len(hidden)))
 
     for number in range(options.rounds):
-        kept = prune(number)
+        if number <= options.freeze_after:
+            kept = prune(number)
         norms.reset()
         drawn = torch.randperm(num_samples, generator=generator)[: options.samples_per_round].tolist()
         with norms.collect():
@@ -216,7 +236,13 @@ def optimise_block(
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()
-                if options.mask_updates:
+                if options.decay_pruned:
+                    with torch.no_grad():
+                        for n, m in master.masks.items():
+                            master.masters[n].sub_(master.masters[n] * m, alpha=options.decay_pruned)
+                if options.step_mask and number < options.freeze_after:
+                    prune(-1)
+                elif options.mask_updates or (not options.straight_through and number >= options.freeze_after):
                     master.apply_masks(kept)
                 else:
                     master.publish()
@@ -230,7 +256,7 @@ def optimise_block(
 
 def _make_optimizer(parameters: list[Tensor], options: PruneOptions) -> torch.optim.Optimizer:
     if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=options.learning_rate)
+        return torch.optim.RMSprop(parameters, lr=options.learning_rate, alpha=options.beta2)
     # decay would pull the weights away from the target
     fused = parameters[0].dtype == torch.float32
     return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=fused)
