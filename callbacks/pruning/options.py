@@ -99,7 +99,7 @@ class PruneOptions:
                 f"Expected argument `samples_per_step` to divide `samples_per_round` ({self.samples_per_round}), "
                 f"but got {self.samples_per_step}"
             )
-        if not 0 <= self.alpha < float("inf"):
+        if not -100 <= self.alpha < float("inf"):
             raise ValueError(f"Expected argument `alpha` to be a number of at least 0, but got {self.alpha!r}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"Expected argument `learning_rate` to be larger than 0, but got {self.learning_rate!r}")
@@ -165,7 +165,7 @@ class PruneOptions:
     @property
     def uses_gradients(self) -> bool:
         """Whether the score holds regional gradients (RGS)."""
-        return self.method in ("rgs", "wanda++") and self.alpha > 0
+        return self.method in ("rgs", "wanda++") and self.alpha != 0
 
     @property
     def uses_optimisation(self) -> bool:

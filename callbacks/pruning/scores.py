@@ -30,6 +30,8 @@ def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None =
         tensor([[3., 6.]])
     """
     score = magnitude_score(weight)
+    if gradient is not None and alpha < 0:
+        alpha = -alpha * float(input_norm.mean() / gradient.mean())
     if gradient is None or alpha == 0:
         return score.mul_(input_norm)
     return score.mul_(torch.add(input_norm, gradient, alpha=alpha))
