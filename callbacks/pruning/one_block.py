@@ -16,6 +16,7 @@ from .report import LayerRecord
 from .samples import Batches
 from .scores import magnitude_score, regional_score
 from .sparsegpt import sparsegpt
+from .refine import solve_on_mask, swaps
 from .statistics import InputStatistics
 
 # the report's losses are means over the first samples: enough to see the gain, next to no cost
@@ -116,6 +117,20 @@ class OneBlock:
             Masks in the layout of the weights.
         """
         kept = {}
+        kind = self.options.method if self.options.method in ("solve", "swaps", "swaps_solve") else self.options.start
+        if kind not in ("score", "sparsegpt"):
+            for gram, names in self.statistics.groups():
+                for name in names:
+                    view = weight_view(self.layers[name], self.master.masters[name].detach())
+                    mask = make_mask(self._score(name), self.options)
+                    if "swaps" in kind:
+                        mask = swaps(view, mask, gram, self.options.group)
+                    new = solve_on_mask(view, mask, gram) if "solve" in kind else view.masked_fill(~mask, 0.0)
+                    view.copy_(torch.where(mask, new, view) if self.options.straight_through else new)
+                    self.score_moments[name] = torch.std_mean(view.abs(), correction=0)
+                    kept[name] = self._in_layout(name, mask)
+            self.master.apply_masks(kept)
+            return kept
         for gram, names in self.statistics.groups():
             views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
             for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.options), strict=True):
@@ -136,7 +151,7 @@ class OneBlock:
         def prune(number: int) -> dict[str, Tensor]:
             if number != 0:
                 return self.prune()
-            kept = self.solve() if self.options.start == "sparsegpt" else self.prune()
+            kept = self.solve() if self.options.start != "score" else self.prune()
             self.statistics.leave_out_grams()  # the rounds look at norms alone
             self.loss_before = self.probe_loss(hidden, targets)
             return kept

@@ -4,10 +4,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
+Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt", "solve", "swaps", "swaps_solve"]
 Optimizer = Literal["rmsprop", "adamw"]
 LRSchedule = Literal["constant", "linear"]
-Start = Literal["score", "sparsegpt"]
+Start = Literal["score", "sparsegpt", "solve", "swaps", "swaps_solve"]
 Target = Literal["dense_block", "dense_stream"]
 ComputeDtype = Literal["model", "bfloat16"]
 
@@ -79,6 +79,7 @@ class PruneOptions:
     decay_pruned: float = 0.0
     beta2: float = 0.99
     step_mask: bool = False
+    apart: bool = False
     norm: str = "rms"
     compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
@@ -175,7 +176,7 @@ class PruneOptions:
     @property
     def uses_gram(self) -> bool:
         """Whether the first pruning of a block is SparseGPT's, which wants Gram matrices of the inputs."""
-        return self.method == "sparsegpt" or (self.uses_optimisation and self.start == "sparsegpt")
+        return self.method in ("sparsegpt", "solve", "swaps", "swaps_solve") or (self.uses_optimisation and self.start != "score")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for keys."""

@@ -186,13 +186,37 @@ class _Pruner:
             work = OneBlock(index, layers, self.options, run, self._batches(index), masks, self.ranks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
+            elif self.options.apart:
+                before = list(self.samples.hidden)
+                stream = None if self.stream is None else list(self.stream)
+                groups = [{n: l for n, l in layers.items() if ("attn" in n) == first} for first in (True, False)]
+                dense = {n: l.weight.detach().clone() for n, l in layers.items()}
+                kept = {}
+                for number, group in enumerate(groups):
+                    self.samples.hidden = list(before)
+                    if stream is not None:
+                        self.stream = list(stream)
+                    work = OneBlock(index, group, self.options, run, self._batches(index), masks, self.ranks)
+                    if number and self.stream is not None:
+                        # the dense block's output, not that of the block whose attention is pruned
+                        now = {n: l.weight.detach().clone() for n, l in layers.items()}
+                        for n, l in layers.items():
+                            l.weight.copy_(dense[n])
+                        targets = list(stream)
+                        self._forward(index, targets, work.samples)
+                        for n, l in layers.items():
+                            l.weight.copy_(now[n])
+                        more, loss_after = self._prune_calibrated(index, work, self.samples, targets)
+                    else:
+                        more, loss_after = self._prune_calibrated(index, work, self.samples)
+                    kept |= more
             else:
                 kept, loss_after = self._prune_calibrated(index, work, self.samples)
             weights = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
             record = BlockRecord(
                 index,
                 f"{self.name}.{index}",
-                work.records(kept),
+                work.records({n: kept[n] for n in work.layers}),
                 work.loss_before,
                 loss_after,
                 seconds=time.perf_counter() - start,
@@ -202,7 +226,7 @@ class _Pruner:
             )
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
 
-    def _prune_calibrated(self, index: int, work: OneBlock, samples: Samples) -> tuple[dict[str, Tensor], float | None]:
+    def _prune_calibrated(self, index: int, work: OneBlock, samples: Samples, given: list[Tensor] | None = None) -> tuple[dict[str, Tensor], float | None]:
         if not work.layers:  # left dense
             for hidden in (samples.hidden, self.stream):
                 if hidden is not None and index < self.last_missing:
@@ -211,14 +235,17 @@ class _Pruner:
         # at the first block the two streams are one
         shares = self.stream is None or index == 0
         targets = work.measure(samples.hidden, keep_outputs=shares and self.options.uses_optimisation)
-        if self.stream is not None:
+        if given is not None:
+            targets = given
+            self.stream = given
+        elif self.stream is not None:
             if not shares:
                 self._forward(index, self.stream, work.samples)
                 targets = self.stream
             self.stream = targets
         if self.options.uses_optimisation:
             work.optimise(samples.hidden, targets)
-        kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
+        kept = work.solve() if self.options.method in ("sparsegpt", "solve", "swaps", "swaps_solve") else work.prune()
         # the ranks did the same arithmetic on the same sums; this makes them equal whatever their hardware
         self.ranks.broadcast_([layer.weight for layer in work.layers.values()])
         # the last block feeds no other: only the samples that the report looks at
