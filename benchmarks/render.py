@@ -1,4 +1,4 @@
-"""Write the README's tables and picture from the result files.
+"""Write the tables and pictures of README and docs from the result files.
 
     python benchmarks/render.py
 
@@ -13,7 +13,7 @@ from typing import Any
 from records import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = ("README.md", "docs/ablation.md")
 PICTURE = ROOT / "docs" / "demo.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
@@ -70,19 +70,112 @@ def prompt_table(result: dict[str, Any]) -> str:
     return rows(["prompt", "answers", f"accuracy, {result['num_examples']} validation examples"], body)
 
 
+def quality_table(result: dict[str, Any]) -> str:
+    """Means over the seeds with their range, a row for each pattern and method, a column for each text."""
+    records = result["records"]
+    texts = list(dict.fromkeys(r["text"] for r in records))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["pattern"], record["method"]), []).append(record)
+    patterns = ["dense", *dict.fromkeys(pattern for pattern, _ in groups if pattern != "dense")]
+    methods = ["dense", "magnitude", "wanda", "sparsegpt", "paper", "best"]
+    body = []
+    for pattern, method in ((p, m) for p in patterns for m in methods if (p, m) in groups):
+        found = groups[pattern, method]
+        values = [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
+        minutes = spread([r["seconds"] / 60 for r in found if r["text"] == texts[0]], ",.1f")
+        seeds = len({r["seed"] for r in found})
+        body.append([f"{pattern}, {method}" if method != "dense" else method, *values, minutes, str(seeds)])
+    heading = ["", *(f"perplexity, {text}" for text in texts), "minutes", "seeds"]
+    hardware = result["hardware"]
+    return f"{rows(heading, body)}\n\n{hardware['cpu']}, threads: {hardware['threads']}."
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and lowest to highest where they differ."""
+    text = format(mean(values), form)
+    if len(values) == 1 or min(values) == max(values):
+        return text
+    return f"{text} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """Every variant, the best first within its setting."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in result["records"]:
+        key = (record["pattern"], record["blocks"], record["samples"], record["tokens"])
+        settings.setdefault(key, []).append(record)
+    parts = []
+    for (pattern, blocks, samples, tokens), records in settings.items():
+        records.sort(key=lambda r: r.get("perplexity", float("inf")))
+        body = [
+            [
+                r["name"],
+                "; ".join(f"{key} {value}" for key, value in r["changes"].items()) or "the base",
+                f"{r['perplexity']:.2f}" if "perplexity" in r else r["failure"],
+                f"{r['seconds']:.0f}" if "seconds" in r else "",
+                f"`{r['commit']}`",
+            ]
+            for r in records
+        ]
+        title = f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens"
+        heading = ["variant", "what it changes", "perplexity", "seconds", "commit"]
+        parts.append(f"{title}\n\n{rows(heading, body)}")
+    return "\n\n".join(parts)
+
+
+def memory_sentence(result: dict[str, Any]) -> str:
+    """What the largest model took that was pruned from its files."""
+    record = max(result["records"], key=lambda r: r["model_gib"])
+    return (
+        f"Larger than memory: {record['model']} ({record['model_gib']:.1f} GiB in {record['dtype']}), pruned by "
+        f"{record['method']} to {record['pattern']} from its files and exported: {record['peak_gib']:.2f} GiB resident "
+        f"at the peak, {record['seconds'] / 60:.0f} minutes beside other work on {record['threads']} threads "
+        f"({record['samples']} x {record['tokens']} tokens)."
+    )
+
+
+def bf16_table(result: dict[str, Any]) -> str:
+    """What computing in bfloat16 changes, by method."""
+    body = [
+        [
+            r["method"],
+            *(f"{r['perplexity'][precision]:.2f}" for precision in ("fp32", "bf16")),
+            f"{r['perplexity_change']:+.2%}",
+            f"{r['differing_mask_share']:.2%}",
+        ]
+        for r in result["records"]
+    ]
+    heading = ["", "perplexity, fp32", "bf16 compute", "change", "places of the mask that differ"]
+    first = result["records"][0]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M, its first {first['num_blocks_pruned']} blocks at {first['pattern']}, "
+        f"{first['num_samples']} x {first['sequence_length']} tokens."
+    )
+
+
 def blocks() -> dict[str, str]:
-    """What stands between the README's markers, by name."""
-    return {"demo": demo_table(load("demo_seeds")), "prompts": prompt_table(load("prompts"))}
+    """What stands between the pages' markers, by name."""
+    return {
+        "demo": demo_table(load("demo_seeds")),
+        "prompts": prompt_table(load("prompts")),
+        "quality": quality_table(load("prune_quality")),
+        "memory": memory_sentence(load("prune_memory")),
+        "bf16": bf16_table(load("prune_bf16")),
+        "ablation": ablation_table(load("ablation")),
+    }
 
 
 def rendered(text: str) -> str:
-    """The README with its tables made anew."""
-    for name, block in blocks().items():
-        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)  # noqa: B023
-        if found != 1:
-            raise ValueError(f"Expected one place for the table {name!r} in {README.name}, but found {found}")
-    return text
+    """A page with its tables made anew."""
+    made = blocks()
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in made:
+            raise ValueError(f"Expected a marker to be one of {', '.join(made)}, but got {match[2]!r}")
+        return f"{match[1]}{made[match[2]]}\n{match[3]}"
+
+    return re.sub(r"(<!-- (\w+): written by [^>]*-->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
 def picture(result: dict[str, Any]) -> None:
@@ -117,8 +210,10 @@ def picture(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Write both."""
-    README.write_text(rendered(README.read_text()))
+    """Write all of them."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text()))
     picture(load("demo_seeds"))
 
 
