@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 import yaml
-from records import ROOT, commit, describe, write
+from records import ROOT, commit, describe, finished, is_finished, write
 
 RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
 VARIANTS = ROOT / "benchmarks" / "ablation.yaml"
@@ -113,7 +113,7 @@ def main() -> None:
         if ":" in arguments.pattern
         else {"sparsity_pattern": "unstructured", "sparsity": float(arguments.pattern)}
     )
-    records: list[dict[str, Any]] = json.loads(RESULT.read_text())["records"] if RESULT.exists() else []
+    records = finished(RESULT)
     settings = {key: getattr(arguments, key) for key in SETTINGS}
 
     def make(name: str) -> None:
@@ -121,7 +121,7 @@ def main() -> None:
         key = settings | {"name": name, "options": base | changes}
         if arguments.blocks == 0:
             key["options"] = {}
-        if any(record.items() >= key.items() for record in records):
+        if is_finished(key, records):
             return
         made_at = commit()
         record = key | {"changes": changes, "commit": made_at}

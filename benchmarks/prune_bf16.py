@@ -13,7 +13,6 @@ unit of bfloat16 and everything is computed in float32.
 """
 
 import argparse
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, get_args
 import torch
 import yaml
 from demo import quiet_trainer
-from records import ROOT, describe, write
+from records import ROOT, describe, finished, is_finished, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -161,10 +160,10 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int, default=16, help="test windows")
     parser.add_argument("--eval-sequence-length", type=int, default=512, help="tokens of a test window")
     arguments = parser.parse_args()
-    records: list[dict[str, Any]] = json.loads(RESULT.read_text())["records"] if RESULT.exists() else []
+    records = finished(RESULT)
     for method in arguments.methods:
         settings = settings_of(method, arguments)
-        if not any(record.items() >= settings.items() for record in records):
+        if not is_finished(settings, records):
             records.append(measure(method, arguments))
             write(RESULT, describe("prune_bf16", records, source=SOURCE, split="test"))
     console.print(table(records))

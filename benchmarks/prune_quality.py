@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from demo import quiet_trainer
-from records import ROOT, commit, describe, write
+from records import ROOT, commit, describe, finished, is_finished, write
 
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import LanguageModel
@@ -84,11 +84,6 @@ def perplexities(model: Path, eval_windows: int) -> dict[str, float]:
     return result
 
 
-def finished() -> list[dict[str, Any]]:
-    """The records so far."""
-    return json.loads(RESULT.read_text())["records"] if RESULT.exists() else []
-
-
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """What is to be measured: seeds one after the other, so that a run that is stopped has whole ones."""
     if "dense" in arguments.methods:
@@ -112,14 +107,16 @@ def main() -> None:
     for method, pattern, seed in wanted(arguments):
         key = {"model": "SmolLM2-135M", "method": method, "pattern": pattern, "window": WINDOW, "seed": seed}
         key |= {"eval_windows": arguments.eval_windows}
-        if any(record.items() >= key.items() for record in finished()):
+        if is_finished(key, finished(RESULT)):
             continue
         directory, report = (ROOT / MODEL, {}) if method == "dense" else pruned(method, pattern, seed)
         seconds = report.get("seconds", 0.0)
         extra = {"seconds": seconds, "options": report.get("options", {}), "commit": commit()}
         found = perplexities(directory, arguments.eval_windows)
         # read again: other seeds may be running beside this one
-        records = finished() + [key | {"text": text, "perplexity": value} | extra for text, value in found.items()]
+        records = finished(RESULT) + [
+            key | {"text": text, "perplexity": value} | extra for text, value in found.items()
+        ]
         write(RESULT, describe("prune_quality", records, split="test", calibration=f"{NUM_SAMPLES} x {WINDOW} tokens"))
         print(f"{method} {pattern} seed {seed}: {found}", flush=True)
         if method != "dense" and not arguments.keep:

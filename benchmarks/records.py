@@ -59,6 +59,17 @@ def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
     }
 
 
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The records that a result file holds so far, none where there is no file."""
+    records: list[dict[str, Any]] = json.loads(path.read_text())["records"] if path.exists() else []
+    return records
+
+
+def is_finished(settings: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    """Whether one of the records was made with all these settings."""
+    return any(record.items() >= settings.items() for record in records)
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

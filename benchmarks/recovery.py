@@ -16,7 +16,7 @@ from typing import Any
 
 from demo import quiet_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
-from records import ROOT, describe, write
+from records import ROOT, describe, finished, is_finished, write
 from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import PolynomialLR
@@ -137,10 +137,10 @@ def main() -> None:
             f"error: Expected argument `model` to be a directory that `wandazeta prune` wrote, but got "
             f"'{arguments.model}'; `python benchmarks/demo.py` writes one after the demo"
         )
-    records: list[dict[str, Any]] = json.loads(RESULT.read_text())["records"] if RESULT.exists() else []
+    records = finished(RESULT)
     for method in arguments.methods:
         settings = settings_of(method, arguments)
-        if not any(record.items() >= settings.items() for record in records):
+        if not is_finished(settings, records):
             records.append(recover(method, arguments))
             write(RESULT, describe("recovery", records, source=SOURCE, split="test"))
     console.print(table(records))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, token_batches
+from helpers.prune_model import Memory
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,17 +17,6 @@ from wandazeta.callbacks.pruning.pruner import prune_model
 pytestmark = pytest.mark.slow
 
 PATTERNS = {"2:4": {"sparsity_pattern": "2:4"}, "50%": {"sparsity_pattern": "unstructured", "sparsity": 0.5}}
-
-
-class Memory:
-    def __init__(self):
-        self.results = {}
-
-    def load(self, index):
-        return self.results.get(index)
-
-    def save(self, index, result):
-        self.results[index] = result
 
 
 def prune(model, progress=None, **options):

@@ -50,7 +50,7 @@ def small_disk(inputs):
     mounted = shutil.which("mount") and os.geteuid() == 0
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(inputs / "run")]
     if not mounted or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
+        pytest.skip("needs root and the right to mount a file system")
     os.chdir(inputs / "run")
     yield inputs / "run"
     os.chdir("/")
