@@ -142,6 +142,14 @@ def test_straight_through_ends_exactly_sparse(name, start):
     assert not equal(model, other)
 
 
+def test_straight_through_keeps_what_sparsegpt_prunes():
+    # steps too small to matter: the last pruning chooses by the score among all weights, not among SparseGPT's
+    options = {"method": "ro", "start": "sparsegpt", "rounds": 1, "learning_rate": 1e-12}
+    (_, fixed, _), (_, kept, _) = (tiny(mask_mode=mode, **options) for mode in ("fixed", "straight_through"))
+    layers = zip(linears(fixed[0]), linears(kept[0]), strict=True)
+    assert any(((a.weight == 0) & (b.weight != 0)).any() for a, b in layers)
+
+
 def test_without_rounds_the_mask_mode_changes_nothing():
     assert equal(tiny(mask_mode="straight_through", rounds=0)[0], tiny(rounds=0)[0])
 
