@@ -12,8 +12,10 @@ llm-compressor lives in an environment of its own, which the first run makes, or
 Every run is a fresh process with the same model, token ids and number of threads; the tools take turns, and every
 second round goes the other way. Timed is the pruning with its calibration, not imports, loading, saving or the checks
 before (`benchmarks/prune_worker.py` has the two calls). llm-compressor runs with batches of one sample, its default,
-and with as many as this project puts together; ratios are to the faster. One code measures the perplexity of all the
-results. A run that is finished is not made again. Use the machine for nothing else meanwhile.
+and with as many as this project puts together; ratios are to the faster. This project runs with its products in the
+precision of the model and, as an option that the other tool has not, in bfloat16 beside float32 weights. One code
+measures the perplexity of all the results. A run that is finished is not made again. Use the machine for nothing else
+meanwhile.
 """
 
 import argparse
@@ -49,19 +51,20 @@ PATTERN = "2:4"
 TOKENS_TOGETHER = 2048
 METHODS = ("wanda", "sparsegpt", "wanda++")
 COMPARED = ("wanda", "sparsegpt")
+COMPUTE_DTYPES = ("model", "bfloat16")
 
 console = Console()
 
 
-def options_of(method: str, num_samples: int) -> dict[str, Any]:
+def options_of(method: str, num_samples: int, compute_dtype: str) -> dict[str, Any]:
     """Options of this project's methods: for Wanda++ those of the sample model, with the paper's share of samples."""
     if method in COMPARED:
-        return {}
+        return {"compute_dtype": compute_dtype}
     config = yaml.safe_load((ROOT / "configs" / "prune" / "best.yaml").read_text())
     chosen = config["trainer"]["callbacks"][0]["init_args"]
     options = {name: chosen[name] for name in ("alpha", "learning_rate", "lr_schedule", "target", "mask_mode")}
     # K = 5 rounds of M = 32 of N = 128 samples
-    return options | {"rounds": 5, "samples_per_round": max(1, num_samples // 4)}
+    return options | {"rounds": 5, "samples_per_round": max(1, num_samples // 4), "compute_dtype": compute_dtype}
 
 
 def settings(arguments: argparse.Namespace, versions: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -70,14 +73,17 @@ def settings(arguments: argparse.Namespace, versions: dict[str, str]) -> Iterato
     for repeat in range(arguments.repeats):
         runs = []
         for dtype, method in product(arguments.dtypes, arguments.methods):
-            tools = [("wandazeta", together)]
+            compute_dtypes = COMPUTE_DTYPES if dtype == "float32" else ("model",)
+            tools = [("wandazeta", together, compute_dtype) for compute_dtype in compute_dtypes]
             if method in COMPARED:
-                tools += [("llmcompressor", size) for size in sorted({1, together})]
-            for tool, batch_size in tools:
+                tools += [("llmcompressor", size, "model") for size in sorted({1, together})]
+            for tool, batch_size, compute_dtype in tools:
                 run = {"tool": tool, "version": versions[tool], "method": method, "dtype": dtype}
-                run |= {"threads": arguments.threads, "sparsity_pattern": PATTERN, "batch_size": batch_size}
+                run |= {"compute_dtype": compute_dtype, "threads": arguments.threads}
+                run |= {"sparsity_pattern": PATTERN, "batch_size": batch_size}
                 run |= {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length}
-                run["options"] = options_of(method, arguments.num_samples) if tool == "wandazeta" else {}
+                own = tool == "wandazeta"
+                run["options"] = options_of(method, arguments.num_samples, compute_dtype) if own else {}
                 runs.append(run | {"eval_windows": arguments.eval_windows, "repeat": repeat})
         yield from runs if repeat % 2 == 0 else reversed(runs)
 
@@ -102,7 +108,7 @@ def llmcompressor_version(python: Path) -> str:
 def run_once(run: dict[str, Any], python: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Prune in a fresh process; what it measured."""
     folder = arguments.work
-    name = f"{run['tool']}-{run['method']}-{run['batch_size']}"
+    name = f"{run['tool']}-{run['method']}-{run['compute_dtype']}-{run['batch_size']}"
     task = run | {"model": str(arguments.model), "calibration": str(folder / "calibration.safetensors")}
     task |= {"weights": str(folder / "weights.safetensors"), "measured": str(folder / "measured.json")}
     (folder / "task.json").write_text(json.dumps(task))
@@ -176,23 +182,26 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def summarise(records: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of the wanted runs that are finished, and ratios."""
     done = [record for record in records if any(record.items() >= run.items() for run in wanted)]
-    names = ("dtype", "method", "tool", "batch_size")
+    names = ("dtype", "compute_dtype", "method", "tool", "batch_size")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in done:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
     rows = [dict(zip(names, key, strict=True)) | spread(runs) for key, runs in groups.items()]
-    ours = {(row["dtype"], row["method"]): row for row in rows if row["tool"] == "wandazeta"}
+    kinds = ("dtype", "compute_dtype", "method")
+    ours = {tuple(row[name] for name in kinds): row for row in rows if row["tool"] == "wandazeta"}
+    theirs = [row for row in rows if row["tool"] != "wandazeta"]
     compared = []
-    for (dtype, method), own in ours.items():
-        others = [row for row in rows if (row["dtype"], row["method"]) == (dtype, method) and row is not own]
+    for (dtype, compute_dtype, method), own in ours.items():
+        others = [row for row in theirs if (row["dtype"], row["method"]) == (dtype, method)]
         if not others:
             continue
         fastest = min(others, key=lambda row: row["median"])
         runs = groups[tuple(fastest[name] for name in names)]
-        same = [run["mask_agreement"] for run in runs if run["mask_agreement"] is not None]
+        same = [run["mask_agreement"][compute_dtype] for run in runs if compute_dtype in run["mask_agreement"]]
         compared.append(
             {
                 "dtype": dtype,
+                "compute_dtype": compute_dtype,
                 "method": method,
                 "batch_size": fastest["batch_size"],
                 "times_faster": fastest["median"] / own["median"],
@@ -201,32 +210,35 @@ def summarise(records: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> di
                 "mask_agreement": min(same, default=None),
             }
         )
-    ratios = {
-        dtype: row["median"] / ours[dtype, "wanda"]["median"]
-        for (dtype, method), row in ours.items()
-        if method == "wanda++" and (dtype, "wanda") in ours
-    }
+    ratios = [
+        {"dtype": dtype, "compute_dtype": compute_dtype, "ratio": row["median"] / wanda["median"]}
+        for (dtype, compute_dtype, method), row in ours.items()
+        if method == "wanda++" and (wanda := ours.get((dtype, compute_dtype, "wanda"))) is not None
+    ]
     return {"rows": rows, "compared": compared, "wanda++_to_wanda": ratios}
 
 
 def show(summary: dict[str, Any], dense: float) -> None:
     """The summary for the terminal."""
     table = Table(title=f"{PATTERN}; perplexity of the dense model {dense:.2f}")
-    texts = ("dtype", "method", "tool")
+    texts = ("dtype", "products in", "method", "tool")
     for name in (*texts, "batch", "runs", "seconds", "least", "most", "perplexity"):
         table.add_column(name, justify="left" if name in texts else "right", overflow="fold")
     for row in summary["rows"]:
         figures = [f"{row[name]:.2f}" for name in ("median", "min", "max", "perplexity")]
-        table.add_row(*(row[name] for name in texts), str(row["batch_size"]), str(row["runs"]), *figures)
+        names = ("dtype", "compute_dtype", "method", "tool")
+        table.add_row(*(row[name] for name in names), str(row["batch_size"]), str(row["runs"]), *figures)
     console.print(table)
     for figures in summary["compared"]:
         agrees = "" if figures["mask_agreement"] is None else f", masks agree at {figures['mask_agreement']:.4%}"
         console.print(
-            f"{figures['method']}, {figures['dtype']}: {figures['times_faster']:.2f} times as fast as llm-compressor, "
+            f"{figures['method']}, {figures['dtype']}, products in {figures['compute_dtype']}: "
+            f"{figures['times_faster']:.2f} times as fast as llm-compressor, "
             f"{figures['perplexity_ratio']:.4f} times its perplexity{agrees}"
         )
-    for dtype, ratio in summary["wanda++_to_wanda"].items():
-        console.print(f"wanda++, {dtype}: {ratio:.2f} times as long as wanda")
+    for row in summary["wanda++_to_wanda"]:
+        kind = f"{row['dtype']}, products in {row['compute_dtype']}"
+        console.print(f"wanda++, {kind}: {row['ratio']:.2f} times as long as wanda")
 
 
 def parse() -> argparse.Namespace:
@@ -286,16 +298,18 @@ def main() -> None:
     for run in wanted:
         if any(record.items() >= run.items() for record in records):
             continue
-        what = f"{run['method']} in {run['dtype']} by {run['tool']}, batches of {run['batch_size']}"
+        what = f"{run['method']} by {run['tool']}, {run['dtype']}, products in {run['compute_dtype']}"
+        what += f", batches of {run['batch_size']}"
         console.print(f"{what}, run {run['repeat'] + 1}")
         measured = run_once(run, pythons[run["tool"]], arguments)
         weights = load_file(folder / "weights.safetensors")
         record = run | measured | judge(weights)
-        masks = folder / f"mask-{run['method']}-{run['dtype']}.safetensors"
+        masks = {name: folder / f"mask-{run['method']}-{run['dtype']}-{name}.safetensors" for name in COMPUTE_DTYPES}
         if run["tool"] == "wandazeta":
-            save_file({name: weight != 0 for name, weight in weights.items()}, masks)
+            save_file({name: weight != 0 for name, weight in weights.items()}, masks[run["compute_dtype"]])
         else:
-            record["mask_agreement"] = agreement(load_file(masks), weights) if masks.exists() else None
+            there = {name: file for name, file in masks.items() if file.exists()}
+            record["mask_agreement"] = {name: agreement(load_file(file), weights) for name, file in there.items()}
         records.append(record)
         summary = summarise(records, wanted)
         content = describe(
