@@ -7,32 +7,35 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.blocks import nearest
+from wandazeta.blocks import find_blocks, nearest
 
 from .adapter_files import backbone_fingerprint, require_same
 from .arguments import check_range, stepped
+from .encoder import HeadScorer
 from .language_model import LanguageModel
-from .scoring import option_losses, token_losses
+from .objectives import objective_losses
 
 
 class FirstOrderModule(LanguageModel):
-    """A causal language model that is trained by back-propagation with AdamW: LoRA adapters, or all of its weights.
+    """A language model that is trained by back-propagation with AdamW: LoRA adapters, or all of its weights.
 
-    Batches, losses and metrics are those of `ZerothOrderModule`. A backbone that a callback prunes is pruned by the
-    time `setup` puts the adapters in (Hu et al., arXiv 2106.09685); they are peft's, and checkpoints hold nothing else.
+    The new head of an encoder is trained with either. Batches, losses and metrics are those of `ZerothOrderModule`. A
+    backbone that a callback prunes is pruned by the time `setup` puts the adapters in (Hu et al., arXiv 2106.09685);
+    they are peft's, and checkpoints hold nothing else.
     To train all weights of a pruned backbone and keep it sparse, add the callback `KeepSparsity`.
 
     Args:
-        model_name_or_path: Hugging Face name or local directory of a causal language model.
+        model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
         dtype: Precision that the weights are loaded in; what is trained wants float32, LoRA's adapters are so anyway.
         attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
+        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
         train: What is trained, `lora` adapters beside frozen weights, or the `full` model.
         learning_rate: Learning rate of AdamW.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
@@ -40,7 +43,7 @@ class FirstOrderModule(LanguageModel):
         lora_rank: Rank of the adapters.
         lora_alpha: Scale of the adapters, which add alpha / rank times their product.
         lora_dropout: Dropout at the input of the adapters.
-        target_modules: Names of the modules with adapters; by default all Linears but the head.
+        target_modules: Names of the modules with adapters; by default all Linears of the blocks.
         seed: Seed of the adapters' start.
 
     Raises:
@@ -54,6 +57,7 @@ class FirstOrderModule(LanguageModel):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         pad_token: str | None = None,
+        num_classes: int | None = None,
         train: Literal["lora", "full"] = "lora",
         learning_rate: float = 1e-4,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -76,7 +80,7 @@ class FirstOrderModule(LanguageModel):
                 "Expected the package peft for train='lora', but it is not installed; "
                 "run `pip install peft`, or set `train` to 'full'"
             )
-        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
+        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
         self.train_mode = train
         self.strict_loading = train == "full"
         self.learning_rate = learning_rate
@@ -115,12 +119,14 @@ class FirstOrderModule(LanguageModel):
         from peft import LoraConfig, get_peft_model
 
         self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        has_head = isinstance(self.scorer, HeadScorer)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=None if has_head else "CAUSAL_LM",
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.target_modules or "all-linear",
+            target_modules=self.target_modules or (self._block_linears() if has_head else "all-linear"),
+            modules_to_save=["head"] if has_head else None,
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -128,7 +134,13 @@ class FirstOrderModule(LanguageModel):
             self.__dict__["_peft_model"] = get_peft_model(self.backbone, config)
         trainable = {name: p.numel() for name, p in self.named_parameters() if p.requires_grad}
         self.adapter_names = frozenset(trainable)
-        rank_zero_info(f"{sum(trainable.values()):,} trainable values in {len(trainable) // 2} LoRA adapters")
+        num_adapters = sum("lora_A" in name for name in trainable)
+        rank_zero_info(f"{sum(trainable.values()):,} trainable values, {num_adapters} LoRA adapters")
+
+    def _block_linears(self) -> list[str]:
+        """Names of the Linears in an encoder's blocks; peft's own choice knows models of transformers only."""
+        name, blocks = find_blocks(self.backbone)
+        return [f"{name}.{child}" for child, module in blocks.named_modules() if isinstance(module, nn.Linear)]
 
     def _require_adapters(self, what: str) -> None:
         if self.train_mode == "lora" and "_peft_model" not in self.__dict__:
@@ -139,11 +151,7 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        prepared = self.scorer.prepare(batch)
-        if prepared.labels is not None:
-            loss = option_losses(self.scorer.option_scores(prepared), prepared.labels)[0]
-        else:
-            loss = token_losses(self.scorer.token_nll(prepared), prepared)[0]
+        loss = objective_losses(None, self.scorer, self.scorer.prepare(batch))[0]
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

@@ -1,35 +1,35 @@
-"""A causal language model as a LightningModule: loading, perplexity, accuracy over answer options."""
+"""A language model as a LightningModule: perplexity, accuracy over answer options or of a classification head."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from wandazeta.stored import is_stored, require_whole
 
+from .encoder import HeadScorer
+from .loading import load_backbone
 from .scoring import Scorer, is_classification
-from .streamed_model import build_streamed
 
 
 class LanguageModel(LightningModule):
-    """A causal language model with its tokenizer, to be pruned, validated, tested and asked for predictions.
+    """A language model with its tokenizer, to be pruned, validated, tested and asked for predictions.
 
-    Batches with a `label` are classified among answer options (`val/accuracy`, `val/option_loss`); all others are
-    scored as running text (`val/loss`, the mean over tokens, and `val/perplexity`).
+    Batches with a `label` are classified among answer options, or by the head of an encoder (`val/accuracy`,
+    `val/option_loss`); all others are scored as running text (`val/loss`, the mean over tokens, and `val/perplexity`).
 
     Args:
-        model_name_or_path: Hugging Face name or local directory of a causal language model.
+        model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
         dtype: Precision that the weights are loaded in, such as float32 or bfloat16.
         attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
+        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
         stream_weights: Leave the blocks' weights in the model's safetensors and bring in one block at a time, to prune
             a model larger than memory; for `prune` alone, from a local directory.
 
@@ -44,13 +44,14 @@ class LanguageModel(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         pad_token: str | None = None,
+        num_classes: int | None = None,
         stream_weights: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone, self.tokenizer = load_causal_lm(
-            model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, stream_weights
+        self.backbone, self.tokenizer = load_backbone(
+            model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes, stream_weights
         )
-        self.scorer = Scorer(self.backbone)
+        self.scorer = Scorer(self.backbone) if num_classes is None else HeadScorer(self.backbone)
         self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
 
     @override
@@ -124,57 +125,6 @@ class LanguageModel(LightningModule):
 def _metrics() -> nn.ModuleDict:
     # fp64: a perplexity over millions of tokens is a long sum
     return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})
-
-
-def load_causal_lm(
-    model_name_or_path: str,
-    dtype: str,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-    pad_token: str | None,
-    stream_weights: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Load a causal language model, from safetensors only, and its tokenizer.
-
-    Raises:
-        ValueError: If either cannot be loaded, or the tokenizer does not know `pad_token`.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"Expected argument `dtype` to be float32, bfloat16 or float16, but got {dtype!r}")
-    if stream_weights and not Path(model_name_or_path).is_dir():
-        raise ValueError(
-            f"Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, but "
-            f"got {str(model_name_or_path)!r}; download the model first"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-        model = (
-            build_streamed(Path(model_name_or_path), getattr(torch, dtype), attn_implementation, trust_remote_code)
-            if stream_weights
-            else AutoModelForCausalLM.from_pretrained(
-                model_name_or_path,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"Expected argument `model_name_or_path` to be a causal language model, a Hugging Face name or a directory "
-            f"with config, tokenizer and safetensors, but got {str(model_name_or_path)!r}: {first_line}"
-        ) from error
-    if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
-            raise ValueError(
-                f"Expected argument `pad_token` to be a token of the vocabulary, but got {pad_token!r}; "
-                f"the end-of-sequence token {tokenizer.eos_token!r} is a usual choice"
-            )
-        tokenizer.pad_token = pad_token
-    return model, tokenizer
 
 
 @contextmanager

@@ -108,15 +108,17 @@ class Scorer:
 
     def prepare(self, batch: Mapping[str, Tensor]) -> Prepared:
         """Lay out a batch and look up its frozen prefix."""
-        _check_batch(batch)
+        check_mask(batch)
+        _check_options(batch)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if is_classification(batch):
-            rows = option_rows(batch)
             extra = {"option_ids": batch["option_ids"], "option_mask": batch["option_mask"], "labels": batch["label"]}
-        else:
-            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            rows = Rows(ids, mask, torch.minimum(places, mask.sum(1, keepdim=True) - 1))
-            extra = {}
+            return self.with_prefix(option_rows(batch), **extra)
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return self.with_prefix(Rows(ids, mask, torch.minimum(places, mask.sum(1, keepdim=True) - 1)))
+
+    def with_prefix(self, rows: Rows, **extra: Tensor) -> Prepared:
+        """Add the frozen prefix of the rows, if it is reused."""
         if self.prefix is not None and not self._prefix_checked:
             self._check_prefix(rows)
         prefix = None if self.prefix is None else self.prefix.lookup(rows)
@@ -233,7 +235,12 @@ class Scorer:
         )
 
 
-def _check_batch(batch: Mapping[str, Tensor]) -> None:
+def check_mask(batch: Mapping[str, Tensor]) -> None:
+    """Refuse sequences that are empty or padded on the left.
+
+    Raises:
+        ValueError: If one is.
+    """
     mask = batch["attention_mask"]
     # right-padded: ones, then zeros
     if mask.shape[1] == 0 or not bool((mask[:, 0] != 0).all()) or bool((mask[:, 1:] > mask[:, :-1]).any()):
@@ -241,6 +248,9 @@ def _check_batch(batch: Mapping[str, Tensor]) -> None:
             "Expected `attention_mask` of right-padded, non-empty sequences, but got padding before a token; "
             'set padding_side="right"'
         )
+
+
+def _check_options(batch: Mapping[str, Tensor]) -> None:
     if not is_classification(batch):
         return
     missing = [name for name in ("option_ids", "option_mask") if name not in batch]

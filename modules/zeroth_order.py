@@ -16,10 +16,12 @@ from wandazeta.blocks import find_blocks
 from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
 from .adapters import AdaptedModule, AdapterBank, inject_adapters
 from .arguments import check_range, stepped, top_blocks
+from .encoder import HeadScorer
 from .exchange import Exchange
 from .language_model import LanguageModel, evaluating
+from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
-from .scoring import Prepared, option_losses, token_losses
+from .scoring import Prepared
 from .zo import (
     AdaZetaSchedule,
     ConstantSchedule,
@@ -37,7 +39,7 @@ EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 
 class ZerothOrderModule(LanguageModel):
-    """A causal language model whose tensor-train adapters are trained by forward passes alone.
+    """A language model whose tensor-train adapters, and new head if it has one, are trained by forward passes alone.
 
     The backbone is frozen. Every step draws Q directions from (seed, step, query), compares the loss at both sides of
     each and moves the adapters by the mean of the slopes (two-sided Gaussian SPSA with plain SGD). The stored adapters
@@ -46,11 +48,14 @@ class ZerothOrderModule(LanguageModel):
     for, whose learning rate and scheduler are the real ones.
 
     Args:
-        model_name_or_path: Hugging Face name or local directory of a causal language model.
+        model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
         dtype: Precision that the backbone is loaded in; the adapters are fp32 always.
         attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
+        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
+            default the cross-entropy. A metric moves in jumps, so it wants larger batches and a larger `epsilon`.
         schedule: Number of queries as a function of the epoch, `ConstantSchedule` or `AdaZetaSchedule`.
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
@@ -82,6 +87,8 @@ class ZerothOrderModule(LanguageModel):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         pad_token: str | None = None,
+        num_classes: int | None = None,
+        objective: Objective | None = None,
         schedule: ConstantSchedule | AdaZetaSchedule | None = None,
         update: SGDUpdate | RAdaZOUpdate | None = None,
         learning_rate: float = 1e-4,
@@ -110,7 +117,8 @@ class ZerothOrderModule(LanguageModel):
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
         num_top_blocks = top_blocks(adapter_layers)
-        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
+        check_objective(objective)
+        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
         if self.tokenizer.pad_token is None:
             raise ValueError(
                 f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
@@ -118,6 +126,7 @@ class ZerothOrderModule(LanguageModel):
             )
         self.automatic_optimization = False
         self.strict_loading = False
+        self.objective = objective
         self.schedule = schedule or ConstantSchedule(8)
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
@@ -180,12 +189,13 @@ class ZerothOrderModule(LanguageModel):
             bottleneck=self.adapter_bottleneck,
             identity_start=self.identity_start,
             generator=torch.Generator().manual_seed(self.seed),
+            linears=["head"] if isinstance(self.scorer, HeadScorer) else [],
         )
         states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if self.prefix_cache:
+        if self.prefix_cache and not isinstance(self.objective, GeneratedText):
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -331,11 +341,7 @@ class ZerothOrderModule(LanguageModel):
         losses = []
         for part in theta_Pd.split(self.scorer.max_repeats(prepared)):
             with self.adapters.use(part):
-                if prepared.labels is not None:
-                    scores = self.scorer.option_scores(prepared, len(part))
-                    losses.append(option_losses(scores, prepared.labels))
-                else:
-                    losses.append(token_losses(self.scorer.token_nll(prepared, len(part)), prepared))
+                losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
         return torch.cat(losses)
 
     @override

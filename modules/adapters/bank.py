@@ -1,10 +1,11 @@
 """All adapters of a model in one flat vector, merged once per use.
 
-Legend: P perturbed copies of the vector, d its length, S sites of one shape, D features, r rank, H bottleneck.
+Legend: P perturbed copies of the vector, d its length, S sites of one shape, D features, r rank, H bottleneck,
+C outputs of a trained Linear.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ class AdapterBank(nn.Module):
     """Holds every adapter of a model in one flat buffer `theta` and applies them.
 
     A buffer, not a parameter: sharding strategies never touch it, and it keeps its dtype (fp32) whatever precision the
-    module is converted to.
+    module is converted to. Linears that are trained as they are (a new classification head) follow the adapters in it.
 
     Args:
         sites: Where the adapters sit.
@@ -141,6 +142,7 @@ class AdapterBank(nn.Module):
         identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
         generator: Source of the initial values; seed 0 if not given.
         dtype: Type of the vector and of the adapters' arithmetic.
+        linears: Linears whose weights are copied to the end of the vector and trained in full.
     """
 
     theta: Tensor
@@ -154,22 +156,26 @@ class AdapterBank(nn.Module):
         identity_start: bool = True,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
+        linears: Sequence[nn.Linear] = (),
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)
         self.layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
+        self.linear_shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
         generator = generator or torch.Generator().manual_seed(0)
         # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
         with torch.inference_mode(False):
-            self.register_buffer("theta", self.layout.initial(identity_start, generator, dtype))
-        self._folded: tuple[int, list[AdapterMatrices]] | None = None
+            adapters = self.layout.initial(identity_start, generator, dtype)
+            values = [x.detach().to(adapters).flatten() for linear in linears for x in (linear.weight, linear.bias)]
+            self.register_buffer("theta", torch.cat([adapters, *values]))
+        self._folded: tuple[Tensor, list[AdapterMatrices]] | None = None
         self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], list[AdapterMatrices]] | None = None
         self._decay_mask: Tensor | None = None
 
     @property
     def num_parameters(self) -> int:
         """Number of trainable values."""
-        return self.layout.num_parameters
+        return self.theta.numel()
 
     @property
     def decay_mask(self) -> Tensor:
@@ -178,6 +184,8 @@ class AdapterBank(nn.Module):
             mask = torch.ones(self.num_parameters, dtype=torch.bool)
             for where in self.layout.bias_slices():
                 mask[where] = False
+            for index in range(len(self.linear_shapes)):
+                self._linear(mask, index)[1].fill_(False)
             self._decay_mask = mask.to(self.theta.device)
         return self._decay_mask
 
@@ -197,7 +205,7 @@ class AdapterBank(nn.Module):
                 f"but got {tuple(theta_Pd.shape)}."
             )
         outer = self._folded
-        self._folded = (theta_Pd.shape[0], self.layout.merge(theta_Pd))
+        self._folded = (theta_Pd, self.layout.merge(theta_Pd))
         try:
             yield
         finally:
@@ -205,21 +213,37 @@ class AdapterBank(nn.Module):
 
     def adapt(self, site: int, x: Tensor) -> Tensor:
         """Apply the adapter of a site to activations of shape `(…, D)`; shape and dtype stay as they are."""
-        rows: tuple[int, ...] = (-1,)
         if self._folded is None:
-            matrices = self._plain(site)
+            matrices, rows = self._plain(site), (-1,)
         else:
-            copies, merged = self._folded
-            matrices, rows = merged[site], (copies, -1)
-            if x.shape[0] % copies:
-                raise ValueError(
-                    f"Expected a batch whose rows are a multiple of the {copies} adapter copies in use, but got an "
-                    f"activation of shape {tuple(x.shape)}; repeat the batch once per copy, copy by copy."
-                )
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return _apply_adapter(matrices, x, rows)
-        return _apply_adapter(matrices, x, rows)
+            matrices, rows = self._folded[1][site], self._rows(x)
+        with _full_precision(x):
+            return _apply_adapter(matrices, x, rows)
+
+    def linear(self, index: int, x: Tensor) -> Tensor:
+        """Apply a trained Linear to activations of shape `(…, D)`; the result has the vector's dtype."""
+        theta, rows = (self.theta, (-1,)) if self._folded is None else (self._folded[0], self._rows(x))
+        weight, bias = self._linear(theta, index)
+        with _full_precision(x):
+            y = x.reshape(*rows, x.shape[-1]).to(theta.dtype) @ weight.mT + bias[..., None, :]
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _linear(self, theta: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Weight `(…, C, D)` and bias `(…, C)` of a trained Linear, as views of `theta`."""
+        sizes = [size for shape in self.linear_shapes for size in (prod(shape), shape[0])]
+        parts = theta[..., self.layout.num_parameters :].split(sizes, -1)
+        return parts[2 * index].unflatten(-1, self.linear_shapes[index]), parts[2 * index + 1]
+
+    def _rows(self, x: Tensor) -> tuple[int, int]:
+        """How to view the rows of activations as one share for each of the vectors in use."""
+        assert self._folded is not None
+        copies = len(self._folded[0])
+        if x.shape[0] % copies:
+            raise ValueError(
+                f"Expected a batch whose rows are a multiple of the {copies} adapter copies in use, but got an "
+                f"activation of shape {tuple(x.shape)}; repeat the batch once per copy, copy by copy."
+            )
+        return copies, -1
 
     def _plain(self, site: int) -> AdapterMatrices:
         """Merged adapter of `theta` itself, kept for all sites until `theta` changes."""
@@ -251,6 +275,12 @@ class AdapterBank(nn.Module):
     def extra_repr(self) -> str:
         """Size of the bank, for `print(model)`."""
         return f"sites={len(self.sites)}, num_parameters={self.num_parameters}"
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Leave autocast, which would run the adapters in 16 bits."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def _apply_adapter(m: AdapterMatrices, x: Tensor, rows: tuple[int, ...]) -> Tensor:

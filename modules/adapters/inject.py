@@ -10,15 +10,15 @@ from .bank import AdapterBank, Site
 from .sites import block_indices, default_sites, parse_site
 
 
-class AdaptedModule(nn.Module):
-    """A module with an adapter before or after it.
+class BankModule(nn.Module):
+    """A module of the model that reads what is trained about it from a bank.
 
     Everything else the model may ask of the module (`weight`, `in_features`, …) is answered by the module itself.
 
     Args:
         base: The module as it was.
-        bank: Holder of the adapter; referenced, not registered, as it belongs to whoever injected it.
-        index: Which of the bank's sites this is.
+        bank: Holder of what is trained; referenced, not registered, as it belongs to whoever injected it.
+        index: Which of the bank's sites, or Linears, this is.
     """
 
     bank: AdapterBank
@@ -27,9 +27,24 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.base = base
         self.index = index
-        self.position: Literal["before", "after"] = "before" if bank.sites[index].position == "before" else "after"
         # past nn.Module.__setattr__, which would register the bank once per site
         object.__setattr__(self, "bank", bank)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+
+class AdaptedModule(BankModule):
+    """A module with an adapter before or after it."""
+
+    def __init__(self, base: nn.Module, bank: AdapterBank, index: int) -> None:
+        super().__init__(base, bank, index)
+        self.position: Literal["before", "after"] = "before" if bank.sites[index].position == "before" else "after"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on adapted input, or adapt its output (the first item if it returns a tuple)."""
@@ -40,17 +55,17 @@ class AdaptedModule(nn.Module):
             return (self.bank.adapt(self.index, output[0]), *output[1:])
         return self.bank.adapt(self.index, output)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(super().__getattr__("base"), name)
-
     def extra_repr(self) -> str:
         """Where the adapter sits, for `print(model)`."""
         return f"position={self.position}"
+
+
+class TrainedLinear(BankModule):
+    """A Linear whose weight and bias are the bank's; its own, from before the training, are left as they were."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the Linear."""
+        return self.bank.linear(self.index, x)
 
 
 def inject_adapters(
@@ -65,6 +80,7 @@ def inject_adapters(
     identity_start: bool = True,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
+    linears: Sequence[str] = (),
 ) -> AdapterBank:
     """Wrap modules of the chosen blocks so that a new bank adapts their input or output.
 
@@ -82,14 +98,15 @@ def inject_adapters(
         identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
         generator: Source of the initial values; seed 0 if not given.
         dtype: Type of the vector and of the adapters' arithmetic.
+        linears: Dotted names, in the model, of Linears with a bias that are trained in full, such as a new head.
 
     Returns:
-        The bank with all adapters in its buffer `theta`.
+        The bank with everything that is trained in its buffer `theta`.
 
     Raises:
         ValueError: If a site or layer does not exist, or the model has adapters already.
     """
-    if any(isinstance(module, AdaptedModule) for module in model.modules()):
+    if any(isinstance(module, BankModule) for module in model.modules()):
         raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
     if sites is not None and not 0 < len(set(sites)) == len(sites):
         raise ValueError(f"Expected argument `sites` to name at least one place and each once, but got {list(sites)}.")
@@ -99,19 +116,26 @@ def inject_adapters(
         for site in default_sites(blocks[index]) if sites is None else sites:
             position, name, width = parse_site(site, blocks[index])
             found.append(Site(index, name, position, width))
-    bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
-    for site_index, place in enumerate(found):
-        parent_name, _, child = place.name.rpartition(".")
-        parent = blocks[place.block].get_submodule(parent_name)
-        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index))
+    trained: list[Any] = [model.get_submodule(name) for name in linears]
+    bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype, trained)
+    for index, place in enumerate(found):
+        _wrap(blocks[place.block], place.name, AdaptedModule, bank, index)
+    for index, name in enumerate(linears):
+        _wrap(model, name, TrainedLinear, bank, index)
     return bank
+
+
+def _wrap(root: nn.Module, name: str, wrapper: type[BankModule], bank: AdapterBank, index: int) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = root.get_submodule(parent_name)
+    setattr(parent, child, wrapper(getattr(parent, child), bank, index))
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Put the wrapped modules back as they were before `inject_adapters`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            while isinstance(child, AdaptedModule):
+            while isinstance(child, BankModule):
                 child = child.base
                 setattr(parent, name, child)
 

@@ -1,0 +1,114 @@
+"""An encoder with a classification head, and the losses of it that training asks for. Plain torch.
+
+Legend: B examples, C classes, D hidden size, P perturbed copies, R rows run by the model, T tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from wandazeta.blocks import override_forward
+
+from .prefix import Rows
+from .scoring import Prepared, Scorer, check_mask, is_classification
+
+
+class EncoderClassifier(nn.Module):
+    """An encoder and a linear head on the mean of its last hidden states over the tokens.
+
+    The mean is what sentence encoders are trained for, and it needs no pooler, whose weights many checkpoints lack. The
+    head starts at zero: every class is as likely as another, without a draw that a run would have to repeat.
+
+    Args:
+        encoder: Encoder of transformers; it returns `[R, T, D]` first.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        config: Any = encoder.config
+        # fp32 whatever the encoder is in: small, trained, and the losses of two sides differ by less than 16 bits tell
+        self.head = nn.Linear(config.hidden_size, num_classes)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.zero_()
+        pooler = getattr(encoder, "pooler", None)
+        if pooler is not None:
+            # kept for whoever exports the encoder; nothing reads it here
+            pooler.requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        """The encoder's configuration."""
+        return self.encoder.config
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head, in the place that a language model has its own."""
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Any:
+        """Classify sequences.
+
+        Args:
+            input_ids: Tokens `[R, T]`.
+            attention_mask: One for tokens, zero for padding, `[R, T]`.
+            use_cache: Not used; language models are called with it, too.
+
+        Returns:
+            An object with `logits`, `[R, C]`.
+        """
+        hidden_RTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0].float()
+        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # not a product: a non-finite state at a padded place must not spoil the sum
+        total_RD = hidden_RTD.masked_fill(mask_RT[..., None] == 0, 0.0).sum(1)
+        mean_RD = total_RD / mask_RT.sum(1, keepdim=True)
+        weight: Any = self.head.weight
+        return SimpleNamespace(logits=self.head(mean_RD.to(weight.dtype)))
+
+
+class HeadScorer(Scorer):
+    """Runs an encoder with a classification head, under the same calls as a language model over answer options."""
+
+    @override
+    def prepare(self, batch: Mapping[str, Tensor]) -> Prepared:
+        """Lay out a batch and look up its frozen prefix.
+
+        Raises:
+            ValueError: If the batch has no labels, or padding before a token.
+        """
+        check_mask(batch)
+        if not is_classification(batch):
+            raise ValueError(
+                "Expected a batch with `label` for a model with `num_classes`, but got one without; take a "
+                "ClassificationDataModule, or leave `num_classes` out"
+            )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        # every position is pooled, so none is scored by itself
+        rows = Rows(ids, mask, ids.new_zeros(len(ids), 1))
+        return self.with_prefix(rows, labels=batch["label"])
+
+    @override
+    def option_scores(self, prepared: Prepared, repeats: int = 1) -> Tensor:
+        """Logits of the classes `[P, B, C]` in fp64."""
+        logits = self._run(prepared, repeats, self.head.forward)
+        return logits.double().view(repeats, -1, logits.shape[-1])
+
+    @override
+    def max_repeats(self, prepared: Prepared) -> int:
+        return 2**31
+
+    @override
+    def _run(self, prepared: Prepared, repeats: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+        with self._replay(prepared, repeats) as (call, _), override_forward({self.head: head}):
+            return self.model(**call).logits
+
+    @override
+    def _check_prefix(self, rows: Rows) -> None:
+        assert self.prefix is not None
+        self.prefix.widen()
+        super()._check_prefix(rows)
