@@ -88,6 +88,7 @@ def train(
     devices=1,
     queries=3,
     text=False,
+    batch=None,
     sleep=0.0,
     callbacks=(),
     trainer_options=None,
@@ -149,7 +150,8 @@ def train(
         callbacks=every,
         **(trainer_options or {}),
     )
-    batch = text_batch(num_examples) if text else classification_batch(num_examples)
+    if batch is None:
+        batch = text_batch(num_examples) if text else classification_batch(num_examples)
     seed = trainer.global_rank if shuffle_per_rank else 0
     trainer.fit(module, step_loader(batch, batch_size, trainer, seed), ckpt_path="last" if resume else None)
     return trainer, module, recorder
