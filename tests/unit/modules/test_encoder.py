@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.main import PruningTrainer
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 from wandazeta.modules.adapters import remove_adapters
 from wandazeta.modules.encoder import EncoderClassifier
@@ -155,6 +156,23 @@ def test_a_pruned_encoder_is_fine_tuned(model_dirs, tmp_path):
     assert len(weights) == 3 * 6
     assert all(((w.view(-1, 4) == 0).sum(1) == 2).all() for w in weights)
     assert module.backbone_key == module.pruned_backbone_key != ""
+
+
+def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
+    batches = [{name: values[:1] for name, values in labelled_batch(8, seed=seed).items()} for seed in range(4)]
+    prune = WandaPPPruneCallback(
+        method="magnitude",
+        num_calibration_samples=4,
+        calibration=DataLoader(batches, batch_size=None),
+        output_dir=str(tmp_path / "pruning"),
+    )
+    trainer = PruningTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[prune])
+    module = LanguageModel(str(model_dirs["bert"]), num_classes=NUM_CLASSES)
+    trainer.prune(module, output_dir=str(tmp_path / "pruned"))
+    state = LanguageModel(str(tmp_path / "pruned"), num_classes=NUM_CLASSES).backbone.state_dict()
+    assert state.keys() == module.backbone.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.backbone.state_dict().items())
+    assert prune.report.sparsity == 0.5
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
