@@ -23,10 +23,11 @@ from typing_extensions import override
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
 from wandazeta.callbacks import KeepSparsity, PeakMemoryMonitor, WandaPPPruneCallback
-from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
+from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
 __all__ = [
+    "ClassificationDataModule",
     "FirstOrderModule",
     "KeepSparsity",
     "LanguageModel",

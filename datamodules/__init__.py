@@ -1,15 +1,20 @@
-"""LightningDataModules: text windows and prompted classification."""
+"""LightningDataModules: text windows, and classification by a head or by prompts."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .classification import PromptedClassificationDataModule
+    from .classification import ClassificationDataModule
+    from .prompted import PromptedClassificationDataModule
     from .text import TextDataModule
 
-__all__ = ["PromptedClassificationDataModule", "TextDataModule"]
+__all__ = ["ClassificationDataModule", "PromptedClassificationDataModule", "TextDataModule"]
 
-_HOMES = {"PromptedClassificationDataModule": ".classification", "TextDataModule": ".text"}
+_HOMES = {
+    "ClassificationDataModule": ".classification",
+    "PromptedClassificationDataModule": ".prompted",
+    "TextDataModule": ".text",
+}
 
 
 def __getattr__(name: str) -> Any:

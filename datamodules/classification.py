@@ -1,4 +1,4 @@
-"""Classification put as a prompt: a template, and one answer option per class."""
+"""Labelled text for a classification head: balanced splits, tokens and labels."""
 
 import random
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from .prompts import encode_options, encode_prompt
+from .prompts import encode_text
 from .sources import (
     SPLITS,
     Document,
@@ -30,56 +30,53 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt: its tokens, its class and a number that no other example of any split has."""
+    """One text: its tokens, its class and a number that no other example of any split has."""
 
     input_ids: list[int]
     label: int
     example_id: int
 
 
-class PromptedClassificationDataModule(LightningDataModule):
-    """Balanced splits of a labelled source as prompts with answer options.
+class ClassificationDataModule(LightningDataModule):
+    """Balanced splits of a labelled source as text for a model with a classification head.
 
-    A batch of B prompts for C classes holds `input_ids` and `attention_mask` (B, T), padded on the right, `label` (B)
-    and `example_id` (B), and for all of them `option_ids` (C, L) with `option_mask` (C, L), true where an option has a
-    token. All but the last are int64.
+    A batch of B texts holds `input_ids` and `attention_mask` (B, T), padded on the right, `label` (B) and `example_id`
+    (B), all int64. The text has the special tokens that the tokenizer puts around it.
 
     Args:
-        source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", a file, folder or glob of
-            .jsonl or .parquet files, or a hub dataset.
-        template: The prompt; {text} stands for the text. It should not end with a space.
-        options: The answers in the order of the classes; most tokenizers want each to start with a space.
+        source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
+            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+        num_classes: Number of classes.
         tokenizer: Model directory or hub name of the tokenizer; by default the model's own.
         batch_size: Examples per training batch.
         eval_batch_size: Examples per batch of validation and test.
         num_train: Training examples, balanced over the classes; null for all that can be balanced.
         num_val: Validation examples, balanced; null for all that can be balanced.
         num_test: Test examples, balanced; null for all that can be balanced.
-        max_length: Longest prompt in tokens; by default that of the longest example used.
-        truncate: Shorten the text of prompts that exceed max_length; otherwise they are an error.
-        padding: "fixed" pads every training batch to the same length, "batch" to its own longest prompt, as it is
-            done for validation and test.
+        max_length: Most tokens of an example; by default what the tokenizer says that its model takes.
+        truncate: Shorten the text of examples that exceed max_length; otherwise they are an error.
+        padding: "fixed" pads every training batch to the length of the longest example, "batch" to its own longest,
+            as it is done for validation and test.
         pad_token: Token to pad with where the tokenizer has none.
         text_column: Column with the text.
         label_column: Column with the class: its number, or one of the names in label_names.
-        label_names: What stands in the label column for each option; by default the numbers 0, 1, ….
+        label_names: What stands in the label column for each class; by default the numbers 0, 1, ….
         dataset_config: Configuration of a hub dataset.
         max_documents: Read no more rows than these.
         split_fractions: Shares of train, val and test, by the hash of each example's id.
-        calibration: Text to calibrate a pruning with; by default the training prompts.
-        num_calibration_samples: Training prompts that `calibration_dataloader` gives when there is no such text.
+        calibration: Text to calibrate a pruning with; by default the training examples.
+        num_calibration_samples: Training examples that `calibration_dataloader` gives when there is no such text.
         seed: Seed of the choice of examples and of the order of training.
 
     Raises:
-        ValueError: If an argument is out of range; in `setup`, if the source has too few examples, a prompt is too
-            long, an option has no token of its own, or there is no pad token.
+        ValueError: If an argument is out of range; in `setup`, if the source has too few examples, a text is too
+            long, or there is no pad token.
     """
 
     def __init__(
         self,
         source: str = "sample:rotten-tomatoes",
-        template: str = "{text} All in all, the movie was",
-        options: list[str] = [" bad", " good"],  # noqa: B006  (read only; YAML needs the literal default)
+        num_classes: int = 2,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
@@ -109,26 +106,23 @@ class PromptedClassificationDataModule(LightningDataModule):
             num_calibration_samples=num_calibration_samples,
         )
         check_fractions(split_fractions)
-        if "{text}" not in template:
-            raise ValueError(f"Expected argument `template` to contain {{text}}, but got {template!r}")
-        if len(options) < 2 or len(set(options)) < len(options):
-            raise ValueError(f"Expected argument `options` to be two or more different answers, but got {options}")
-        if label_names is not None and len(label_names) != len(options):
+        if num_classes < 2:
+            raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}")
+        if label_names is not None and len(label_names) != num_classes:
             raise ValueError(
-                f"Expected argument `label_names` to have one name per option ({len(options)}), but got {label_names}"
+                f"Expected argument `label_names` to have one name per class ({num_classes}), but got {label_names}"
             )
         self._sizes: dict[Split, int | None] = {"train": num_train, "val": num_val, "test": num_test}
         for split, size in self._sizes.items():
-            if size is not None and (size < len(options) or size % len(options)):
+            if size is not None and (size < num_classes or size % num_classes):
                 raise ValueError(
-                    f"Expected argument `num_{split}` to be a multiple of the number of options ({len(options)}), "
+                    f"Expected argument `num_{split}` to be a multiple of the number of classes ({num_classes}), "
                     f"for the split is balanced, but got {size}"
                 )
         if padding not in ("fixed", "batch"):
             raise ValueError(f'Expected argument `padding` to be "fixed" or "batch", but got {padding!r}')
         self.source = source
-        self.template = template
-        self.options = list(options)
+        self.num_classes = num_classes
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -170,16 +164,13 @@ class PromptedClassificationDataModule(LightningDataModule):
                 "set `pad_token` to a token of its vocabulary, for instance its end-of-text token"
             )
         self._pad_token_id = pad_token_id
-        self._option_ids, self._option_mask = encode_options(tokenizer, self.template, self.options)
         # all splits whatever the stage: ids and the padded length must not depend on it
         count = 0
         for split, chosen in self._choose().items():
-            prompts = [
-                encode_prompt(tokenizer, self.template, text, self.max_length, self.truncate) for text, _ in chosen
-            ]
+            encoded = [self.encode(tokenizer, text) for text, _ in chosen]
             self._examples[split] = [
-                Example(prompt, label, count + index)
-                for index, (prompt, (_, label)) in enumerate(zip(prompts, chosen, strict=True))
+                Example(tokens, label, count + index)
+                for index, (tokens, (_, label)) in enumerate(zip(encoded, chosen, strict=True))
             ]
             count += len(chosen)
         self._length = max(len(example.input_ids) for rows in self._examples.values() for example in rows)
@@ -187,12 +178,16 @@ class PromptedClassificationDataModule(LightningDataModule):
             self.calibration.tokenizer = self.calibration.tokenizer or tokenizer
             self.calibration.setup(stage)
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """Return the tokens of one text; overridable."""
+        return encode_text(tokenizer, text, self.max_length or tokenizer.model_max_length, self.truncate)
+
     def examples(self, split: Split) -> list[Example]:
         """Return the examples of a split, in a fixed shuffled order, classes balanced."""
         return self._examples[split]
 
     def texts(self, split: Split) -> tuple[list[str], list[int]]:
-        """Return the texts and labels of a split as they were before prompting, for baselines on the same data."""
+        """Return the texts and labels of a split as they are in the source, for baselines on the same data."""
         chosen = self._choose()[split]
         return [text for text, _ in chosen], [label for _, label in chosen]
 
@@ -210,21 +205,19 @@ class PromptedClassificationDataModule(LightningDataModule):
             "attention_mask": attention_mask,
             "label": torch.tensor([example.label for example in examples]),
             "example_id": torch.tensor([example.example_id for example in examples]),
-            "option_ids": self._option_ids,
-            "option_mask": self._option_mask,
         }
 
     def calibration_dataloader(self) -> DataLoader[Batch]:
-        """Return the calibration text, or without one the first training prompts, one to a batch and unpadded."""
+        """Return the calibration text, or without one the first training examples, one to a batch and unpadded."""
         if self.calibration is not None:
             return self.calibration.calibration_dataloader()
-        prompts = self.examples("train")[: self.num_calibration_samples]
-        if len(prompts) < self.num_calibration_samples:
+        examples = self.examples("train")[: self.num_calibration_samples]
+        if len(examples) < self.num_calibration_samples:
             raise ValueError(
-                f"Expected argument `num_calibration_samples` to be at most the {len(prompts)} training examples, "
+                f"Expected argument `num_calibration_samples` to be at most the {len(examples)} training examples, "
                 f"but got {self.num_calibration_samples}"
             )
-        rows = [{"input_ids": torch.tensor([prompt.input_ids])} for prompt in prompts]
+        rows = [{"input_ids": torch.tensor([example.input_ids])} for example in examples]
         batches = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
@@ -264,28 +257,28 @@ class PromptedClassificationDataModule(LightningDataModule):
                 dataset_config=self.dataset_config,
                 max_documents=self.max_documents,
             )
-            pools: dict[Split, list[list[str]]] = {split: [[] for _ in self.options] for split in SPLITS}
+            pools: dict[Split, list[list[str]]] = {split: [[] for _ in range(self.num_classes)] for split in SPLITS}
             for document in documents:
                 pools[split_of(document.id, self.split_fractions)][self._class_of(document)].append(document.text)
             self._chosen = {split: self._balanced(split, pools[split]) for split in SPLITS}
         return self._chosen
 
     def _class_of(self, document: Document) -> int:
-        names = self.label_names if self.label_names is not None else range(len(self.options))
+        names = self.label_names if self.label_names is not None else range(self.num_classes)
         if document.label not in names:
             raise ValueError(
                 f"Expected the labels of {self.source!r} to be among {list(names)}, but got {document.label!r}; "
-                "give one option per class, and `label_names` where the labels are not 0, 1, …"
+                "set the number of classes, and `label_names` where the labels are not 0, 1, …"
             )
         return names.index(document.label)  # type: ignore[arg-type]
 
     def _balanced(self, split: Split, pools: list[list[str]]) -> list[tuple[str, int]]:
         smallest = min(map(len, pools))
         size = self._sizes[split]
-        per_class = smallest if size is None else size // len(self.options)
+        per_class = smallest if size is None else size // self.num_classes
         if per_class > smallest or per_class == 0:
             raise ValueError(
-                f"Expected argument `num_{split}` to be at most {smallest * len(self.options)}, what the {split} split "
+                f"Expected argument `num_{split}` to be at most {smallest * self.num_classes}, what the {split} split "
                 f"of {self.source!r} has in balance, but got {size}; ask for fewer, give more data or change "
                 "`split_fractions`"
             )

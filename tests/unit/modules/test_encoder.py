@@ -112,10 +112,8 @@ def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
     assert torch.equal(fresh.adapters.theta, module.adapters.theta)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not [name for name in saved["state_dict"] if "backbone" in name]
-    with pytest.raises(ValueError, match="trainable values"):
-        other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, adapter_rank=2, adapter_bottleneck=8)
-        other.backbone_key = ""
-        other.pruned_backbone_key = fresh.backbone_key
+    other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, adapter_rank=2, adapter_bottleneck=8)
+    with pytest.raises(ValueError, match="backbone"):
         other.load_adapters(tmp_path / "adapters")
 
 

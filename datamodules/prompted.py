@@ -1,0 +1,62 @@
+"""Classification put as a prompt: a template, and one answer option per class."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from .classification import Batch, ClassificationDataModule, Example
+from .prompts import encode_options, encode_prompt
+from .sources import load_tokenizer
+
+
+class PromptedClassificationDataModule(ClassificationDataModule):
+    """Balanced splits of a labelled source as prompts with answer options.
+
+    A batch of B prompts for C classes holds `input_ids` and `attention_mask` (B, T), padded on the right, `label` (B)
+    and `example_id` (B), and for all of them `option_ids` (C, L) with `option_mask` (C, L), true where an option has a
+    token. All but the last are int64.
+
+    Args:
+        source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
+            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+        template: The prompt; {text} stands for the text. It should not end with a space.
+        options: The answers in the order of the classes; most tokenizers want each to start with a space.
+        tokenizer: Model directory or hub name of the tokenizer; by default the model's own.
+        **kwargs: All other arguments of `ClassificationDataModule`; `max_length` has no default here.
+
+    Raises:
+        ValueError: If an argument is out of range; in `setup`, if the source has too few examples, a prompt is too
+            long, an option has no token of its own, or there is no pad token.
+    """
+
+    def __init__(
+        self,
+        source: str = "sample:rotten-tomatoes",
+        template: str = "{text} All in all, the movie was",
+        options: list[str] = [" bad", " good"],  # noqa: B006  (read only; YAML needs the literal default)
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "{text}" not in template:
+            raise ValueError(f"Expected argument `template` to contain {{text}}, but got {template!r}")
+        if len(options) < 2 or len(set(options)) < len(options):
+            raise ValueError(f"Expected argument `options` to be two or more different answers, but got {options}")
+        super().__init__(source, num_classes=len(options), tokenizer=tokenizer, **kwargs)
+        self.template = template
+        self.options = list(options)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        self.tokenizer = load_tokenizer(self.tokenizer, self.trainer)
+        self._option_ids, self._option_mask = encode_options(self.tokenizer, self.template, self.options)
+        super().setup(stage)
+
+    @override
+    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        return encode_prompt(tokenizer, self.template, text, self.max_length, self.truncate)
+
+    @override
+    def collate(self, examples: list[Example], to_longest: bool = False) -> Batch:
+        options = {"option_ids": self._option_ids, "option_mask": self._option_mask}
+        return super().collate(examples, to_longest) | options
