@@ -1,0 +1,170 @@
+"""One run of `benchmarks/finetune.py`, in a process of its own.
+
+    python benchmarks/finetune_run.py RUN.json
+
+Prints what was measured as one line of JSON.
+"""
+
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, Trainer, seed_everything
+from records import ROOT
+from typing_extensions import override
+
+from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
+from wandazeta.modules import LanguageModel
+from wandazeta.modules.language_model import evaluating
+
+
+class Curve(Callback):
+    """Notes the validation accuracy at equal distances of forwards and ends the training when they are spent.
+
+    Args:
+        batches: The validation batches.
+        budget: Forwards of a batch to spend.
+        num_points: Points of the curve, the last one included.
+        forwards_per_step: What a step costs where the module does not count its forwards itself.
+    """
+
+    def __init__(self, batches: list[Any], budget: int, num_points: int, forwards_per_step: int | None) -> None:
+        self.batches = batches
+        self.budget = budget
+        self.num_points = num_points
+        self.forwards_per_step = forwards_per_step
+        self.points: list[tuple[int, float]] = []
+
+    @property
+    def forwards(self) -> int:
+        """Forwards spent."""
+        return self.points[-1][0] if self.points else 0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        per_step = self.forwards_per_step
+        spent = int(pl_module.progress[1]) if per_step is None else trainer.global_step * per_step
+        if spent * self.num_points >= (len(self.points) + 1) * self.budget:
+            self.points.append((spent, accuracy(pl_module, self.batches)))
+        trainer.should_stop = spent >= self.budget
+
+
+def accuracy(module: Any, batches: list[Any]) -> float:
+    """Share of the examples that are classified rightly."""
+    right, total = 0, 0
+    with torch.no_grad(), evaluating(list(module.modules())):
+        for index, batch in enumerate(batches):
+            batch = {name: values.to(module.device) for name, values in batch.items()}
+            right += int((module.predict_step(batch, index)["prediction"] == batch["label"]).sum())
+            total += len(batch["label"])
+    return right / total
+
+
+def data_of(run: dict[str, Any]) -> ClassificationDataModule:
+    """The task's examples for a model: text for a head, else prompts, `shots` examples of each class before them."""
+    settings = run["data"] | {"tokenizer": str(ROOT / run["path"]), "seed": run["seed"]}
+    template, options = settings.pop("template"), settings.pop("options")
+    data: ClassificationDataModule
+    if run["head"]:
+        data = ClassificationDataModule(num_classes=len(options), **settings)
+    else:
+        data = PromptedClassificationDataModule(template=template, options=options, **settings)
+    data.setup()
+    shots = run["method"].get("shots", 0)
+    if shots == 0:
+        return data
+    tokenizer: Any = data.tokenizer
+    shown: list[list[str]] = [[] for _ in options]
+    for example in data.examples("train"):
+        prompt = tokenizer.decode(example.input_ids, skip_special_tokens=True)
+        shown[example.label].append(f"{prompt}{options[example.label]}\n\n")
+    before = "".join(text for group in list(zip(*shown, strict=True))[:shots] for text in group)
+    # the text in question keeps its length
+    settings["max_length"] += len(tokenizer(before)["input_ids"])
+    data = PromptedClassificationDataModule(template=before + template, options=options, **settings)
+    data.setup()
+    return data
+
+
+def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageModel:
+    """The module of a method, `LanguageModel` where nothing is trained."""
+    method = run["method"]
+    options = dict(method.get("init_args", {}))
+    options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
+    if "class_path" in method:
+        # a grid names an epsilon for methods that have one
+        options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LanguageModel, "module")
+    class_path = method.get("class_path", "wandazeta.modules.LanguageModel")
+    config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
+    module: LanguageModel = parser.instantiate_classes(config).module
+    return module
+
+
+def text_baseline(data: ClassificationDataModule) -> float:
+    """Test accuracy of TF-IDF with logistic regression on the words that the model reads, too."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    tokenizer: Any = data.tokenizer
+
+    def read(split: Any) -> tuple[list[str], list[int]]:
+        examples = data.examples(split)
+        texts = [tokenizer.decode(example.input_ids, skip_special_tokens=True) for example in examples]
+        return texts, [example.label for example in examples]
+
+    classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10.0, max_iter=1000))
+    classifier.fit(*read("train"))
+    return float(classifier.score(*read("test")))
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Train if there is something to train, and take the accuracy on the split that is asked for."""
+    seed_everything(run["seed"], verbose=False)
+    start = time.perf_counter()
+    data = data_of(run)
+    if run["name"] == "tfidf":
+        return {"forwards": 0, "accuracy": text_baseline(data), "curve": [], "seconds": time.perf_counter() - start}
+    module = module_of(run, data)
+    curve = Curve(list(data.val_dataloader()), run["forwards"], run["points"], run["method"].get("forwards_per_step"))
+    if "class_path" in run["method"]:
+        trainer = Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=-1,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[curve],
+        )
+        data.trainer = trainer
+        trainer.fit(module, datamodule=data)
+    loader = data.val_dataloader() if run["split"] == "val" else data.test_dataloader()
+    found = accuracy(module.eval(), list(loader))
+    return {
+        "forwards": curve.forwards,
+        "accuracy": found,
+        "curve": curve.points,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    """Measure what the file given says."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
+
+
+if __name__ == "__main__":
+    main()
