@@ -92,6 +92,13 @@ def data_of(run: dict[str, Any]) -> ClassificationDataModule:
     return data
 
 
+def module_parser() -> ArgumentParser:
+    """Makes modules of classes and options, as the command line does."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LanguageModel, "module")
+    return parser
+
+
 def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageModel:
     """The module of a method, `LanguageModel` where nothing is trained."""
     method = run["method"]
@@ -100,8 +107,7 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     if "class_path" in method:
         # a grid names an epsilon for methods that have one
         options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(LanguageModel, "module")
+    parser = module_parser()
     class_path = method.get("class_path", "wandazeta.modules.LanguageModel")
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
     module: LanguageModel = parser.instantiate_classes(config).module
@@ -147,7 +153,6 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
             enable_model_summary=False,
             callbacks=[curve],
         )
-        data.trainer = trainer
         trainer.fit(module, datamodule=data)
     loader = data.val_dataloader() if run["split"] == "val" else data.test_dataloader()
     found = accuracy(module.eval(), list(loader))

@@ -7,6 +7,7 @@ A test compares the tables with what this writes.
 
 import json
 import re
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
@@ -15,6 +16,7 @@ from records import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/ablation.md")
 PICTURE = ROOT / "docs" / "demo.svg"
+CURVES = ROOT / "docs" / "finetune.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
     "majority": "majority class",
@@ -154,38 +156,90 @@ def bf16_table(result: dict[str, Any]) -> str:
     )
 
 
-def blocks() -> dict[str, str]:
-    """What stands between the pages' markers, by name."""
-    return {
-        "demo": demo_table(load("demo_seeds")),
-        "prompts": prompt_table(load("prompts")),
-        "quality": quality_table(load("prune_quality")),
-        "memory": memory_sentence(load("prune_memory")),
-        "bf16": bf16_table(load("prune_bf16")),
-        "ablation": ablation_table(load("ablation")),
-    }
+def finetune_table(result: dict[str, Any]) -> str:
+    """Test accuracy of every method, means over the seeds with their range; a table for each model and pattern."""
+    final = [r for r in result["records"] if r["phase"] == "final"]
+    tasks = list(dict.fromkeys(r["task"] for r in final))
+    text_baseline = [r for r in final if r["model"] == "none"]
+    parts = []
+    for model, pattern in dict.fromkeys((r["model"], r["pattern"]) for r in final if r["model"] != "none"):
+        found = [r for r in final if (r["model"], r["pattern"]) == (model, pattern)] + text_baseline
+        body = []
+        for method in dict.fromkeys(r["method"] for r in found):
+            chosen = [r for r in found if r["method"] == method]
+            cells = [[r["accuracy"] for r in chosen if r["task"] == task] for task in tasks]
+            forwards = f"{max(r['forwards'] for r in chosen):,}"
+            seeds = len({r["seed"] for r in chosen})
+            body.append([f"`{method}`", *(spread(c, ".3f") if c else "" for c in cells), forwards, str(seeds)])
+        parts.append(f"### {model}, {pattern}\n\n{rows(['', *tasks, 'forwards', 'seeds'], body)}")
+    return "\n\n".join(parts)
+
+
+def finetune_curves(result: dict[str, Any]) -> None:
+    """Accuracy on validation against forwards: a panel for each task, model and pattern, the seeds' mean as a line."""
+    trained = [r for r in result["records"] if r["phase"] == "final" and r["curve"]]
+    panels = list(dict.fromkeys((r["model"], r["pattern"], r["task"]) for r in trained))
+    methods = list(dict.fromkeys(r["method"] for r in trained))
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained", squeeze=False)
+    for panel, ax in zip(panels, axes[0], strict=True):
+        for index, method in enumerate(methods):
+            curves = [
+                r["curve"] for r in trained if (r["model"], r["pattern"], r["task"]) == panel and r["method"] == method
+            ]
+            for curve in curves:
+                ax.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=0.8)
+            if curves:
+                # the seeds spend alike, so their points lie over one another
+                points = [
+                    (mean(f for f, _ in at), mean(a for _, a in at))
+                    for at in (list(points) for points in zip(*curves, strict=False))
+                ]
+                ax.plot(*zip(*points, strict=True), color=f"C{index}", label=method)
+        ax.set(title=", ".join(panel), xlabel="forwards", ylabel="accuracy, validation")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    figure.savefig(CURVES, metadata={"Date": None})
+
+
+# what stands between the pages' markers: the name there, the result file, and what is made of it
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo_seeds", demo_table),
+    "prompts": ("prompts", prompt_table),
+    "quality": ("prune_quality", quality_table),
+    "memory": ("prune_memory", memory_sentence),
+    "bf16": ("prune_bf16", bf16_table),
+    "ablation": ("ablation", ablation_table),
+    "finetune": ("finetune", finetune_table),
+}
 
 
 def rendered(text: str) -> str:
     """A page with its tables made anew."""
-    made = blocks()
 
     def fill(match: re.Match[str]) -> str:
-        if match[2] not in made:
-            raise ValueError(f"Expected a marker to be one of {', '.join(made)}, but got {match[2]!r}")
-        return f"{match[1]}{made[match[2]]}\n{match[3]}"
+        if match[2] not in BLOCKS:
+            raise ValueError(f"Expected a marker to be one of {', '.join(BLOCKS)}, but got {match[2]!r}")
+        name, make = BLOCKS[match[2]]
+        return f"{match[1]}{make(load(name))}\n{match[3]}"
 
     return re.sub(r"(<!-- (\w+): written by [^>]*-->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
-def picture(result: dict[str, Any]) -> None:
-    """Bars of the perplexities and accuracies, means over the seeds."""
+def pyplot() -> Any:
+    """Matplotlib, writing the same file from the same figures."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "wandazeta"
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def picture(result: dict[str, Any]) -> None:
+    """Bars of the perplexities and accuracies, means over the seeds."""
+    plt = pyplot()
     records = result["records"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     values = [mean(r["perplexity"][key] for r in records) for key in METHODS]
@@ -215,6 +269,8 @@ def main() -> None:
         path = ROOT / page
         path.write_text(rendered(path.read_text()))
     picture(load("demo_seeds"))
+    if (RESULTS / "finetune.json").exists():
+        finetune_curves(load("finetune"))
 
 
 if __name__ == "__main__":

@@ -111,17 +111,25 @@ def objective_losses(
     return token_losses(scorer.token_nll(prepared, repeats), prepared)
 
 
-def check_objective(objective: Objective | None) -> None:
-    """Refuse a metric of which it is not known whether more is better.
+def check_objective(objective: Objective | None, epsilon: float | None) -> None:
+    """Refuse a metric that cannot be lowered.
 
     Raises:
-        ValueError: If `higher_is_better` is not set.
+        ValueError: If it is not known whether more is better, or the distance of the two sides is left to a default,
+            which is meant for losses with a gradient.
     """
     metric = objective.metric if isinstance(objective, GeneratedText) else objective
-    if metric is not None and metric.higher_is_better is None:
+    if metric is None:
+        return
+    name = type(metric).__name__
+    if metric.higher_is_better is None:
         raise ValueError(
-            f"Expected argument `objective` to have `higher_is_better`, but {type(metric).__name__} leaves it open; "
-            "set it in a subclass"
+            f"Expected argument `objective` to have `higher_is_better`, but {name} leaves it open; set it in a subclass"
+        )
+    if epsilon is None:
+        raise ValueError(
+            f"Expected argument `epsilon` to be set for the objective {name}, but got None; a metric moves in jumps, "
+            "and the default is so small that both sides have the same value: try 0.1"
         )
 
 

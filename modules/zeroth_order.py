@@ -55,7 +55,7 @@ class ZerothOrderModule(LanguageModel):
         pad_token: Token to pad with, for tokenizers that have none.
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
-            default the cross-entropy. A metric moves in jumps, so it wants larger batches and a larger `epsilon`.
+            default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
         schedule: Number of queries as a function of the epoch, `ConstantSchedule` or `AdaZetaSchedule`.
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
@@ -117,7 +117,7 @@ class ZerothOrderModule(LanguageModel):
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
         num_top_blocks = top_blocks(adapter_layers)
-        check_objective(objective)
+        check_objective(objective, epsilon)
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
         if self.tokenizer.pad_token is None:
             raise ValueError(

@@ -33,7 +33,10 @@ def test_the_tables_are_those_of_the_result_files(render):
     for page, text in texts.items():
         assert render.rendered(text) == text, page
     markers = [name for text in texts.values() for name in re.findall(r"<!-- (\w+): written by", text)]
-    assert sorted(markers) == sorted(render.blocks())
+    # a table appears with its first records
+    assert sorted(markers) == sorted(
+        name for name, (result, _) in render.BLOCKS.items() if (render.RESULTS / f"{result}.json").exists()
+    )
 
 
 def test_links_lead_to_files():

@@ -18,7 +18,7 @@ def model_dir(tmp_path_factory):
 
 
 def ready(directory, **options):
-    options = {"adapter_rank": 2, "adapter_bottleneck": 8, "identity_start": False} | options
+    options = {"adapter_rank": 2, "adapter_bottleneck": 8, "identity_start": False, "epsilon": 0.1} | options
     module = ZerothOrderModule(str(directory), **options)
     module._insert_adapters()
     return module
@@ -153,6 +153,8 @@ def test_a_step_follows_the_metric(model_dir, tmp_path):
 def test_what_does_not_fit_is_refused(model_dir):
     with pytest.raises(ValueError, match="higher_is_better"):
         ready(model_dir, objective=MeanMetric())
+    with pytest.raises(ValueError, match="`epsilon` to be set for the objective ExactText"):
+        ready(model_dir, objective=GeneratedText(), epsilon=None)
     with pytest.raises(ValueError, match="`max_new_tokens` to be at least 1"):
         GeneratedText(max_new_tokens=0)
 

@@ -1,0 +1,150 @@
+"""The benchmark of fine-tuning runs as a whole on tiny models: what it makes, what it does not make again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.causal_lms import save_tiny_lm
+from helpers.encoders import save_tiny_encoder
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ZEROTH = {
+    "class_path": "wandazeta.modules.ZerothOrderModule",
+    "init_args": {
+        "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
+        "adapter_rank": 2,
+        "adapter_bottleneck": 8,
+    },
+}
+LORA = {
+    "class_path": "wandazeta.modules.FirstOrderModule",
+    "init_args": {"train": "lora", "lora_rank": 2},
+    "forwards_per_step": 3,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = [{"id": str(i), "text": f"{'good' if i % 2 else 'bad'} {i}", "label": i % 2} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"source": str(tmp_path / "rows.jsonl"), "template": "{text} It is", "options": [" a", " b"]}
+    data = {"batch_size": 4, "eval_batch_size": 8, "num_train": 20, "num_val": 8, "num_test": 8}
+    return {
+        "data": data | {"truncate": True, "max_length": 24},
+        "tasks": {"words": task},
+        "models": {
+            "encoder": {"path": str(save_tiny_encoder(tmp_path / "encoder")), "head": True},
+            "decoder": {"path": str(save_tiny_lm(tmp_path / "decoder", max_position_embeddings=512)), "head": False},
+        },
+        "grid": {"learning_rate": [1e-3, 1e-2], "epsilon": [1e-3]},
+        "methods": {
+            "tfidf": {},
+            "zero_shot": {},
+            "in_context": {"shots": 1},
+            "adazeta": ZEROTH,
+            "lora": LORA,
+        },
+    }
+
+
+def run(tmp_path, config, *arguments):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [BENCHMARKS / "finetune.py", "--config", tmp_path / "config.yaml", "--result", tmp_path / "result.json"]
+    command += ["--forwards", "12", "--grid-forwards", "6", "--points", "2", "--seeds", "0", "1", *arguments]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "result.json").read_text())["records"], done.stderr
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_once(tmp_path, config):
+    pytest.importorskip("peft")
+    pytest.importorskip("sklearn")
+    records, _ = run(tmp_path, config)
+    final = [r for r in records if r["phase"] == "final"]
+    found = sorted((r["model"], r["pattern"], r["method"], r["seed"]) for r in final)
+    trained = [("encoder", "dense", m, s) for m in ("adazeta", "lora") for s in (0, 1)]
+    prompted = [("decoder", "dense", m, s) for m in ("adazeta", "in_context", "lora", "zero_shot") for s in (0, 1)]
+    assert found == sorted([*trained, *prompted, ("none", "none", "tfidf", 0), ("none", "none", "tfidf", 1)])
+    for record in final:
+        assert {"task", "forwards", "accuracy", "curve", "seconds", "commit", "options"} <= record.keys()
+        assert 0 <= record["accuracy"] <= 1
+        # four forwards a step of two queries, three of back-propagation
+        spent = {"adazeta": [8, 12], "lora": [6, 12]}.get(record["method"], [])
+        assert [forwards for forwards, _ in record["curve"]] == spent
+        assert record["forwards"] == (spent[-1] if spent else 0)
+    # words tell these classes apart
+    assert all(r["accuracy"] == 1 for r in final if r["method"] == "tfidf")
+
+    grid = [r for r in records if r["phase"] == "grid"]
+    assert len(grid) == 2 * 2 * 2
+    for record in final:
+        tried = [r for r in grid if (r["model"], r["method"]) == (record["model"], record["method"])]
+        if tried:
+            best = max(r["accuracy"] for r in tried)
+            assert record["learning_rate"] == next(r["learning_rate"] for r in tried if r["accuracy"] == best)
+
+    # what is finished stays as it is; another setting of one method makes that method anew
+    again, log = run(tmp_path, config)
+    assert again == records
+    assert log == ""
+    config["methods"]["zero_shot"] = {"init_args": {"dtype": "bfloat16"}}
+    more, log = run(tmp_path, config)
+    assert more[: len(records)] == records
+    assert [r["method"] for r in more[len(records) :]] == ["zero_shot"] * 2
+
+
+def test_unknown_names_are_one_line(tmp_path, config):
+    with pytest.raises(AssertionError, match="Expected `--methods` out of tfidf, zero_shot"):
+        run(tmp_path, config, "--methods", "nothing")
+
+
+def test_the_table_and_the_curves(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import render
+
+    same = {"task": "words", "pattern": "dense", "phase": "final"}
+    curve = {"forwards": 12, "curve": [[6, 0.5], [12, 0.75]]}
+    records = [
+        {**same, "model": "none", "pattern": "none", "method": "tfidf", "seed": 0, "accuracy": 0.9, "forwards": 0},
+        {**same, **curve, "model": "m", "method": "adazeta", "seed": 0, "accuracy": 0.7},
+        {**same, **curve, "model": "m", "method": "adazeta", "seed": 1, "accuracy": 0.8},
+        {**same, **curve, "model": "m", "method": "adazeta", "seed": 0, "accuracy": 0.1, "phase": "grid"},
+    ]
+    records[0]["curve"] = []
+    assert render.finetune_table({"records": records}).splitlines() == [
+        "### m, dense",
+        "",
+        "|  | words | forwards | seeds |",
+        "| --- | ---: | ---: | ---: |",
+        "| `adazeta` | 0.750 (0.700 to 0.800) | 12 | 2 |",
+        "| `tfidf` | 0.900 | 0 | 1 |",
+    ]
+    monkeypatch.setattr(render, "CURVES", tmp_path / "curves.svg")
+    render.finetune_curves({"records": records})
+    assert (tmp_path / "curves.svg").read_text().count("adazeta") > 0
+
+
+def test_the_committed_methods_can_be_built(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from finetune_run import module_parser
+
+    config = yaml.safe_load((BENCHMARKS / "finetune.yaml").read_text())
+    for name, method in config["methods"].items():
+        if "class_path" in method:
+            options = method["init_args"] | {"model_name_or_path": "a", "learning_rate": 1e-3}
+            parsed = module_parser().parse_object(
+                {"module": {"class_path": method["class_path"], "init_args": options}}
+            )
+            assert parsed.module.class_path == method["class_path"], name
+    for task in config["tasks"].values():
+        sizes = config["data"] | task
+        assert all(sizes[f"num_{split}"] % len(task["options"]) == 0 for split in ("train", "val", "test"))
+        assert "{text}" in task["template"]
