@@ -63,7 +63,17 @@ class GeneratedText:
         self.max_new_tokens = max_new_tokens
 
     def losses(self, scorer: Scorer, prepared: Prepared, repeats: int, tokenizer: Any) -> Tensor:
-        """Losses `[P]` of a batch with answer options."""
+        """Return the losses `[P]` of a batch with answer options.
+
+        Raises:
+            ValueError: If the batch has none, or the model's weights are sharded.
+        """
+        if any(hasattr(parameter, "ds_id") for parameter in scorer.model.parameters()):
+            # each rank would stop at its own end of text, and the others wait for its share of the weights
+            raise ValueError(
+                "Expected whole weights on every rank for an objective over generated text, but ZeRO stage 3 shards "
+                "them; use stage 2, or a metric of the options' scores"
+            )
         options, mask, labels = prepared.option_ids, prepared.option_mask, prepared.labels
         if options is None or mask is None or labels is None:
             raise ValueError(
