@@ -44,7 +44,7 @@ def pruned(path: str, head: bool, pattern: str) -> str:
     if not (target / "prune_report.json").exists():
         config = yaml.safe_load(PRUNE.read_text())
         options = config["trainer"]["callbacks"][0]["init_args"]
-        options |= {"output_dir": f"runs/finetune/{name}-progress"} | pattern_options(pattern)
+        options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | pattern_options(pattern)
         config["model"]["init_args"] = {"model_name_or_path": path, "num_classes": 2 if head else None}
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")
@@ -52,6 +52,20 @@ def pruned(path: str, head: bool, pattern: str) -> str:
         command = [sys.executable, "-m", "wandazeta.main", "prune", "-c", written, "--output_dir", target]
         subprocess.run(command, cwd=ROOT, check=True)
     return str(target.relative_to(ROOT))
+
+
+def in_a_process(run: dict[str, Any]) -> dict[str, Any]:
+    """Measure one run with one thread."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(run, file)
+        file.flush()
+        command = [sys.executable, str(ROOT / "benchmarks" / "finetune_run.py"), file.name]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {run['name']} on {run['path']} failed: {done.stderr.strip().splitlines()[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 class Records:
@@ -72,15 +86,7 @@ class Records:
         if found is not None:
             return found
         made_at = commit()
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(run, file)
-            file.flush()
-            command = [sys.executable, str(ROOT / "benchmarks" / "finetune_run.py"), file.name]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"error: {key} failed: {done.stderr.strip().splitlines()[-1]}")
-        record = key | json.loads(done.stdout.splitlines()[-1]) | {"commit": made_at}
+        record = key | in_a_process(run) | {"commit": made_at}
         with self.lock:
             self.records.append(record)
             write(self.path, describe("finetune", self.records))
@@ -140,7 +146,7 @@ def run_cell(cell: dict[str, Any], config: dict[str, Any], arguments: argparse.N
         measure("final", seed, arguments.forwards, rates)
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Make what is missing; the result file is written after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help="by default all")
@@ -154,7 +160,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes side by side, each with one thread")
     parser.add_argument("--config", type=Path, default=CONFIG, help="tasks, models, methods and grid")
     parser.add_argument("--result", type=Path, default=RESULT, help="file that is written and gone on with")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     config: dict[str, Any] = yaml.safe_load(arguments.config.read_text())
     for name in ("tasks", "models", "methods"):
         unknown = set(getattr(arguments, name) or []) - set(config[name])

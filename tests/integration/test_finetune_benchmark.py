@@ -1,9 +1,10 @@
 """The benchmark of fine-tuning runs as a whole on tiny models: what it makes, what it does not make again."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -51,22 +52,34 @@ def config(tmp_path):
     }
 
 
-def run(tmp_path, config, *arguments):
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import finetune
+    import finetune_run
+    import render
+
+    # as a run of its own would get it, without a process for each
+    monkeypatch.setattr(finetune, "in_a_process", lambda run: json.loads(json.dumps(finetune_run.measure(run))))
+    return Namespace(finetune=finetune, finetune_run=finetune_run, render=render)
+
+
+def arguments_of(tmp_path, config, *more):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [BENCHMARKS / "finetune.py", "--config", tmp_path / "config.yaml", "--result", tmp_path / "result.json"]
-    command += ["--forwards", "12", "--grid-forwards", "6", "--points", "2", "--seeds", "0", "1", *arguments]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=os.environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "result.json").read_text())["records"], done.stderr
+    files = ["--config", tmp_path / "config.yaml", "--result", tmp_path / "result.json"]
+    budgets = ["--forwards", "12", "--grid-forwards", "6", "--points", "2", "--seeds", "0", "1"]
+    return [str(argument) for argument in (*files, *budgets, *more)]
 
 
-@pytest.mark.slow
-def test_every_method_is_measured_once(tmp_path, config):
+def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("sklearn")
-    records, _ = run(tmp_path, config)
+
+    def run():
+        benchmark.finetune.main(arguments_of(tmp_path, config))
+        return json.loads((tmp_path / "result.json").read_text())["records"]
+
+    records = run()
     final = [r for r in records if r["phase"] == "final"]
     found = sorted((r["model"], r["pattern"], r["method"], r["seed"]) for r in final)
     trained = [("encoder", "dense", m, s) for m in ("adazeta", "lora") for s in (0, 1)]
@@ -91,25 +104,68 @@ def test_every_method_is_measured_once(tmp_path, config):
             assert record["learning_rate"] == next(r["learning_rate"] for r in tried if r["accuracy"] == best)
 
     # what is finished stays as it is; another setting of one method makes that method anew
-    again, log = run(tmp_path, config)
-    assert again == records
-    assert log == ""
+    assert "encoder dense lora 1 final" in capsys.readouterr().err
+    assert run() == records
+    assert capsys.readouterr().err == ""
     config["methods"]["zero_shot"] = {"init_args": {"dtype": "bfloat16"}}
-    more, log = run(tmp_path, config)
+    more = run()
     assert more[: len(records)] == records
     assert [r["method"] for r in more[len(records) :]] == ["zero_shot"] * 2
 
 
-def test_unknown_names_are_one_line(tmp_path, config):
-    with pytest.raises(AssertionError, match="Expected `--methods` out of tfidf, zero_shot"):
-        run(tmp_path, config, "--methods", "nothing")
+def test_a_run_of_its_own(tmp_path, config):
+    command = [sys.executable, BENCHMARKS / "finetune.py", *arguments_of(tmp_path, config, "--methods", "zero_shot")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "result.json").read_text())["records"]) == 2
 
 
-def test_the_table_and_the_curves(tmp_path, monkeypatch):
+def test_shots_come_before_the_prompt(tmp_path, config, benchmark):
+    task = config["data"] | config["tasks"]["words"]
+    run = {"path": config["models"]["decoder"]["path"], "head": False, "data": task, "seed": 0}
+    plain = benchmark.finetune_run.data_of(run | {"method": {}})
+    shown = benchmark.finetune_run.data_of(run | {"method": {"shots": 2}})
+    decode = plain.tokenizer.decode
+    train = [decode(e.input_ids) + task["options"][e.label] for e in plain.examples("train")]
+    for one, other in zip(plain.examples("test"), shown.examples("test"), strict=True):
+        *before, prompt = decode(other.input_ids).split("\n\n")
+        assert prompt == decode(one.input_ids)
+        assert [text[-1] for text in before] == ["a", "b", "a", "b"]
+        assert set(before) <= set(train)
+
+
+def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark.finetune, "FOLDER", benchmark.finetune.ROOT / "runs" / tmp_path.name)
+    commands = []
+
+    def prune(command, **_):
+        commands.append(command)
+        target = Path(command[-1])
+        target.mkdir(parents=True)
+        (target / "prune_report.json").write_text("{}")
+
+    monkeypatch.setattr("subprocess.run", prune)
+    try:
+        paths = [benchmark.finetune.pruned("models/tiny", True, "50%") for _ in range(2)]
+        assert paths == [f"runs/{tmp_path.name}/tiny-50pc"] * 2
+        assert benchmark.finetune.pruned("models/tiny", True, "dense") == "models/tiny"
+        (command,) = commands
+        written = yaml.safe_load(Path(command[command.index("-c") + 1]).read_text())
+        options = written["trainer"]["callbacks"][0]["init_args"]
+        assert (options["sparsity_pattern"], options["sparsity"]) == ("unstructured", 0.5)
+        assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "num_classes": 2}
+    finally:
+        shutil.rmtree(benchmark.finetune.FOLDER)
+
+
+def test_unknown_names_are_one_line(tmp_path, config, benchmark):
+    with pytest.raises(SystemExit, match="Expected `--methods` out of tfidf, zero_shot"):
+        benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "nothing"))
+
+
+def test_the_table_and_the_curves(tmp_path, benchmark, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import render
-
+    render = benchmark.render
     same = {"task": "words", "pattern": "dense", "phase": "final"}
     curve = {"forwards": 12, "curve": [[6, 0.5], [12, 0.75]]}
     records = [
@@ -132,15 +188,12 @@ def test_the_table_and_the_curves(tmp_path, monkeypatch):
     assert (tmp_path / "curves.svg").read_text().count("adazeta") > 0
 
 
-def test_the_committed_methods_can_be_built(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from finetune_run import module_parser
-
+def test_the_committed_methods_can_be_built(benchmark):
     config = yaml.safe_load((BENCHMARKS / "finetune.yaml").read_text())
     for name, method in config["methods"].items():
         if "class_path" in method:
             options = method["init_args"] | {"model_name_or_path": "a", "learning_rate": 1e-3}
-            parsed = module_parser().parse_object(
+            parsed = benchmark.finetune_run.module_parser().parse_object(
                 {"module": {"class_path": method["class_path"], "init_args": options}}
             )
             assert parsed.module.class_path == method["class_path"], name
