@@ -22,7 +22,17 @@ from typing_extensions import override
 from wandazeta.stored import is_stored, require_whole
 
 from .pruning.calibration import call_arguments
-from .pruning.options import ComputeDtype, LRSchedule, MaskMode, Method, Optimizer, PruneOptions, Start, Target
+from .pruning.options import (
+    Alpha,
+    ComputeDtype,
+    LRSchedule,
+    MaskMode,
+    Method,
+    Optimizer,
+    PruneOptions,
+    Start,
+    Target,
+)
 from .pruning.progress import ProgressFolder
 from .pruning.ranks import Ranks
 from .pruning.report import PruneReport, table
@@ -47,7 +57,7 @@ class WandaPPPruneCallback(Callback):
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
         method: Score and optimisation: `magnitude`, `wanda`, `rgs`, `ro`, `wanda++` or `sparsegpt`.
-        alpha: Weight of the regional gradient in the score.
+        alpha: Weight of the regional gradient in the score; `auto` weighs it layer by layer, whatever the width.
         rounds: Rounds of regional optimisation of each block.
         samples_per_round: Calibration samples drawn for each round.
         optimizer: Optimizer of the regional optimisation.
@@ -86,7 +96,7 @@ class WandaPPPruneCallback(Callback):
         sparsity_pattern: str = "2:4",
         sparsity: float | None = None,
         method: Method = "wanda++",
-        alpha: float = 100.0,
+        alpha: Alpha = 100.0,
         rounds: int = 5,
         samples_per_round: int = 32,
         optimizer: Optimizer = "rmsprop",

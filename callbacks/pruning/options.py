@@ -11,6 +11,7 @@ Start = Literal["score", "sparsegpt"]
 Target = Literal["dense_block", "dense_stream"]
 MaskMode = Literal["free", "fixed", "straight_through"]
 ComputeDtype = Literal["model", "bfloat16"]
+Alpha = float | Literal["auto"]
 
 UNSTRUCTURED = "unstructured"
 _CHOICES = {
@@ -34,7 +35,8 @@ class PruneOptions:
             that are kept).
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
-        alpha: Weight of the regional gradient in the score (Wanda++, equation 4).
+        alpha: Weight of the regional gradient in the score (Wanda++, equation 4). The paper's 100 belongs to its
+            models' width and text; `auto` gives the gradient, layer by layer, a tenth of the weight of the norms.
         rounds: Rounds of regional optimisation, K; each prunes, then takes optimizer steps.
         samples_per_round: Calibration samples drawn for each round, M.
         optimizer: Optimizer of the regional optimisation, `rmsprop` (the paper's) or `adamw`.
@@ -67,7 +69,7 @@ class PruneOptions:
     method: Method = "wanda++"
     sparsity_pattern: str = "2:4"
     sparsity: float | None = None
-    alpha: float = 100.0
+    alpha: Alpha = 100.0
     rounds: int = 5
     samples_per_round: int = 32
     optimizer: Optimizer = "rmsprop"
@@ -96,8 +98,10 @@ class PruneOptions:
                 f"Expected argument `samples_per_step` to divide `samples_per_round` ({self.samples_per_round}), "
                 f"but got {self.samples_per_step}"
             )
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"Expected argument `alpha` to be a number of at least 0, but got {self.alpha!r}")
+        if self.alpha != "auto" and (isinstance(self.alpha, str) or not 0 <= self.alpha < float("inf")):
+            raise ValueError(
+                f'Expected argument `alpha` to be a number of at least 0 or "auto", but got {self.alpha!r}'
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"Expected argument `learning_rate` to be larger than 0, but got {self.learning_rate!r}")
         if isinstance(self.exclude_modules, str):
@@ -162,7 +166,7 @@ class PruneOptions:
     @property
     def uses_gradients(self) -> bool:
         """Whether the score holds regional gradients (RGS)."""
-        return self.method in ("rgs", "wanda++") and self.alpha > 0
+        return self.method in ("rgs", "wanda++") and self.alpha != 0
 
     @property
     def uses_optimisation(self) -> bool:

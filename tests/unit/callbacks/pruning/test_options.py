@@ -18,6 +18,7 @@ from wandazeta.callbacks.pruning.options import PruneOptions
         ({"sparsity": 0.6}, "fixes it to 0.5"),
         ({"alpha": -1.0}, "`alpha`"),
         ({"alpha": float("nan")}, "`alpha`"),
+        ({"alpha": "automatic"}, "`alpha`"),
         ({"rounds": -1}, "`rounds`"),
         ({"rounds": 1.5}, "`rounds`"),
         ({"samples_per_round": 0}, "`samples_per_round`"),
