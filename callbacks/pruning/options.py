@@ -1,7 +1,7 @@
 """What to prune and how: one frozen, plain-valued record that decides the result."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
@@ -35,6 +35,8 @@ class PruneOptions:
             that are kept).
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        sparsity_slope: By how much the last block's fraction is above the first's, with a straight line between them
+            around `sparsity`; for `"unstructured"` only.
         alpha: Weight of the regional gradient in the score (Wanda++, equation 4). The paper's 100 belongs to its
             models' width and text; `auto` gives the gradient, layer by layer, a tenth of the weight of the norms.
         rounds: Rounds of regional optimisation, K; each prunes, then takes optimizer steps.
@@ -69,6 +71,7 @@ class PruneOptions:
     method: Method = "wanda++"
     sparsity_pattern: str = "2:4"
     sparsity: float | None = None
+    sparsity_slope: float = 0.0
     alpha: Alpha = 100.0
     rounds: int = 5
     samples_per_round: int = 32
@@ -124,7 +127,17 @@ class PruneOptions:
                     'Expected argument `sparsity` to be between 0 and 1 with sparsity_pattern="unstructured", '
                     f"but got {self.sparsity!r}; 0.5 removes half of each row"
                 )
+            if not abs(self.sparsity_slope) / 2 < min(self.sparsity, 1 - self.sparsity):
+                raise ValueError(
+                    "Expected argument `sparsity_slope` to leave every block's sparsity between 0 and 1, but got "
+                    f"{self.sparsity_slope!r} with sparsity={self.sparsity!r}"
+                )
             return
+        if self.sparsity_slope != 0:
+            raise ValueError(
+                f"Expected argument `sparsity_slope` to be 0 with sparsity_pattern={self.sparsity_pattern!r}, which is "
+                f"the same in every block, but got {self.sparsity_slope!r}"
+            )
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(self.sparsity_pattern))
         if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(
@@ -136,6 +149,24 @@ class PruneOptions:
                 f"Expected argument `sparsity` to be left out with sparsity_pattern={self.sparsity_pattern!r}, "
                 f"which fixes it to {self.target_sparsity:g}, but got {self.sparsity!r}"
             )
+
+    def of_block(self, index: int, num_blocks: int) -> "PruneOptions":
+        """The options of one block: its own sparsity, and no slope.
+
+        Args:
+            index: The block, from 0.
+            num_blocks: How many there are.
+
+        Example:
+            >>> options = PruneOptions(sparsity_pattern="unstructured", sparsity=0.6, sparsity_slope=0.2)
+            >>> [round(options.of_block(index, 3).target_sparsity, 6) for index in range(3)]
+            [0.5, 0.6, 0.7]
+        """
+        if self.sparsity_slope == 0 or num_blocks == 1:
+            return replace(self, sparsity_slope=0.0)
+        assert self.sparsity is not None
+        place = index / (num_blocks - 1) - 0.5
+        return replace(self, sparsity=self.sparsity + place * self.sparsity_slope, sparsity_slope=0.0)
 
     @property
     def group(self) -> tuple[int, int] | None:

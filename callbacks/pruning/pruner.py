@@ -184,7 +184,8 @@ class _Pruner:
         with self._block(index) as layers:
             masks = self.samples.masks if self.samples is not None else ()
             run = partial(self._run, index)
-            work = OneBlock(index, layers, self.options, run, self._batches(index), masks, self.ranks)
+            options = self.options.of_block(index, len(self.blocks))
+            work = OneBlock(index, layers, options, run, self._batches(index), masks, self.ranks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
             else:
