@@ -46,7 +46,7 @@ def test_without_gradients_and_rounds_it_is_wanda_bit_for_bit(name, pattern):
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_slope_makes_the_last_block_sparser_than_the_first(method):
     options = {"sparsity_pattern": "unstructured", "sparsity": 0.5, "sparsity_slope": 0.25}
-    model, blocks, report = tiny(method=method, **options)
+    _, blocks, report = tiny(method=method, **options)
     assert len(blocks) > 1
     expected = [0.375 + 0.25 * i / (len(blocks) - 1) for i in range(len(blocks))]
     for block, record, sparsity in zip(blocks, report.blocks, expected, strict=True):
