@@ -52,7 +52,8 @@ class PruneOptions:
         mask_mode: What pruned weights do during the steps: `free`, they move away from zero and the next round prunes
             again (the paper's); `fixed`, they stay zero and with them the first round's mask; `straight_through`, they
             keep their values beside the block, which runs without them, get its gradients (the straight-through
-            estimator, as in SR-STE, arXiv 2102.04010) and may come back in the next round.
+            estimator, as in SR-STE, arXiv 2102.04010) and may come back in the next round. `free` prunes once more
+            after the last steps; the others end with the mask that these were made with.
         compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
             statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
