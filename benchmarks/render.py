@@ -103,23 +103,23 @@ def ablation_table(result: dict[str, Any]) -> str:
     """Every variant, the best first within its setting."""
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in result["records"]:
-        key = (record["pattern"], record["blocks"], record["samples"], record["tokens"])
+        key = tuple(record[name] for name in ("pattern", "blocks", "samples", "tokens", "eval_windows"))
         settings.setdefault(key, []).append(record)
     parts = []
-    for (pattern, blocks, samples, tokens), records in settings.items():
+    for (pattern, blocks, samples, tokens, windows), records in settings.items():
         records.sort(key=lambda r: r.get("perplexity", float("inf")))
         body = [
             [
                 r["name"],
                 "; ".join(f"{key} {value}" for key, value in r["changes"].items()) or "the base",
                 f"{r['perplexity']:.2f}" if "perplexity" in r else r["failure"],
-                f"{r['seconds']:.0f}" if "seconds" in r else "",
+                f"{r['processor_seconds']:.0f}" if "processor_seconds" in r else "",
                 f"`{r['commit']}`",
             ]
             for r in records
         ]
-        title = f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens"
-        heading = ["variant", "what it changes", "perplexity", "seconds", "commit"]
+        title = f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens, {windows} windows of validation"
+        heading = ["variant", "what it changes", "perplexity", "processor seconds", "commit"]
         parts.append(f"{title}\n\n{rows(heading, body)}")
     return "\n\n".join(parts)
 
