@@ -22,7 +22,7 @@ class Recorder:
                 recorder.steps[trainer.global_step] = {
                     "loss": float(trainer.callback_metrics.get("train/loss", torch.nan)),
                     "batch": batch["input_ids"].flatten().tolist(),
-                    "queries": module.num_queries(trainer.global_step - 1),
+                    "queries": int(trainer.callback_metrics.get("zo/queries", 0)),
                 }
 
         self.callback = _Record()
