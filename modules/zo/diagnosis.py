@@ -15,8 +15,7 @@ from .directions import Direction, direction, directions_of_step
 from .estimators import LossFn, OneSided, TwoSided
 from .forward_mode import ForwardMode
 
-EPSILONS = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3))
-"""Half decades from 1e-6 to 3e-1."""
+EPSILONS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _AS_GOOD = 0.01
 
 

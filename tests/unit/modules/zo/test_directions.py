@@ -4,7 +4,6 @@ import torch
 from wandazeta.modules.zo import direction, directions_of_step, rademacher
 from wandazeta.modules.zo.directions import MAX_QUERIES, stream
 
-
 both = pytest.mark.parametrize("draw", [direction, rademacher])
 
 
