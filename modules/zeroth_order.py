@@ -320,12 +320,9 @@ class ZerothOrderModule(LanguageModel):
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluating(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
+            points = self._exchange.share(num_points)
             evaluations = self._estimator.evaluate(
-                lambda theta_Pd: self.losses(theta_Pd, prepared),
-                theta,
-                directions,
-                self._exchange.share(num_points),
-                self.query_chunk_size,
+                lambda theta_Pd: self.losses(theta_Pd, prepared), theta, directions, points, self.query_chunk_size
             )
         self.query_chunk_size = evaluations.chunk_size
         return self._exchange.gather(evaluations, num_points, theta, batch["input_ids"])
@@ -349,7 +346,7 @@ class ZerothOrderModule(LanguageModel):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
         checkpoint["zeroth_order"] = {
             **self._description(),
-            "update": type(self.update_rule).__name__,
+            **self._rules(),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
             "theta_sum": self._theta_sum(),
@@ -360,7 +357,7 @@ class ZerothOrderModule(LanguageModel):
         saved = checkpoint.get("zeroth_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
-        require_same(saved, self._description() | {"update": type(self.update_rule).__name__})
+        require_same(saved, self._description() | self._rules())
         if "state_dict" in checkpoint:
             expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
             found = set(checkpoint["state_dict"])
@@ -393,6 +390,9 @@ class ZerothOrderModule(LanguageModel):
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
         return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+
+    def _rules(self) -> dict[str, Any]:
+        return {"update": type(self.update_rule).__name__, "schedule_states": self.schedule.num_states}
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None

@@ -9,7 +9,8 @@ from torch import nn
 from .arguments import check_range
 from .zo import AGGREGATIONS, DISTRIBUTIONS, Estimator, ForwardMode, OneSided, QuerySchedule, TwoSided
 
-# What `wandazeta diagnose` finds for SmolLM2-135M (benchmarks/results/epsilon.json); fp16, not measured, lies between
+# What `wandazeta diagnose` finds: bf16 on SmolLM2-135M (benchmarks/results/epsilon.json), fp32 on a small random LLaMA;
+# fp16, not measured, lies between
 EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 ESTIMATORS = ("two_sided", "one_sided", "forward_mode")

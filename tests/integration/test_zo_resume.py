@@ -9,7 +9,7 @@ from helpers.processes import run, start
 from helpers.zo_run import train
 from lightning.pytorch import Callback
 
-from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate
+from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,7 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
     [
         ({"adapter_layers": "last:1"}, "adapter_layers"),
         ({"adapter_rank": 3}, "adapter_rank"),
+        ({"schedule": VarianceSchedule()}, "schedule"),
         ({"other_model": True}, "backbone"),
     ],
 )

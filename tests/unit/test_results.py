@@ -58,9 +58,7 @@ def test_the_results_are_of_the_demo_as_it_is():
 
 
 def test_the_defaults_of_epsilon_are_as_good_as_any_that_was_measured():
-    records = load("epsilon")["records"]
-    assert {record["dtype"] for record in records} == {"float32", "bfloat16"}
-    for record in records:
+    for record in load("epsilon")["records"]:
         assert EPSILON[getattr(torch, record["dtype"])] == record["default"]
         rows = [row for row in record["rows"] if row["estimator"] == "two_sided"]
         (default,) = (row["correlation"] for row in rows if row["epsilon"] == record["default"])
