@@ -13,7 +13,7 @@ from typing import Any
 from records import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/ablation.md")
+PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md")
 PICTURE = ROOT / "docs" / "demo.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
@@ -154,6 +154,24 @@ def bf16_table(result: dict[str, Any]) -> str:
     )
 
 
+def epsilon_table(result: dict[str, Any]) -> str:
+    """Correlations over epsilon, a column for each precision, start and estimator; recommended ones in bold."""
+    records = result["records"]
+    heading, columns = ["epsilon"], []
+    for record in records:
+        start = "identity" if record["identity_start"] else "random"
+        for name, epsilon in record["recommended"].items():
+            heading.append(f"{record['dtype']}, {start} start, {name}")
+            found = {row["epsilon"]: row["correlation"] for row in record["rows"] if row["estimator"] == name}
+            columns.append({e: f"**{c:.3f}**" if e == epsilon else f"{c:.3f}" for e, c in found.items()})
+    body = [[f"{epsilon:g}", *(column[epsilon] for column in columns)] for epsilon in columns[0]]
+    first = records[0]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M, default adapters at their start, {first['num_batches']} batches of "
+        f"{first['batch']} prompts with {first['num_queries']} directions each; bold is recommended."
+    )
+
+
 def blocks() -> dict[str, str]:
     """What stands between the pages' markers, by name."""
     return {
@@ -163,6 +181,7 @@ def blocks() -> dict[str, str]:
         "memory": memory_sentence(load("prune_memory")),
         "bf16": bf16_table(load("prune_bf16")),
         "ablation": ablation_table(load("ablation")),
+        "epsilon": epsilon_table(load("epsilon")),
     }
 
 

@@ -18,6 +18,7 @@ _WHAT = {
     "adapter_bottleneck": "`adapter_bottleneck`",
     "adapter_sites": "`adapter_sites` and `adapter_layers`",
     "update": "`update`",
+    "schedule_states": "what `schedule` remembers",
     "lora_rank": "`lora_rank`",
     "lora_alpha": "`lora_alpha`",
     "target_modules": "`target_modules`",

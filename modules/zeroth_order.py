@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,29 +21,28 @@ from .language_model import LanguageModel, evaluating
 from .prefix import FrozenPrefix
 from .scoring import Prepared, option_losses, token_losses
 from .zo import (
+    AGGREGATIONS,
+    DISTRIBUTIONS,
     AdaZetaSchedule,
     ConstantSchedule,
-    QueryLosses,
+    Directions,
     RAdaZOUpdate,
     SGDUpdate,
-    estimated_gradient,
+    VarianceSchedule,
+    directions_of_step,
     projected_gradients,
-    two_sided,
 )
-
-# By the unit roundoff of the forward: on a small random LLaMA the two-sided estimate correlates with the exact
-# directional derivative by 1.00 at 1e-3 in fp32; in bf16 by 0.78 at 1e-3 and 0.99 at 1e-2. fp16 lies between.
-EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+from .zo_options import EPSILON, check_finite_steps, check_zo_options, compute_dtype, make_estimator, warn_of_waste
 
 
 class ZerothOrderModule(LanguageModel):
     """A causal language model whose tensor-train adapters are trained by forward passes alone.
 
-    The backbone is frozen. Every step draws Q directions from (seed, step, query), compares the loss at both sides of
-    each and moves the adapters by the mean of the slopes (two-sided Gaussian SPSA with plain SGD). The stored adapters
-    are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in one flat fp32
-    buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that they ask
-    for, whose learning rate and scheduler are the real ones.
+    The backbone is frozen. Every step draws Q directions from (seed, step, query), measures the slope of the loss along
+    each and moves the adapters by the mean of the slopes (by default two-sided Gaussian SPSA with plain SGD). The
+    stored adapters are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in
+    one flat fp32 buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that
+    they ask for, whose learning rate and scheduler are the real ones.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model.
@@ -51,12 +50,18 @@ class ZerothOrderModule(LanguageModel):
         attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
-        schedule: Number of queries as a function of the epoch, `ConstantSchedule` or `AdaZetaSchedule`.
+        schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
+            `VarianceSchedule` (more when the slopes get small).
+        estimator: How slopes are measured: `two_sided` differences (2 forwards a query), `one_sided` ones that share
+            their base (1 a query and 1 more) or `forward_mode` derivatives, exact (counted as 2 a query).
+        directions: Distribution of the directions, `gaussian` (the paper's) or `rademacher`.
+        aggregation: How slopes become a gradient: their `mean` (the paper's), `align` (projection on the span of the
+            directions) or `fzoo` (mean over the slopes' standard deviation).
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
         weight_decay: Weight decay of the adapters' matrices; biases have none.
-        epsilon: Distance of the two sides from the adapters; by default fits the precision of the forward.
+        epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
         query_chunk_size: Queries folded into one forward; halved when memory runs out.
         adapter_rank: Tensor-train rank of the adapters.
         adapter_bottleneck: Inner width of the adapters.
@@ -66,6 +71,7 @@ class ZerothOrderModule(LanguageModel):
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
         prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
+        max_forwards: Forward passes after which the run ends; a step that would exceed them is not begun.
         max_nonfinite_steps: Steps in a row without any finite loss after which the run stops.
         seed: Seed of the directions and of the adapters' start.
 
@@ -82,7 +88,10 @@ class ZerothOrderModule(LanguageModel):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         pad_token: str | None = None,
-        schedule: ConstantSchedule | AdaZetaSchedule | None = None,
+        schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
+        estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
+        directions: Literal["gaussian", "rademacher"] = "gaussian",
+        aggregation: Literal["mean", "align", "fzoo"] = "mean",
         update: SGDUpdate | RAdaZOUpdate | None = None,
         learning_rate: float = 1e-4,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -97,12 +106,12 @@ class ZerothOrderModule(LanguageModel):
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
+        max_forwards: int | None = None,
         max_nonfinite_steps: int = 10,
         seed: int = 0,
     ) -> None:
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        check_range("epsilon", epsilon, epsilon is None or epsilon > 0, "above 0")
         check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
         check_range("adapter_rank", adapter_rank, adapter_rank >= 1, "at least 1")
         check_range("adapter_bottleneck", adapter_bottleneck, adapter_bottleneck >= 1, "at least 1")
@@ -110,6 +119,8 @@ class ZerothOrderModule(LanguageModel):
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
         num_top_blocks = top_blocks(adapter_layers)
+        schedule = schedule or ConstantSchedule(8)
+        check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
         if self.tokenizer.pad_token is None:
             raise ValueError(
@@ -118,7 +129,10 @@ class ZerothOrderModule(LanguageModel):
             )
         self.automatic_optimization = False
         self.strict_loading = False
-        self.schedule = schedule or ConstantSchedule(8)
+        self.schedule = schedule
+        self.estimator = estimator
+        self.directions = directions
+        self.aggregation = aggregation
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
         self.lr_scheduler = lr_scheduler
@@ -133,6 +147,7 @@ class ZerothOrderModule(LanguageModel):
         self.parallel = parallel
         self.prefix_cache = prefix_cache
         self.prefix_cache_gib = prefix_cache_gib
+        self.max_forwards = max_forwards
         self.max_nonfinite_steps = max_nonfinite_steps
         self.seed = seed
 
@@ -140,8 +155,8 @@ class ZerothOrderModule(LanguageModel):
         self.backbone_key = ""
         self.adapters: AdapterBank | None = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
-        # updates of the adapters and forwards spent: beside them, so that both are written in one go
-        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
+        # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
+        self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
         num_blocks = len(find_blocks(self.backbone)[1])
@@ -164,7 +179,7 @@ class ZerothOrderModule(LanguageModel):
         if self.adapters is None:
             self._insert_adapters()
         if stage == "fit":
-            self._check_trainer()
+            warn_of_waste(self.schedule, self.parallel, self.trainer.world_size, self.epsilon, self.compute_dtype)
             self._adjust_strategy()
 
     def _insert_adapters(self) -> None:
@@ -184,6 +199,7 @@ class ZerothOrderModule(LanguageModel):
         states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
+        self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
         if self.prefix_cache:
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
@@ -191,17 +207,6 @@ class ZerothOrderModule(LanguageModel):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._backbone_modules = list(self.backbone.modules())
         rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in {len(sites)} adapters")
-
-    def _check_trainer(self) -> None:
-        world_size = self.trainer.world_size
-        if self.parallel == "queries" and self.schedule.max_queries < world_size:
-            rank_zero_warn(f"{self.schedule.max_queries} queries on {world_size} ranks: some ranks have nothing to do")
-        dtype = self.compute_dtype
-        if self.epsilon is not None and self.epsilon < EPSILON[dtype] / 3:
-            rank_zero_warn(
-                f"epsilon={self.epsilon} is small for {dtype}: rounding noise will drown the loss differences; "
-                f"{EPSILON[dtype]} is the default"
-            )
 
     def _adjust_strategy(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -213,14 +218,7 @@ class ZerothOrderModule(LanguageModel):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Precision of the forward."""
-        precision = str(self.trainer.precision)
-        if precision.startswith("bf16"):
-            return torch.bfloat16
-        if precision.startswith("16"):
-            return torch.float16
-        # ZeRO-3 keeps the dtype of what it shards
-        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        return dtype if dtype in EPSILON else torch.float32
+        return compute_dtype(str(self.trainer.precision), self.backbone)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -231,6 +229,7 @@ class ZerothOrderModule(LanguageModel):
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
         sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
+        self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[self.compute_dtype])
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
             rank_zero_info("The frozen prefix is not reused: the strategy shards the backbone's weights.")
@@ -243,19 +242,21 @@ class ZerothOrderModule(LanguageModel):
             # adapters from elsewhere start a run of their own
             self._updates = step
             self.progress[0] = step
+        self.trainer.should_stop |= self._spent(step)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         step = self.trainer.global_step
         self._advance_scheduler(step)
         # a checkpoint written by a signal handler may hold the update of a step whose bookkeeping was still to come
-        if self._updates == step:
+        if self._updates == step and not self._spent(step):
             self._update_adapters(batch, step)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.manual_backward(self.anchor.sum() * 0.0)
         optimizer.step()
         self._advance_scheduler(step + 1)
+        self.trainer.should_stop |= self._spent(step + 1)
 
     def _advance_scheduler(self, step: int) -> None:
         scheduler = self.lr_schedulers()
@@ -263,34 +264,45 @@ class ZerothOrderModule(LanguageModel):
             scheduler.step()
 
     def num_queries(self, step: int) -> int:
-        """Queries of a step, by the epoch that it belongs to."""
-        return self.schedule.num_queries(int(step // self.trainer.num_training_batches))
+        """Queries of the step that comes next, by the epoch that it belongs to and by what was measured before."""
+        assert self.adapters is not None
+        epoch = int(step // self.trainer.num_training_batches)
+        return self.schedule.num_queries(epoch, self.adapters.get_buffer("schedule_states"))
+
+    def _spent(self, step: int) -> bool:
+        """Whether the next step would exceed the forward passes that the run may spend."""
+        if self.max_forwards is None:
+            return False
+        return int(self.progress[1]) + self._estimator.num_forwards(self.num_queries(step)) > self.max_forwards
 
     def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
         assert self.adapters is not None
         theta = self.adapters.theta
-        epsilon = self.epsilon or EPSILON[self.compute_dtype]
+        directions = directions_of_step(theta, self.seed, step, DISTRIBUTIONS[self.directions])
         num_queries = self.num_queries(step)
-        losses = self._estimate(batch, step, num_queries, epsilon)
-        slopes = projected_gradients(losses, epsilon)
+        values = self._estimate(batch, directions, num_queries)
+        slopes = projected_gradients(self._estimator.slopes(values))
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
-        stored_states = self.adapters.get_buffer("update_states")
-        updated, states = theta.clone(), stored_states.clone()
-        grad = estimated_gradient(theta, slopes, self.seed, step)
+        stored = [theta, *(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states"))]
+        updated, update_states, schedule_states = new = [tensor.clone() for tensor in stored]
+        grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
         if grad is not None:
-            self.update_rule.step_(updated, grad, states, int(self.progress[0]), learning_rate)
+            self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
             # decoupled from the moments, and the same as in the gradient where there are none
             updated.sub_(theta * self.adapters.decay_mask, alpha=learning_rate * self.weight_decay)
-        done = self.progress + self.progress.new_tensor([1, 2 * num_queries])
+            self.schedule.observe_(schedule_states, slopes)
+        done = self.progress + self.progress.new_tensor(
+            [1, self._estimator.num_forwards(num_queries), grad is not None]
+        )
         # one call: a signal handler that writes a checkpoint sees the adapters and their step both old or both new
-        torch._foreach_copy_([theta, stored_states, self.progress], [updated, states, done])
+        torch._foreach_copy_([*stored, self.progress], [*new, done])
         self._updates = step + 1
 
-        self.log("train/loss", losses.mean, prog_bar=True)
+        self.log("train/loss", self._estimator.loss(values), prog_bar=True)
         # logging costs a good part of a millisecond a value, as much as a fast step's arithmetic
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps):
+        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._spent(step + 1):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
@@ -301,29 +313,19 @@ class ZerothOrderModule(LanguageModel):
                 }
             )
         self._nonfinite_steps = 0 if slopes.values else self._nonfinite_steps + 1
-        if self._nonfinite_steps >= self.max_nonfinite_steps:
-            raise ValueError(
-                f"Expected finite losses, but for {self._nonfinite_steps} steps (up to step {step}) every query was "
-                "nan or infinite; lower `learning_rate` or `epsilon`, and check the data and the precision"
-            )
+        check_finite_steps(self._nonfinite_steps, self.max_nonfinite_steps, step)
 
-    def _estimate(self, batch: dict[str, Tensor], step: int, num_queries: int, epsilon: float) -> QueryLosses:
+    def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None
-        theta = self.adapters.theta
-        queries = self._exchange.share(num_queries)
+        theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluating(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
-            losses = two_sided(
-                lambda theta_Pd: self.losses(theta_Pd, prepared),
-                theta,
-                self.seed,
-                step,
-                queries,
-                epsilon,
-                self.query_chunk_size,
+            points = self._exchange.share(num_points)
+            evaluations = self._estimator.evaluate(
+                lambda theta_Pd: self.losses(theta_Pd, prepared), theta, directions, points, self.query_chunk_size
             )
-        self.query_chunk_size = losses.chunk_size
-        return self._exchange.gather(losses, num_queries, theta, batch["input_ids"])
+        self.query_chunk_size = evaluations.chunk_size
+        return self._exchange.gather(evaluations, num_points, theta, batch["input_ids"])
 
     def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
@@ -344,7 +346,7 @@ class ZerothOrderModule(LanguageModel):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
         checkpoint["zeroth_order"] = {
             **self._description(),
-            "update": type(self.update_rule).__name__,
+            **self._rules(),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
             "theta_sum": self._theta_sum(),
@@ -355,7 +357,7 @@ class ZerothOrderModule(LanguageModel):
         saved = checkpoint.get("zeroth_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
-        require_same(saved, self._description() | {"update": type(self.update_rule).__name__})
+        require_same(saved, self._description() | self._rules())
         if "state_dict" in checkpoint:
             expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
             found = set(checkpoint["state_dict"])
@@ -388,6 +390,9 @@ class ZerothOrderModule(LanguageModel):
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
         return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+
+    def _rules(self) -> dict[str, Any]:
+        return {"update": type(self.update_rule).__name__, "schedule_states": self.schedule.num_states}
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None

@@ -22,7 +22,7 @@ class Recorder:
                 recorder.steps[trainer.global_step] = {
                     "loss": float(trainer.callback_metrics.get("train/loss", torch.nan)),
                     "batch": batch["input_ids"].flatten().tolist(),
-                    "queries": module.num_queries(trainer.global_step - 1),
+                    "queries": int(trainer.callback_metrics.get("zo/queries", 0)),
                 }
 
         self.callback = _Record()
@@ -93,6 +93,7 @@ def train(
     trainer_options=None,
     corrupt_rank=None,
     shuffle_per_rank=False,
+    step_pipe=None,
     **options,
 ):
     """Train; return the trainer, the module and the recorder."""
@@ -120,8 +121,12 @@ def train(
             if trainer.global_rank == corrupt_rank and trainer.global_step == 3:
                 module.adapters.theta[5] += 1e-3
 
+    class Tell(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            os.write(step_pipe, trainer.global_step.to_bytes(4, "little"))
+
     recorder = Recorder()
-    every = [Corrupt(), recorder.callback, *callbacks, *([Slow()] if sleep else [])]
+    every = [Corrupt(), recorder.callback, *callbacks, *([Tell()] if step_pipe else []), *([Slow()] if sleep else [])]
     if save_every:
         every.append(
             ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
@@ -157,7 +162,12 @@ def train(
 
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
+    from wandazeta.modules import zo
+
     settings = json.loads(Path(sys.argv[1]).read_text())
+    for name in settings.keys() & {"schedule", "update"}:
+        kind, arguments = settings[name]
+        settings[name] = getattr(zo, kind)(**arguments)
     counter = CountBytes() if settings.pop("count_bytes", False) else None
     if counter:
         settings["callbacks"] = [counter.callback()]
@@ -166,6 +176,9 @@ def main():
         "theta": module.adapters.theta.clone(),
         "steps": recorder.steps,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "update_states": module.adapters.update_states.clone(),
+        "schedule_states": module.adapters.schedule_states.clone(),
+        "progress": module.progress.clone(),
         "updates": int(module.progress[0]),
         "global_step": trainer.global_step,
         # ZeRO-3 leaves a share of each weight

@@ -1,3 +1,4 @@
+import json
 import signal
 import time
 
@@ -8,7 +9,7 @@ from helpers.processes import run, start
 from helpers.zo_run import train
 from lightning.pytorch import Callback
 
-from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate
+from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,7 @@ def decay(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 
 
+STATES = ("adapters.update_states", "adapters.schedule_states")
 OPTIONS = {"schedule": AdaZetaSchedule(1.0, 1.0, 4), "lr_scheduler": decay, "weight_decay": 0.1}
 
 
@@ -68,6 +70,37 @@ def test_killed_and_started_again(model_dir, tmp_path):
     assert resumed["metrics"] == whole["metrics"]
 
 
+def test_killed_ten_times_in_a_row(model_dir, tmp_path):
+    """SIGKILL at random instants, of steps and of writing checkpoints; shuffled data, epochs of five steps."""
+    settings = {
+        "model_dir": str(model_dir),
+        "steps": 60,
+        "save_every": 2,
+        "adapter_layers": "last:1",
+        "estimator": "one_sided",
+        "update": ["RAdaZOUpdate", {}],
+        "schedule": ["VarianceSchedule", {"min_queries": 2, "max_queries": 6, "window": 4}],
+        "weight_decay": 0.1,
+        "kills": 10,
+        "kill_seed": 0,
+    }
+    process = start("zo_kills", settings, tmp_path)
+    try:
+        code = process.wait(300)
+    finally:
+        process.kill()
+    assert code == 0, (tmp_path / "log.txt").read_text()[-4000:]
+    told = json.loads((tmp_path / "kills.json").read_text())
+    assert told["kills"] == 10
+    whole, killed = (torch.load(tmp_path / name / "result-0.pt", weights_only=True) for name in ("whole", "killed"))
+    for name in ("theta", "update_states", "schedule_states", "progress"):
+        assert torch.equal(killed[name], whole[name]), name
+    assert killed["metrics"] == whole["metrics"]
+    # in the middle of epochs, with numbers of queries that the schedule had found by then
+    assert any(begun[0] % 5 for begun in told["steps"][1:])
+    assert len({seen["queries"] for seen in whole["steps"].values()}) > 1
+
+
 class SaveInside(Callback):
     """Writes a checkpoint at a point inside a step, as a signal handler would."""
 
@@ -114,7 +147,7 @@ def test_checkpoint_is_small_and_plain(model_dir, tmp_path):
     file = tmp_path / "last.ckpt"
     assert file.stat().st_size <= 4 * (module.adapters.num_parameters + 1) + 64 * 1024
     checkpoint = torch.load(file, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {"anchor", "progress", "adapters.theta", "adapters.update_states"}
+    assert set(checkpoint["state_dict"]) == {"anchor", "progress", "adapters.theta", *STATES}
     assert torch.equal(checkpoint["state_dict"]["adapters.theta"], module.adapters.theta)
     assert checkpoint["zeroth_order"]["backbone_key"] == module.backbone_key
 
@@ -143,6 +176,7 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
     [
         ({"adapter_layers": "last:1"}, "adapter_layers"),
         ({"adapter_rank": 3}, "adapter_rank"),
+        ({"schedule": VarianceSchedule()}, "schedule"),
         ({"other_model": True}, "backbone"),
     ],
 )

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from wandazeta.modules.zo_options import EPSILON
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -52,3 +55,12 @@ def test_the_results_are_of_the_demo_as_it_is():
             record["forward_passes"]
             == 2 * record["steps"] * demo["model"]["init_args"]["schedule"]["init_args"]["num_queries"]
         )
+
+
+def test_the_defaults_of_epsilon_are_as_good_as_any_that_was_measured():
+    for record in load("epsilon")["records"]:
+        assert EPSILON[getattr(torch, record["dtype"])] == record["default"]
+        rows = [row for row in record["rows"] if row["estimator"] == "two_sided"]
+        (default,) = (row["correlation"] for row in rows if row["epsilon"] == record["default"])
+        assert default >= max(row["correlation"] for row in rows) - 0.01
+        assert default > 0.98

@@ -203,7 +203,7 @@ def test_a_step_without_finite_query_changes_nothing(model_dir, tmp_path):
     start = ready(model_dir).adapters.theta
     _, module, _ = train(model_dir, tmp_path, steps=1, queries=2, weight_decay=0.1, callbacks=[Spoil({0, 1})])
     assert torch.equal(module.adapters.theta, start)
-    assert module.progress.tolist() == [1, 4]
+    assert module.progress.tolist() == [1, 4, 0]
 
 
 def test_losses_that_stay_non_finite_end_the_run(model_dir, tmp_path):
