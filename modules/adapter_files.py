@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .adapters import AdapterBank
-
 _WHAT = {
     "train": "`train`",
     "backbone_key": "the backbone that the adapters were trained on (model and pruning)",
-    "adapter_rank": "`adapter_rank`",
-    "adapter_bottleneck": "`adapter_bottleneck`",
-    "adapter_sites": "`adapter_sites` and `adapter_layers`",
+    "kind": "the kind of `trainable`",
+    "rank": "`rank`",
+    "bottleneck": "`bottleneck`",
+    "alpha": "`alpha`",
+    "sites": "what carries adapters (`sites`, `target_modules`, `layers`)",
     "update": "`update`",
     "lora_rank": "`lora_rank`",
     "lora_alpha": "`lora_alpha`",
@@ -38,17 +38,6 @@ def backbone_fingerprint(model: nn.Module, samples: int = 64) -> str:
         picked = flat[:: max(1, flat.numel() // samples) | 1][:samples]
         digest.update(picked.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def describe(bank: AdapterBank, rank: int, bottleneck: int, backbone_key: str) -> dict[str, Any]:
-    """Return what adapters fit, in plain values."""
-    return {
-        "backbone_key": backbone_key,
-        "adapter_rank": rank,
-        "adapter_bottleneck": bottleneck,
-        "adapter_sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in bank.sites],
-        "num_parameters": bank.num_parameters,
-    }
 
 
 def require_same(saved: dict[str, Any], here: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
 
-from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
-from .adapters import AdaptedModule, AdapterBank, inject_adapters
-from .arguments import check_range, stepped, top_blocks
+from .adapter_files import backbone_fingerprint, load_adapter_files, require_same, save_adapter_files
+from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters
+from .arguments import check_range, stepped
 from .exchange import Exchange
 from .language_model import LanguageModel, evaluating
 from .prefix import FrozenPrefix
@@ -37,7 +37,7 @@ EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 
 class ZerothOrderModule(LanguageModel):
-    """A causal language model whose tensor-train adapters are trained by forward passes alone.
+    """A causal language model whose adapters, tensor trains or LoRA factors, are trained by forward passes alone.
 
     The backbone is frozen. Every step draws Q directions from (seed, step, query), compares the loss at both sides of
     each and moves the adapters by the mean of the slopes (two-sided Gaussian SPSA with plain SGD). The stored adapters
@@ -58,11 +58,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: Weight decay of the adapters' matrices; biases have none.
         epsilon: Distance of the two sides from the adapters; by default fits the precision of the forward.
         query_chunk_size: Queries folded into one forward; halved when memory runs out.
-        adapter_rank: Tensor-train rank of the adapters.
-        adapter_bottleneck: Inner width of the adapters.
-        adapter_sites: Places in every block such as `before:mlp.up_proj`; by default the paper's.
-        adapter_layers: Blocks with adapters, `all` or the top ones as in `last:2`.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        trainable: What is trained, `TensorTrainAdapters` (the paper's) or `LoRAAdapters`.
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
         prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
@@ -89,11 +85,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: float = 0.0,
         epsilon: float | None = None,
         query_chunk_size: int = 8,
-        adapter_rank: int = 5,
-        adapter_bottleneck: int = 64,
-        adapter_sites: list[str] | None = None,
-        adapter_layers: str = "all",
-        identity_start: bool = True,
+        trainable: TensorTrainAdapters | LoRAAdapters | None = None,
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
@@ -104,12 +96,9 @@ class ZerothOrderModule(LanguageModel):
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         check_range("epsilon", epsilon, epsilon is None or epsilon > 0, "above 0")
         check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
-        check_range("adapter_rank", adapter_rank, adapter_rank >= 1, "at least 1")
-        check_range("adapter_bottleneck", adapter_bottleneck, adapter_bottleneck >= 1, "at least 1")
         check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
-        num_top_blocks = top_blocks(adapter_layers)
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
         if self.tokenizer.pad_token is None:
             raise ValueError(
@@ -125,11 +114,7 @@ class ZerothOrderModule(LanguageModel):
         self.weight_decay = weight_decay
         self.epsilon = epsilon
         self.query_chunk_size = query_chunk_size
-        self.adapter_rank = adapter_rank
-        self.adapter_bottleneck = adapter_bottleneck
-        self.adapter_sites = adapter_sites
-        self.adapter_layers = slice(None) if num_top_blocks is None else slice(-num_top_blocks, None)
-        self.identity_start = identity_start
+        self.trainable = trainable or TensorTrainAdapters()
         self.parallel = parallel
         self.prefix_cache = prefix_cache
         self.prefix_cache_gib = prefix_cache_gib
@@ -138,18 +123,13 @@ class ZerothOrderModule(LanguageModel):
 
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
         self.backbone_key = ""
-        self.adapters: AdapterBank | None = None
+        self.adapters: FlatBank | None = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
         # updates of the adapters and forwards spent: beside them, so that both are written in one go
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
-        num_blocks = len(find_blocks(self.backbone)[1])
-        if num_top_blocks is not None and num_top_blocks > num_blocks:
-            raise ValueError(
-                f"Expected argument `adapter_layers` to name at most the {num_blocks} blocks of the model, "
-                f"but got {adapter_layers!r}"
-            )
+        self.trainable.check(self.backbone)
 
     @property
     def data_sharding(self) -> tuple[int, int]:
@@ -170,22 +150,13 @@ class ZerothOrderModule(LanguageModel):
     def _insert_adapters(self) -> None:
         self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
         self.backbone.requires_grad_(False)
-        _, blocks = find_blocks(self.backbone)
-        self.adapters = inject_adapters(
-            self.backbone,
-            blocks=blocks,
-            sites=self.adapter_sites,
-            layers=self.adapter_layers,
-            rank=self.adapter_rank,
-            bottleneck=self.adapter_bottleneck,
-            identity_start=self.identity_start,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        self.adapters = self.trainable.insert(self.backbone, self.seed)
         states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
         if self.prefix_cache:
+            _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -387,7 +358,7 @@ class ZerothOrderModule(LanguageModel):
 
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
-        return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+        return {**self.adapters.description(), "backbone_key": self.backbone_key}
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None

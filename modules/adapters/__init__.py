@@ -1,19 +1,28 @@
-"""Tensor-train adapters that live in one flat vector: plain torch."""
+"""Adapters that live in one flat vector, tensor trains or LoRA factors: plain torch."""
 
-from .bank import AdapterBank, AdapterLayout, Site
+from .bank import AdapterBank, AdapterLayout, FlatBank, Site
 from .factorise import factorise
 from .inject import AdaptedModule, inject_adapters, remove_adapters
+from .lora import LoRABank, LoRASite, inject_lora
 from .tensor_train import TTLinear, TTShape, tt_matrices
+from .trainables import LoRAAdapters, TensorTrainAdapters, Trainable
 
 __all__ = [
     "AdaptedModule",
     "AdapterBank",
     "AdapterLayout",
+    "FlatBank",
+    "LoRAAdapters",
+    "LoRABank",
+    "LoRASite",
     "Site",
     "TTLinear",
     "TTShape",
+    "TensorTrainAdapters",
+    "Trainable",
     "factorise",
     "inject_adapters",
+    "inject_lora",
     "remove_adapters",
     "tt_matrices",
 ]

@@ -75,6 +75,21 @@ class CountBytes:
         dist._broadcast_coalesced = coalesced
 
 
+def trainable_of(options):
+    """Take what is trained out of options that a JSON file can hold: tensor trains with settings of their own."""
+    from wandazeta.modules.adapters import TensorTrainAdapters
+
+    settings = {
+        name: options.pop(f"adapter_{name}")
+        for name in ("rank", "bottleneck", "sites", "layers")
+        if f"adapter_{name}" in options
+    }
+    if "identity_start" in options:
+        settings["identity_start"] = options.pop("identity_start")
+    chosen = options.pop("trainable", None)
+    return chosen or TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
+
+
 def train(
     model_dir,
     root,
@@ -126,14 +141,8 @@ def train(
         every.append(
             ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
         )
-    options = {
-        "learning_rate": 3e-3,
-        "adapter_rank": 2,
-        "adapter_bottleneck": 8,
-        "query_chunk_size": 1,
-        "identity_start": False,
-        "schedule": ConstantSchedule(queries),
-    } | options
+    options = {"learning_rate": 3e-3, "query_chunk_size": 1, "schedule": ConstantSchedule(queries)} | options
+    options["trainable"] = trainable_of(options)
     module = ZerothOrderModule(str(model_dir), **options)
     trainer = Trainer(
         accelerator="cpu",

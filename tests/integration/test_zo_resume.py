@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
 from helpers.processes import run, start
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 
 from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate
@@ -141,8 +141,8 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_layers": "last:1"}, "adapter_layers"),
-        ({"adapter_rank": 3}, "adapter_rank"),
+        ({"adapter_layers": "last:1"}, "`layers`"),
+        ({"adapter_rank": 3}, "`rank` differs"),
         ({"other_model": True}, "backbone"),
     ],
 )
@@ -186,7 +186,9 @@ def test_validation_in_between_changes_nothing(model_dir, tmp_path):
 
     thetas = []
     for validate in (False, True):
-        module = ZerothOrderModule(str(model_dir), adapter_layers="last:1", identity_start=False, learning_rate=1e-3)
+        module = ZerothOrderModule(
+            str(model_dir), trainable=trainable_of({"adapter_layers": "last:1"}), learning_rate=1e-3
+        )
         trainer = Trainer(
             accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             val_check_interval=2, limit_val_batches=2 if validate else 0,
