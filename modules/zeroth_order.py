@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
 
-from .adapter_files import backbone_fingerprint, load_adapter_files, require_same, save_adapter_files
-from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters
+from .adapter_files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights
 from .arguments import check_range, stepped
-from .exchange import Exchange
+from .exchange import Exchange, require_whole_weights
 from .language_model import LanguageModel, evaluating
 from .prefix import FrozenPrefix
 from .scoring import Prepared, option_losses, token_losses
@@ -58,7 +58,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: Weight decay of the adapters' matrices; biases have none.
         epsilon: Distance of the two sides from the adapters; by default fits the precision of the forward.
         query_chunk_size: Queries folded into one forward; halved when memory runs out.
-        trainable: What is trained, `TensorTrainAdapters` (the paper's) or `LoRAAdapters`.
+        trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
         prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
@@ -85,7 +85,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: float = 0.0,
         epsilon: float | None = None,
         query_chunk_size: int = 8,
-        trainable: TensorTrainAdapters | LoRAAdapters | None = None,
+        trainable: TensorTrainAdapters | LoRAAdapters | Weights | None = None,
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
@@ -122,14 +122,19 @@ class ZerothOrderModule(LanguageModel):
         self.seed = seed
 
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
-        self.backbone_key = ""
-        self.adapters: FlatBank | None = None
+        self._backbone_description: dict[str, Any] = {}
+        self.adapters: FlatBank | WeightBank | None = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
         # updates of the adapters and forwards spent: beside them, so that both are written in one go
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
-        self.trainable.check(self.backbone)
+        self.trainable.check(self.backbone, self.update_rule.num_states)
+
+    @property
+    def backbone_key(self) -> str:
+        """Key of the backbone, pruned or not, that the adapters belong to."""
+        return str(self._backbone_description.get("backbone_key", ""))
 
     @property
     def data_sharding(self) -> tuple[int, int]:
@@ -148,22 +153,26 @@ class ZerothOrderModule(LanguageModel):
             self._adjust_strategy()
 
     def _insert_adapters(self) -> None:
-        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         self.backbone.requires_grad_(False)
         self.adapters = self.trainable.insert(self.backbone, self.seed)
-        states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
+        states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if self.prefix_cache:
+        if isinstance(self.adapters, WeightBank):
+            self.scorer.head_rows = self.adapters.rows
+        elif self.prefix_cache:
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._backbone_modules = list(self.backbone.modules())
-        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in {len(sites)} adapters")
+        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values, {len(sites)} adapters")
 
     def _check_trainer(self) -> None:
+        if isinstance(self.adapters, WeightBank):
+            require_whole_weights(self.trainer.strategy)
         world_size = self.trainer.world_size
         if self.parallel == "queries" and self.schedule.max_queries < world_size:
             rank_zero_warn(f"{self.schedule.max_queries} queries on {world_size} ranks: some ranks have nothing to do")
@@ -201,6 +210,8 @@ class ZerothOrderModule(LanguageModel):
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
         sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
+        if isinstance(self.adapters, WeightBank):
+            self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
@@ -239,23 +250,23 @@ class ZerothOrderModule(LanguageModel):
 
     def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
         assert self.adapters is not None
-        theta = self.adapters.theta
         epsilon = self.epsilon or EPSILON[self.compute_dtype]
         num_queries = self.num_queries(step)
+        self.adapters.start(self.seed, step, num_queries)
+        theta = self.adapters.theta
         losses = self._estimate(batch, step, num_queries, epsilon)
         slopes = projected_gradients(losses, epsilon)
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
         stored_states = self.adapters.get_buffer("update_states")
         updated, states = theta.clone(), stored_states.clone()
-        grad = estimated_gradient(theta, slopes, self.seed, step)
+        grad = estimated_gradient(theta, slopes, self.seed, step, self.adapters.draw)
         if grad is not None:
             self.update_rule.step_(updated, grad, states, int(self.progress[0]), learning_rate)
-            # decoupled from the moments, and the same as in the gradient where there are none
-            updated.sub_(theta * self.adapters.decay_mask, alpha=learning_rate * self.weight_decay)
+        # decoupled from the moments, and the same as in the gradient where there are none
+        shrink = 0.0 if grad is None else learning_rate * self.weight_decay
         done = self.progress + self.progress.new_tensor([1, 2 * num_queries])
-        # one call: a signal handler that writes a checkpoint sees the adapters and their step both old or both new
-        torch._foreach_copy_([theta, stored_states, self.progress], [updated, states, done])
+        self.adapters.store(updated, shrink, [stored_states, self.progress], [states, done])
         self._updates = step + 1
 
         self.log("train/loss", losses.mean, prog_bar=True)
@@ -292,15 +303,16 @@ class ZerothOrderModule(LanguageModel):
                 queries,
                 epsilon,
                 self.query_chunk_size,
+                self.adapters.draw,
             )
         self.query_chunk_size = losses.chunk_size
-        return self._exchange.gather(losses, num_queries, theta, batch["input_ids"])
+        return self._exchange.gather(losses, num_queries, self.adapters.checked(), batch["input_ids"])
 
     def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
         assert self.adapters is not None
         losses = []
-        for part in theta_Pd.split(self.scorer.max_repeats(prepared)):
+        for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
             with self.adapters.use(part):
                 if prepared.labels is not None:
                     scores = self.scorer.option_scores(prepared, len(part))
@@ -312,7 +324,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
         checkpoint["zeroth_order"] = {
             **self._description(),
             "update": type(self.update_rule).__name__,
@@ -328,7 +340,7 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         require_same(saved, self._description() | {"update": type(self.update_rule).__name__})
         if "state_dict" in checkpoint:
-            expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
+            expected = {name for name in self.state_dict() if self._is_trained(name)}
             found = set(checkpoint["state_dict"])
             if expected != found:
                 raise ValueError(
@@ -341,9 +353,14 @@ class ZerothOrderModule(LanguageModel):
         self._nonfinite_steps = saved["nonfinite_steps"]
 
     def save_adapters(self, directory: str | Path) -> None:
-        """Write the adapters to `adapters.safetensors` and what they fit to `adapters.json`."""
-        assert self.adapters is not None
-        save_adapter_files(Path(directory), self.adapters.theta, self._description())
+        """Write the adapters, LoRA's as peft does, what they fit (`adapters.json`) and a model card.
+
+        Raises:
+            ValueError: If there are none, as the model's own weights are trained.
+        """
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to save, but got none; `backbone.save_pretrained` saves the weights")
+        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
 
     def load_adapters(self, directory: str | Path) -> None:
         """Load adapters that `save_adapters` wrote for the same backbone and sites.
@@ -353,8 +370,9 @@ class ZerothOrderModule(LanguageModel):
         """
         if self.adapters is None:
             self._insert_adapters()
-        assert self.adapters is not None
-        self.adapters.theta.copy_(load_adapter_files(Path(directory), self._description()))
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to load into, but got none; train from the directory of the weights")
+        load_adapter_files(Path(directory), self.adapters, self._description())
 
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
@@ -362,4 +380,10 @@ class ZerothOrderModule(LanguageModel):
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None
-        return float(self.adapters.theta.double().sum())
+        return float(self.adapters.checked().double().sum())
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether an entry of the state belongs into checkpoints."""
+        assert self.adapters is not None
+        inner = name.removeprefix("backbone.")
+        return inner == name or inner in self.adapters.model_names

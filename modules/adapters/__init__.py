@@ -1,11 +1,12 @@
-"""Adapters that live in one flat vector, tensor trains or LoRA factors: plain torch."""
+"""What is trained of a model: adapters in one flat vector, or its own weights. Plain torch."""
 
 from .bank import AdapterBank, AdapterLayout, FlatBank, Site
 from .factorise import factorise
 from .inject import AdaptedModule, inject_adapters, remove_adapters
 from .lora import LoRABank, LoRASite, inject_lora
 from .tensor_train import TTLinear, TTShape, tt_matrices
-from .trainables import LoRAAdapters, TensorTrainAdapters, Trainable
+from .trainables import LoRAAdapters, TensorTrainAdapters, Trainable, Weights
+from .weights import WeightBank
 
 __all__ = [
     "AdaptedModule",
@@ -20,6 +21,8 @@ __all__ = [
     "TTShape",
     "TensorTrainAdapters",
     "Trainable",
+    "WeightBank",
+    "Weights",
     "factorise",
     "inject_adapters",
     "inject_lora",

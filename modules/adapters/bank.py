@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from wandazeta.modules.zo.directions import direction
+
 from .tensor_train import TTShape, init_cores, tt_matrices
 
 
@@ -173,6 +175,10 @@ class FlatBank(nn.Module):
     theta: Tensor
     folds = True
     """Whether several copies go through one forward, each on its share of the rows."""
+    model_names: frozenset[str] = frozenset()
+    """Names of the model's own parameters that are trained."""
+    draw = staticmethod(direction)
+    """Draws a direction of `theta`."""
 
     def __init__(self, layout: Layout, theta: Tensor) -> None:
         super().__init__()
@@ -185,6 +191,33 @@ class FlatBank(nn.Module):
     def description(self) -> dict[str, Any]:
         """What the vector fits, in plain values."""
         raise NotImplementedError
+
+    file_name = "adapters.safetensors"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by the names of the file that it is exported to: `theta` itself or views of it."""
+        return {"theta": self.theta.detach()}
+
+    def start(self, seed: int, step: int, num_queries: int) -> None:
+        """Go to a step; adapters are the same vector in every one."""
+
+    def store(self, updated: Tensor, shrink: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Take new values of the vector, and note down in the same call that they are taken.
+
+        A signal handler that writes a checkpoint sees the adapters and their step both old or both new.
+
+        Args:
+            updated: The new vector; changed by the decay.
+            shrink: Share of the old vector that is taken off, but for biases.
+            stored: Tensors that say how far training is.
+            new: Their new values.
+        """
+        updated.sub_(self.theta * self.decay_mask, alpha=shrink)
+        torch._foreach_copy_([self.theta, *stored], [updated, *new])
+
+    def checked(self) -> Tensor:
+        """What ranks that drifted apart are noticed by."""
+        return self.theta
 
     def train_by_gradient(self) -> None:
         """Make `theta` a parameter of the same name, for an optimizer."""

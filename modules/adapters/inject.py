@@ -100,11 +100,16 @@ def inject_adapters(
             position, name, width = parse_site(site, blocks[index])
             found.append(Site(index, name, position, width))
     bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
-    for site_index, place in enumerate(found):
+    wrap_sites(blocks, bank)
+    return bank
+
+
+def wrap_sites(blocks: nn.ModuleList, bank: AdapterBank) -> None:
+    """Put the adapters of a bank where its sites are."""
+    for site_index, place in enumerate(bank.sites):
         parent_name, _, child = place.name.rpartition(".")
         parent = blocks[place.block].get_submodule(parent_name)
         setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index, place.position))
-    return bank
 
 
 def remove_adapters(model: nn.Module) -> None:

@@ -127,6 +127,25 @@ class LoRABank(FlatBank):
             "num_parameters": self.num_parameters,
         }
 
+    file_name = "adapter_model.safetensors"
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"base_model.model.{name}": factor.detach() for name, factor in self.factors().items()}
+
+    def peft_config(self) -> dict[str, Any]:
+        """The `adapter_config.json` with which peft reads the factors."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.layout.rank,
+            "lora_alpha": self.layout.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": [site.name for site in self.sites],
+            "inference_mode": True,
+        }
+
     def factors(self) -> dict[str, Tensor]:
         """Both factors of every site by peft's names, `<module>.lora_A.weight` and `<module>.lora_B.weight`: views."""
         named: dict[str, Tensor] = {}
@@ -194,10 +213,15 @@ def inject_lora(
     if not found:
         raise ValueError("Expected Linears to put factors beside, but the chosen part of the model has none.")
     bank = LoRABank([LoRASite(name, *_widths(linear)) for name, linear in found.items()], rank, alpha, generator, dtype)
-    for index, (name, linear) in enumerate(found.items()):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRAModule(linear, bank, index))
+    wrap_linears(model, bank)
     return bank
+
+
+def wrap_linears(model: nn.Module, bank: LoRABank) -> None:
+    """Put the factors of a bank beside the Linears that it names."""
+    for index, site in enumerate(bank.sites):
+        parent, _, child = site.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRAModule(model.get_submodule(site.name), bank, index))
 
 
 def _is_named(name: str, target: str) -> bool:

@@ -1,6 +1,6 @@
 """What of a model is trained: the choices that a configuration names by class."""
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -11,19 +11,24 @@ from wandazeta.modules.arguments import check_range, top_blocks
 from .bank import FlatBank
 from .inject import inject_adapters
 from .lora import inject_lora
+from .weights import WeightBank
 
 
 class Trainable(Protocol):
     """Puts what is trained into a model."""
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, num_states: int) -> None:
         """Check what can be told before the model is pruned.
+
+        Args:
+            model: The model.
+            num_states: Values that the update keeps for each trained one.
 
         Raises:
             ValueError: If the choice does not fit the model.
         """
 
-    def insert(self, model: nn.Module, seed: int) -> FlatBank:
+    def insert(self, model: nn.Module, seed: int) -> FlatBank | WeightBank:
         """Change the model in place and return what is trained.
 
         Args:
@@ -66,7 +71,7 @@ class TensorTrainAdapters:
         self.layers = layers
         self.identity_start = identity_start
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, num_states: int) -> None:
         """Check the layers, as `Trainable.check` says."""
         _, blocks = find_blocks(model)
         _chosen(self.layers, len(blocks))
@@ -111,7 +116,7 @@ class LoRAAdapters:
         self.target_modules = target_modules
         self.layers = layers
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, num_states: int) -> None:
         """Check the layers, as `Trainable.check` says."""
         _, blocks = find_blocks(model)
         _chosen(self.layers, len(blocks))
@@ -128,6 +133,51 @@ class LoRAAdapters:
             alpha=self.alpha,
             generator=torch.Generator().manual_seed(seed),
         )
+
+
+class Weights:
+    """The model's own weights, without a copy of them (MeZO, arXiv 2305.17333): in 32 bits, by plain SGD.
+
+    Checkpoints hold them. What is zero in pruned Linears stays zero.
+
+    Args:
+        parts: `all` weights, the `biases`, or `biases_and_head` (BitFit and the output embeddings; where these are the
+            input embeddings, too, they are trained in both places).
+
+    Raises:
+        ValueError: If `parts` is none of these.
+    """
+
+    def __init__(self, parts: Literal["all", "biases", "biases_and_head"] = "all") -> None:
+        check_range("parts", parts, parts in ("all", "biases", "biases_and_head"), "all, biases or biases_and_head")
+        self.parts = parts
+
+    def check(self, model: nn.Module, num_states: int) -> None:
+        """Check that there are such weights and that they can be trained, as `Trainable.check` says."""
+        if num_states:
+            raise ValueError(
+                "Expected argument `update` to be SGDUpdate where `Weights` are trained, but got a rule with "
+                f"{num_states} values for each weight, as much memory as {num_states} more models; take SGDUpdate"
+            )
+        WeightBank(model, self._names(model))
+
+    def insert(self, model: nn.Module, seed: int) -> WeightBank:
+        """Return what moves the weights; the model stays as it is."""
+        return WeightBank(model, self._names(model))
+
+    def _names(self, model: nn.Module) -> list[str]:
+        names = [name for name, _ in model.named_parameters()]
+        if self.parts == "all":
+            return names
+        output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+        head = list(output_embeddings().parameters()) if output_embeddings and self.parts != "biases" else []
+        chosen = [n for n in names if n.endswith("bias") or any(model.get_parameter(n) is weight for weight in head)]
+        if not any(name.endswith("bias") for name in chosen):
+            raise ValueError(
+                f"Expected a model with biases for argument `parts`, but {type(model).__name__} has none; "
+                "train all weights, or adapters"
+            )
+        return chosen
 
 
 def _chosen(layers: str, num_blocks: int) -> slice | None:
