@@ -77,17 +77,16 @@ class CountBytes:
 
 def trainable_of(options):
     """Take what is trained out of options that a JSON file can hold: tensor trains with settings of their own."""
-    from wandazeta.modules.adapters import TensorTrainAdapters
+    from wandazeta.modules import adapters
 
-    settings = {
-        name: options.pop(f"adapter_{name}")
-        for name in ("rank", "bottleneck", "sites", "layers")
-        if f"adapter_{name}" in options
-    }
+    names = ("rank", "bottleneck", "sites", "layers")
+    settings = {name: options.pop(f"adapter_{name}") for name in names if f"adapter_{name}" in options}
     if "identity_start" in options:
         settings["identity_start"] = options.pop("identity_start")
     chosen = options.pop("trainable", None)
-    return chosen or TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
+    if isinstance(chosen, str):
+        return getattr(adapters, chosen)()
+    return chosen or adapters.TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
 
 
 def train(
@@ -164,6 +163,12 @@ def train(
     return trainer, module, recorder
 
 
+def trained_vector(module):
+    """Everything that was trained, in one vector."""
+    bank = module.adapters
+    return bank.theta.clone() if bank.folds else torch.cat([weight.detach().flatten() for weight in bank.weights()])
+
+
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
     settings = json.loads(Path(sys.argv[1]).read_text())
@@ -172,7 +177,7 @@ def main():
         settings["callbacks"] = [counter.callback()]
     trainer, module, recorder = train(**settings)
     result = {
-        "theta": module.adapters.theta.clone(),
+        "theta": trained_vector(module),
         "steps": recorder.steps,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "updates": int(module.progress[0]),

@@ -8,6 +8,7 @@ from helpers.processes import run, start
 from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 
+from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate
 
 
@@ -109,8 +110,9 @@ def test_checkpoint_from_inside_a_step(model_dir, tmp_path, where):
     assert torch.equal(resumed.progress, whole.progress)
 
 
-def test_checkpoint_is_small_and_plain(model_dir, tmp_path):
-    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, adapter_bottleneck=64, adapter_rank=5)
+@pytest.mark.parametrize("kind", [TensorTrainAdapters, LoRAAdapters])
+def test_checkpoint_is_small_and_plain(model_dir, tmp_path, kind):
+    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, trainable=kind())
     file = tmp_path / "last.ckpt"
     assert file.stat().st_size <= 4 * (module.adapters.num_parameters + 1) + 64 * 1024
     checkpoint = torch.load(file, weights_only=True)
@@ -144,10 +146,12 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
         ({"adapter_layers": "last:1"}, "`layers`"),
         ({"adapter_rank": 3}, "`rank` differs"),
         ({"other_model": True}, "backbone"),
+        ({"other_model": True, "trainable": LoRAAdapters(2)}, "backbone"),
+        ({"trainable": LoRAAdapters(2)}, "the kind of `trainable` differs: saved tensor_train, here lora"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(model_dir, tmp_path, changes, message):
-    train(model_dir, tmp_path, steps=1, save_every=1)
+    train(model_dir, tmp_path, steps=1, save_every=1, trainable=changes["trainable"] if len(changes) == 2 else None)
     if changes.pop("other_model", False):
         model_dir = save_tiny_lm(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=message):

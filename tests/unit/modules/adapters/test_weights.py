@@ -54,7 +54,7 @@ def test_directions_are_normal_and_all_different():
     assert flat.mean(1).abs().max() < 4 / size**0.5
     assert (flat.var(1) - 1).abs().max() < 4 * (2 / size) ** 0.5
     assert (flat @ flat.T / size - torch.eye(4)).abs().max() < 0.05
-    assert flat.unique().numel() > 0.999 * flat.numel(), "two parts with one stream"
+    assert flat.unique().numel() > 0.99 * flat.numel(), "two parts with one stream"
     again = directions_of(model)[0]
     assert all(torch.equal(z, again[name]) for name, z in drawn[0].items())
 
