@@ -42,7 +42,7 @@ tags: [{kind.replace("_", "-")}, wandazeta]
 | sites | {sites} |
 
 They fit the weights that they were trained on, pruned as they were then: loading them onto others is refused.
-
+{_PRUNED if description["backbone_key"] != description["backbone_fingerprint"] else ""}
 ```python
 from transformers import AutoModelForCausalLM
 from wandazeta.modules import load_adapters
@@ -52,6 +52,9 @@ load_adapters(model, "path/to/this/directory")
 ```
 {_PEFT if kind == "lora" else ""}"""
 
+
+_PRUNED = """The run that trained them pruned the base model first, so name the pruned model's directory in its place.
+"""
 
 _PEFT = """
 peft reads the same files (without a look at the weights): `PeftModel.from_pretrained(model, "path/to/this/directory")`.

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_the_cards_code_loads_the_adapters(exported, tmp_path):
     for fact in (exported.backbone_key, "| base model | `model` in float32 |", "| rank | 2 |"):
         assert fact in card
     assert card.startswith("---\nbase_model: model\n")
+
+
+def test_the_card_says_where_the_base_model_was_pruned(exported):
+    for key, said in ((None, False), ("pruned by key", True)):
+        module = ZerothOrderModule("model")
+        module.pruned_backbone_key = key
+        module._insert_adapters()
+        module.save_adapters("card")
+        card = Path("card/README.md").read_text()
+        assert ("name the pruned model's directory" in card) == said
+        assert (key or module.backbone_key) in card
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
