@@ -2,10 +2,10 @@
 
     python benchmarks/zo_memory.py
 
-Every method runs two steps of its own module (optimizer states are there in the second), inference the scoring that
-both validate with; each in a fresh process, forked from one that has imported everything and holds nothing. Taken is
-the peak of resident memory (VmHWM) less what is resident after the fork: weights, adapters, gradients, states,
-activations. Methods that the result file holds are not run again.
+Every method runs two steps of its own module (optimizer states are there in the second), inference is the validation of
+the model as it is, by the same trainer; each in a fresh process, forked from one that has imported everything and holds
+nothing. Taken is the peak of resident memory (VmHWM) less what is resident after the fork: weights, adapters,
+gradients, states, activations. Methods that the result file holds are not run again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM  # noqa: F401  (the same for every method's model)
 
-from wandazeta.modules import FirstOrderModule, ZerothOrderModule
+from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters, Weights
 from wandazeta.modules.zo import ConstantSchedule
 
@@ -31,7 +31,7 @@ MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
 # one perturbed copy at a time, nothing kept from step to step
 FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache": False}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
-    "inference": (ZerothOrderModule, FORWARD_ONLY),
+    "inference": (LanguageModel, {}),
     "tensor_train": (ZerothOrderModule, FORWARD_ONLY | {"trainable": TensorTrainAdapters()}),
     "lora": (ZerothOrderModule, FORWARD_ONLY | {"trainable": LoRAAdapters()}),
     "mezo": (ZerothOrderModule, FORWARD_ONLY | {"trainable": Weights()}),
@@ -71,21 +71,17 @@ def measure(model_dir: Path, method: str, size: int, num_tokens: int, threads: i
     module, batch = kind(str(model_dir), **options), make_batch(model_dir, size, num_tokens)
     # loading has peaks of its own
     Path("/proc/self/clear_refs").write_text("5")
-    if method == "inference":
-        with torch.no_grad():
-            for _ in range(2):
-                module.scorer.option_scores(module.scorer.prepare(batch))
-    else:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader([batch, batch], batch_size=None))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run = trainer.validate if method == "inference" else trainer.fit
+    run(module, DataLoader([batch, batch], batch_size=None))
     return resident("VmHWM") - before
 
 
