@@ -14,6 +14,7 @@ from records import ROOT, describe, finished, is_finished, write
 from wandazeta.datamodules import PromptedClassificationDataModule
 from wandazeta.main import PruningTrainer
 from wandazeta.modules import ZerothOrderModule
+from wandazeta.modules.adapters import TensorTrainAdapters
 from wandazeta.modules.diagnose import EpsilonDiagnosis
 
 MODEL = ".cache/wandazeta/smollm2-135m"
@@ -24,7 +25,9 @@ BATCH_SIZE = 4
 def measure(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
     """Measure one setting."""
     seed_everything(0)
-    model = ZerothOrderModule(str(ROOT / MODEL), dtype=dtype, identity_start=identity_start, query_chunk_size=4)
+    model = ZerothOrderModule(
+        str(ROOT / MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=4
+    )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",
         "{text} In summary, the movie is",

@@ -13,7 +13,7 @@ from typing import Any
 from records import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md")
+PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md", "docs/trainables.md")
 PICTURE = ROOT / "docs" / "demo.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
@@ -118,7 +118,9 @@ def ablation_table(result: dict[str, Any]) -> str:
             ]
             for r in records
         ]
-        title = f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens, {windows} windows of validation"
+        title = (
+            f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens, {windows} windows of validation"
+        )
         heading = ["variant", "what it changes", "perplexity", "processor seconds", "commit"]
         parts.append(f"{title}\n\n{rows(heading, body)}")
     return "\n\n".join(parts)
@@ -172,6 +174,25 @@ def epsilon_table(result: dict[str, Any]) -> str:
     )
 
 
+def zo_memory_table(result: dict[str, Any]) -> str:
+    """Peak memory of what can be trained, beside inference."""
+    names = {
+        "tensor_train": "tensor trains",
+        "lora": "LoRA",
+        "mezo": "all weights (MeZO)",
+        "tensor_train_backprop": "tensor trains by back-propagation",
+        "lora_backprop": "LoRA by back-propagation",
+        "full_backprop": "all weights by back-propagation",
+    }
+    records, first = result["records"], result["records"][0]
+    body = [["inference", f"{first['inference_gib']:.3f}", ""]]
+    body += [[names[r["method"]], f"{r['peak_gib']:.3f}", f"{r['peak_gib'] / r['inference_gib']:.2f}"] for r in records]
+    return (
+        f"{rows(['', 'peak, GiB', 'x inference'], body)}\n\n{first['model']} in {first['dtype']}, {first['batch']} x "
+        f"{first['tokens']} tokens, {result['hardware']['cpu']}."
+    )
+
+
 def blocks() -> dict[str, str]:
     """What stands between the pages' markers, by name."""
     return {
@@ -182,6 +203,7 @@ def blocks() -> dict[str, str]:
         "bf16": bf16_table(load("prune_bf16")),
         "ablation": ablation_table(load("ablation")),
         "epsilon": epsilon_table(load("epsilon")),
+        "zo_memory": zo_memory_table(load("zo_memory")),
     }
 
 

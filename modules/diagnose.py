@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from .adapters import Weights
 from .arguments import check_range
 from .language_model import evaluating
 from .zeroth_order import ZerothOrderModule
@@ -54,6 +55,8 @@ class EpsilonDiagnosis(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, ZerothOrderModule):
             raise ValueError(f"Expected a ZerothOrderModule to diagnose, but got {type(pl_module).__name__}")
+        if isinstance(pl_module.trainable, Weights):
+            raise ValueError("Expected adapters to diagnose, but got `Weights`; leave out `trainable` or name adapters")
         if trainer.world_size > 1:
             raise ValueError(
                 f"Expected one process to diagnose with, but got {trainer.world_size}; set trainer.devices and "

@@ -3,11 +3,25 @@
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from .zo import Evaluations
 
 _NUM_PARTS = 3
+
+
+def require_whole_weights(strategy: Any) -> None:
+    """Refuse strategies that keep the model's weights elsewhere than in its parameters.
+
+    Raises:
+        ValueError: If the strategy shards weights, or has copies of them.
+    """
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise ValueError(
+            f"Expected a strategy that leaves the weights whole for `Weights`, but got {type(strategy).__name__}; use "
+            "one device or DDP, or train adapters"
+        )
 
 
 class Exchange:

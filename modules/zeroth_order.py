@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
 
-from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
-from .adapters import AdaptedModule, AdapterBank, inject_adapters
-from .arguments import check_range, stepped, top_blocks
-from .exchange import Exchange
+from .adapter_files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights
+from .arguments import check_range, stepped
+from .exchange import Exchange, require_whole_weights
 from .language_model import LanguageModel, evaluating
 from .prefix import FrozenPrefix
 from .scoring import Prepared, option_losses, token_losses
@@ -32,11 +32,19 @@ from .zo import (
     directions_of_step,
     projected_gradients,
 )
-from .zo_options import EPSILON, check_finite_steps, check_zo_options, compute_dtype, make_estimator, warn_of_waste
+from .zo_options import (
+    EPSILON,
+    check_finite_steps,
+    check_weights_options,
+    check_zo_options,
+    compute_dtype,
+    make_estimator,
+    warn_of_waste,
+)
 
 
 class ZerothOrderModule(LanguageModel):
-    """A causal language model whose tensor-train adapters are trained by forward passes alone.
+    """A causal language model whose adapters, tensor trains or LoRA factors, are trained by forward passes alone.
 
     The backbone is frozen. Every step draws Q directions from (seed, step, query), measures the slope of the loss along
     each and moves the adapters by the mean of the slopes (by default two-sided Gaussian SPSA with plain SGD). The
@@ -63,11 +71,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: Weight decay of the adapters' matrices; biases have none.
         epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
         query_chunk_size: Queries folded into one forward; halved when memory runs out.
-        adapter_rank: Tensor-train rank of the adapters.
-        adapter_bottleneck: Inner width of the adapters.
-        adapter_sites: Places in every block such as `before:mlp.up_proj`; by default the paper's.
-        adapter_layers: Blocks with adapters, `all` or the top ones as in `last:2`.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
         prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
@@ -98,11 +102,7 @@ class ZerothOrderModule(LanguageModel):
         weight_decay: float = 0.0,
         epsilon: float | None = None,
         query_chunk_size: int = 8,
-        adapter_rank: int = 5,
-        adapter_bottleneck: int = 64,
-        adapter_sites: list[str] | None = None,
-        adapter_layers: str = "all",
-        identity_start: bool = True,
+        trainable: TensorTrainAdapters | LoRAAdapters | Weights | None = None,
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
@@ -113,14 +113,13 @@ class ZerothOrderModule(LanguageModel):
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
-        check_range("adapter_rank", adapter_rank, adapter_rank >= 1, "at least 1")
-        check_range("adapter_bottleneck", adapter_bottleneck, adapter_bottleneck >= 1, "at least 1")
         check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
-        num_top_blocks = top_blocks(adapter_layers)
         schedule = schedule or ConstantSchedule(8)
         check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
+        if isinstance(trainable, Weights):
+            check_weights_options(estimator, directions, aggregation)
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token)
         if self.tokenizer.pad_token is None:
             raise ValueError(
@@ -139,11 +138,7 @@ class ZerothOrderModule(LanguageModel):
         self.weight_decay = weight_decay
         self.epsilon = epsilon
         self.query_chunk_size = query_chunk_size
-        self.adapter_rank = adapter_rank
-        self.adapter_bottleneck = adapter_bottleneck
-        self.adapter_sites = adapter_sites
-        self.adapter_layers = slice(None) if num_top_blocks is None else slice(-num_top_blocks, None)
-        self.identity_start = identity_start
+        self.trainable = trainable or TensorTrainAdapters()
         self.parallel = parallel
         self.prefix_cache = prefix_cache
         self.prefix_cache_gib = prefix_cache_gib
@@ -152,19 +147,19 @@ class ZerothOrderModule(LanguageModel):
         self.seed = seed
 
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
-        self.backbone_key = ""
-        self.adapters: AdapterBank | None = None
+        self._backbone_description: dict[str, Any] = {}
+        self.adapters: FlatBank | WeightBank | None = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
         # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
-        num_blocks = len(find_blocks(self.backbone)[1])
-        if num_top_blocks is not None and num_top_blocks > num_blocks:
-            raise ValueError(
-                f"Expected argument `adapter_layers` to name at most the {num_blocks} blocks of the model, "
-                f"but got {adapter_layers!r}"
-            )
+        self.trainable.check(self.backbone, self.update_rule.num_states)
+
+    @property
+    def backbone_key(self) -> str:
+        """Key of the backbone, pruned or not, that the adapters belong to."""
+        return str(self._backbone_description.get("backbone_key", ""))
 
     @property
     def data_sharding(self) -> tuple[int, int]:
@@ -179,34 +174,29 @@ class ZerothOrderModule(LanguageModel):
         if self.adapters is None:
             self._insert_adapters()
         if stage == "fit":
+            if isinstance(self.adapters, WeightBank):
+                require_whole_weights(self.trainer.strategy)
             warn_of_waste(self.schedule, self.parallel, self.trainer.world_size, self.epsilon, self.compute_dtype)
             self._adjust_strategy()
 
     def _insert_adapters(self) -> None:
-        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         self.backbone.requires_grad_(False)
-        _, blocks = find_blocks(self.backbone)
-        self.adapters = inject_adapters(
-            self.backbone,
-            blocks=blocks,
-            sites=self.adapter_sites,
-            layers=self.adapter_layers,
-            rank=self.adapter_rank,
-            bottleneck=self.adapter_bottleneck,
-            identity_start=self.identity_start,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
+        self.adapters = self.trainable.insert(self.backbone, self.seed)
+        states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if self.prefix_cache:
+        if isinstance(self.adapters, WeightBank):
+            self.scorer.head_rows = self.adapters.rows
+        elif self.prefix_cache:
+            _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._backbone_modules = list(self.backbone.modules())
-        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in {len(sites)} adapters")
+        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values, {len(sites)} adapters")
 
     def _adjust_strategy(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -228,6 +218,8 @@ class ZerothOrderModule(LanguageModel):
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
         sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
+        if isinstance(self.adapters, WeightBank):
+            self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[self.compute_dtype])
         if sharded and self.scorer.prefix is not None:
@@ -277,26 +269,25 @@ class ZerothOrderModule(LanguageModel):
 
     def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
         assert self.adapters is not None
-        theta = self.adapters.theta
-        directions = directions_of_step(theta, self.seed, step, DISTRIBUTIONS[self.directions])
         num_queries = self.num_queries(step)
+        directions = self.adapters.start(self.seed, step, num_queries, DISTRIBUTIONS[self.directions])
+        theta = self.adapters.theta
         values = self._estimate(batch, directions, num_queries)
         slopes = projected_gradients(self._estimator.slopes(values))
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
-        stored = [theta, *(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states"))]
-        updated, update_states, schedule_states = new = [tensor.clone() for tensor in stored]
+        stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
+        updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
         if grad is not None:
             self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
-            # decoupled from the moments, and the same as in the gradient where there are none
-            updated.sub_(theta * self.adapters.decay_mask, alpha=learning_rate * self.weight_decay)
             self.schedule.observe_(schedule_states, slopes)
+        # decoupled from the moments, and the same as in the gradient where there are none
+        shrink = 0.0 if grad is None else learning_rate * self.weight_decay
         done = self.progress + self.progress.new_tensor(
             [1, self._estimator.num_forwards(num_queries), grad is not None]
         )
-        # one call: a signal handler that writes a checkpoint sees the adapters and their step both old or both new
-        torch._foreach_copy_([*stored, self.progress], [*new, done])
+        self.adapters.store(updated, shrink, stored, [update_states, schedule_states, done])
         self._updates = step + 1
 
         self.log("train/loss", self._estimator.loss(values), prog_bar=True)
@@ -325,13 +316,13 @@ class ZerothOrderModule(LanguageModel):
                 lambda theta_Pd: self.losses(theta_Pd, prepared), theta, directions, points, self.query_chunk_size
             )
         self.query_chunk_size = evaluations.chunk_size
-        return self._exchange.gather(evaluations, num_points, theta, batch["input_ids"])
+        return self._exchange.gather(evaluations, num_points, self.adapters.checked(), batch["input_ids"])
 
     def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
         assert self.adapters is not None
         losses = []
-        for part in theta_Pd.split(self.scorer.max_repeats(prepared)):
+        for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
             with self.adapters.use(part):
                 if prepared.labels is not None:
                     scores = self.scorer.option_scores(prepared, len(part))
@@ -343,7 +334,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
         checkpoint["zeroth_order"] = {
             **self._description(),
             **self._rules(),
@@ -359,7 +350,7 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         require_same(saved, self._description() | self._rules())
         if "state_dict" in checkpoint:
-            expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
+            expected = {name for name in self.state_dict() if self._is_trained(name)}
             found = set(checkpoint["state_dict"])
             if expected != found:
                 raise ValueError(
@@ -372,9 +363,14 @@ class ZerothOrderModule(LanguageModel):
         self._nonfinite_steps = saved["nonfinite_steps"]
 
     def save_adapters(self, directory: str | Path) -> None:
-        """Write the adapters to `adapters.safetensors` and what they fit to `adapters.json`."""
-        assert self.adapters is not None
-        save_adapter_files(Path(directory), self.adapters.theta, self._description())
+        """Write the adapters, LoRA's as peft does, what they fit (`adapters.json`) and a model card.
+
+        Raises:
+            ValueError: If there are none, as the model's own weights are trained.
+        """
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to save, but got none; `backbone.save_pretrained` saves the weights")
+        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
 
     def load_adapters(self, directory: str | Path) -> None:
         """Load adapters that `save_adapters` wrote for the same backbone and sites.
@@ -384,16 +380,23 @@ class ZerothOrderModule(LanguageModel):
         """
         if self.adapters is None:
             self._insert_adapters()
-        assert self.adapters is not None
-        self.adapters.theta.copy_(load_adapter_files(Path(directory), self._description()))
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to load into, but got none; train from the directory of the weights")
+        load_adapter_files(Path(directory), self.adapters, self._description())
 
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
-        return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+        return {**self.adapters.description(), "backbone_key": self.backbone_key}
 
     def _rules(self) -> dict[str, Any]:
         return {"update": type(self.update_rule).__name__, "schedule_states": self.schedule.num_states}
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None
-        return float(self.adapters.theta.double().sum())
+        return float(self.adapters.checked().double().sum())
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether an entry of the state belongs into checkpoints."""
+        assert self.adapters is not None
+        inner = name.removeprefix("backbone.")
+        return inner == name or inner in self.adapters.model_names

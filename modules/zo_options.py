@@ -61,6 +61,24 @@ def check_zo_options(
     )
 
 
+def check_weights_options(estimator: str, directions: str, aggregation: str) -> None:
+    """Check what goes with the model's own weights, of which the step knows coordinates along its directions alone.
+
+    Raises:
+        ValueError: If an option needs the directions themselves.
+    """
+    for name, value, known in (
+        ("estimator", estimator, ("two_sided", "one_sided")),
+        ("directions", directions, ("gaussian",)),
+        ("aggregation", aggregation, ("mean", "fzoo")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"Expected argument `{name}` to be {' or '.join(known)} where `Weights` are trained, but got {value!r}; "
+                "choose that, or train adapters"
+            )
+
+
 def warn_of_waste(
     schedule: QuerySchedule,
     parallel: Literal["queries", "data"],

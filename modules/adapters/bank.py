@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
+
+from wandazeta.modules.zo.directions import Direction, Directions, directions_of_step
 
 from .tensor_train import TTShape, init_cores, tt_matrices
 
@@ -33,6 +36,28 @@ class Site:
     width: int
 
 
+class Matrices(Protocol):
+    """One site's adapter, ready to be applied."""
+
+    def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Apply it to activations `(…, D)`, viewed as `(*rows, D)`: one share of rows for each copy, or all at once."""
+
+
+class Layout(Protocol):
+    """Which slice of the flat vector is what."""
+
+    num_parameters: int
+
+    def merge(self, theta: Tensor) -> Sequence[Matrices]:
+        """Adapters of all sites from vectors `(…, num_parameters)`."""
+
+    def merge_site(self, theta: Tensor, site: int) -> Matrices:
+        """Adapter of one site."""
+
+    def bias_slices(self) -> list[slice]:
+        """Slices of the vector that hold biases."""
+
+
 class AdapterMatrices(NamedTuple):
     """One site's merged adapter: `x + (relu(x A_down B_down + b_down) A_up B_up + b_up)`, with or without leading P."""
 
@@ -42,6 +67,13 @@ class AdapterMatrices(NamedTuple):
     up_A: Tensor
     up_B: Tensor
     up_bias: Tensor
+
+    def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Adapt activations `(…, D)`; shape and dtype stay as they are."""
+        x_ND = x.reshape(*rows, x.shape[-1]).to(self.down_A.dtype)
+        # in place, as fresh activation-sized tensors cost more than the arithmetic on them
+        h_NH = (x_ND @ self.down_A @ self.down_B).add_(self.down_bias).relu_()
+        return (h_NH @ self.up_A @ self.up_B).add_(self.up_bias).add_(x_ND).to(x.dtype).reshape(x.shape)
 
 
 class _Group:
@@ -88,6 +120,8 @@ class AdapterLayout:
         self, widths: Sequence[int], rank: int = 5, bottleneck: int = 64, num_factors: tuple[int, int] = (3, 3)
     ) -> None:
         self.num_sites = len(widths)
+        self.rank = rank
+        self.bottleneck = bottleneck
         self.groups: list[_Group] = []
         offset = 0
         for width in dict.fromkeys(widths):
@@ -127,44 +161,75 @@ class AdapterLayout:
         return theta
 
 
-class AdapterBank(nn.Module):
+class FlatBank(nn.Module):
     """Holds every adapter of a model in one flat buffer `theta` and applies them.
 
     A buffer, not a parameter: sharding strategies never touch it, and it keeps its dtype (fp32) whatever precision the
-    module is converted to.
+    module is converted to. Only back-propagation makes a parameter of it, `train_by_gradient`.
 
     Args:
-        sites: Where the adapters sit.
-        rank: TT rank.
-        bottleneck: Inner width of every adapter.
-        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
+        layout: Which slice of the vector is what.
+        theta: The initial vector.
     """
 
     theta: Tensor
+    folds = True
+    """Whether several copies go through one forward, each on its share of the rows."""
+    model_names: frozenset[str] = frozenset()
+    """Names of the model's own parameters that are trained."""
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        rank: int = 5,
-        bottleneck: int = 64,
-        num_factors: tuple[int, int] = (3, 3),
-        identity_start: bool = True,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, layout: Layout, theta: Tensor) -> None:
         super().__init__()
-        self.sites = tuple(sites)
-        self.layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
-        generator = generator or torch.Generator().manual_seed(0)
-        # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
-        with torch.inference_mode(False):
-            self.register_buffer("theta", self.layout.initial(identity_start, generator, dtype))
-        self._folded: tuple[int, list[AdapterMatrices]] | None = None
-        self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], list[AdapterMatrices]] | None = None
+        self.layout = layout
+        self.register_buffer("theta", theta)
+        self._folded: tuple[int, Sequence[Matrices]] | None = None
+        self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], Sequence[Matrices]] | None = None
         self._decay_mask: Tensor | None = None
+
+    def description(self) -> dict[str, Any]:
+        """What the vector fits, in plain values."""
+        raise NotImplementedError
+
+    file_name = "adapters.safetensors"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by the names of the file that it is exported to: `theta` itself or views of it."""
+        return {"theta": self.theta.detach()}
+
+    def start(self, seed: int, step: int, num_queries: int, draw: Direction) -> Directions:
+        """Go to a step and return its directions; adapters are the same vector in every one.
+
+        Args:
+            seed: Base seed of the run.
+            step: Global step.
+            num_queries: Queries of the step.
+            draw: Distribution of the directions.
+        """
+        return directions_of_step(self.theta, seed, step, draw)
+
+    def store(self, updated: Tensor, shrink: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Take new values of the vector, and note down in the same call that they are taken.
+
+        A signal handler that writes a checkpoint sees the adapters and their step both old or both new.
+
+        Args:
+            updated: The new vector; changed by the decay.
+            shrink: Share of the old vector that is taken off, but for biases.
+            stored: Tensors that say how far training is.
+            new: Their new values.
+        """
+        updated.sub_(self.theta * self.decay_mask, alpha=shrink)
+        torch._foreach_copy_([self.theta, *stored], [updated, *new])
+
+    def checked(self) -> Tensor:
+        """What ranks that drifted apart are noticed by."""
+        return self.theta
+
+    def train_by_gradient(self) -> None:
+        """Make `theta` a parameter of the same name, for an optimizer."""
+        theta = self.theta
+        del self._buffers["theta"]
+        self.theta = nn.Parameter(theta)
 
     @property
     def num_parameters(self) -> int:
@@ -204,7 +269,7 @@ class AdapterBank(nn.Module):
             self._folded = outer
 
     def adapt(self, site: int, x: Tensor) -> Tensor:
-        """Apply the adapter of a site to activations of shape `(…, D)`; shape and dtype stay as they are."""
+        """Apply the adapter of a site to activations of shape `(…, D)`."""
         rows: tuple[int, ...] = (-1,)
         if self._folded is None:
             matrices = self._plain(site)
@@ -218,10 +283,10 @@ class AdapterBank(nn.Module):
                 )
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _apply_adapter(matrices, x, rows)
-        return _apply_adapter(matrices, x, rows)
+                return matrices.apply(x, rows)
+        return matrices.apply(x, rows)
 
-    def _plain(self, site: int) -> AdapterMatrices:
+    def _plain(self, site: int) -> Matrices:
         """Merged adapter of `theta` itself, kept for all sites until `theta` changes."""
         theta = self.theta
         graph = theta.requires_grad and torch.is_grad_enabled()
@@ -234,9 +299,12 @@ class AdapterBank(nn.Module):
             self._cache = (ref(theta), state, self.layout.merge(theta))
         return self._cache[2][site]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatBank":
         buffers = dict(self._buffers)
+        theta = self.theta.detach()
         super()._apply(fn, recurse)
+        if "theta" in self._parameters and self.theta.dtype != theta.dtype:
+            self.theta.data = theta.to(self.theta.device)
         for name, before in buffers.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
@@ -250,11 +318,48 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Size of the bank, for `print(model)`."""
-        return f"sites={len(self.sites)}, num_parameters={self.num_parameters}"
+        return f"num_parameters={self.num_parameters}"
 
 
-def _apply_adapter(m: AdapterMatrices, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    x_ND = x.reshape(*rows, x.shape[-1]).to(m.down_A.dtype)
-    # in place, as fresh activation-sized tensors cost more than the arithmetic on them
-    h_NH = (x_ND @ m.down_A @ m.down_B).add_(m.down_bias).relu_()
-    return (h_NH @ m.up_A @ m.up_B).add_(m.up_bias).add_(x_ND).to(x.dtype).reshape(x.shape)
+class AdapterBank(FlatBank):
+    """A bank of tensor-train adapters.
+
+    Args:
+        sites: Where the adapters sit.
+        rank: TT rank.
+        bottleneck: Inner width of every adapter.
+        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
+        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        generator: Source of the initial values; seed 0 if not given.
+        dtype: Type of the vector and of the adapters' arithmetic.
+    """
+
+    layout: AdapterLayout
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        rank: int = 5,
+        bottleneck: int = 64,
+        num_factors: tuple[int, int] = (3, 3),
+        identity_start: bool = True,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
+        generator = generator or torch.Generator().manual_seed(0)
+        # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
+        with torch.inference_mode(False):
+            theta = layout.initial(identity_start, generator, dtype)
+        super().__init__(layout, theta)
+        self.sites = tuple(sites)
+
+    @override
+    def description(self) -> dict[str, Any]:
+        return {
+            "kind": "tensor_train",
+            "rank": self.layout.rank,
+            "bottleneck": self.layout.bottleneck,
+            "sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in self.sites],
+            "num_parameters": self.num_parameters,
+        }

@@ -1,17 +1,17 @@
 """Put adapters into a model and take them out again, without hooks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bank import AdapterBank, Site
+from .bank import AdapterBank, FlatBank, Site
 from .sites import block_indices, default_sites, parse_site
 
 
 class AdaptedModule(nn.Module):
-    """A module with an adapter before or after it.
+    """A module with an adapter before or after it, or (a subclass) beside it.
 
     Everything else the model may ask of the module (`weight`, `in_features`, …) is answered by the module itself.
 
@@ -19,15 +19,16 @@ class AdaptedModule(nn.Module):
         base: The module as it was.
         bank: Holder of the adapter; referenced, not registered, as it belongs to whoever injected it.
         index: Which of the bank's sites this is.
+        position: Where the adapter sits.
     """
 
-    bank: AdapterBank
+    bank: FlatBank
 
-    def __init__(self, base: nn.Module, bank: AdapterBank, index: int) -> None:
+    def __init__(self, base: nn.Module, bank: FlatBank, index: int, position: str = "beside") -> None:
         super().__init__()
         self.base = base
         self.index = index
-        self.position: Literal["before", "after"] = "before" if bank.sites[index].position == "before" else "after"
+        self.position = position
         # past nn.Module.__setattr__, which would register the bank once per site
         object.__setattr__(self, "bank", bank)
 
@@ -89,8 +90,7 @@ def inject_adapters(
     Raises:
         ValueError: If a site or layer does not exist, or the model has adapters already.
     """
-    if any(isinstance(module, AdaptedModule) for module in model.modules()):
-        raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
+    refuse_adapted(model)
     if sites is not None and not 0 < len(set(sites)) == len(sites):
         raise ValueError(f"Expected argument `sites` to name at least one place and each once, but got {list(sites)}.")
     found = []
@@ -100,11 +100,16 @@ def inject_adapters(
             position, name, width = parse_site(site, blocks[index])
             found.append(Site(index, name, position, width))
     bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
-    for site_index, place in enumerate(found):
+    wrap_sites(blocks, bank)
+    return bank
+
+
+def wrap_sites(blocks: nn.ModuleList, bank: AdapterBank) -> None:
+    """Put the adapters of a bank where its sites are."""
+    for site_index, place in enumerate(bank.sites):
         parent_name, _, child = place.name.rpartition(".")
         parent = blocks[place.block].get_submodule(parent_name)
-        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index))
-    return bank
+        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index, place.position))
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -114,6 +119,16 @@ def remove_adapters(model: nn.Module) -> None:
             while isinstance(child, AdaptedModule):
                 child = child.base
                 setattr(parent, name, child)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a second set of adapters in a model.
+
+    Raises:
+        ValueError: If it has any.
+    """
+    if any(isinstance(module, AdaptedModule) for module in model.modules()):
+        raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
 
 
 def _refuse_fused(block: nn.Module) -> None:

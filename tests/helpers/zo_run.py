@@ -75,6 +75,20 @@ class CountBytes:
         dist._broadcast_coalesced = coalesced
 
 
+def trainable_of(options):
+    """Take what is trained out of options that a JSON file can hold: tensor trains with settings of their own."""
+    from wandazeta.modules import adapters
+
+    names = ("rank", "bottleneck", "sites", "layers")
+    settings = {name: options.pop(f"adapter_{name}") for name in names if f"adapter_{name}" in options}
+    if "identity_start" in options:
+        settings["identity_start"] = options.pop("identity_start")
+    chosen = options.pop("trainable", None)
+    if isinstance(chosen, str):
+        return getattr(adapters, chosen)()
+    return chosen or adapters.TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
+
+
 def train(
     model_dir,
     root,
@@ -131,14 +145,8 @@ def train(
         every.append(
             ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
         )
-    options = {
-        "learning_rate": 3e-3,
-        "adapter_rank": 2,
-        "adapter_bottleneck": 8,
-        "query_chunk_size": 1,
-        "identity_start": False,
-        "schedule": ConstantSchedule(queries),
-    } | options
+    options = {"learning_rate": 3e-3, "query_chunk_size": 1, "schedule": ConstantSchedule(queries)} | options
+    options["trainable"] = trainable_of(options)
     module = ZerothOrderModule(str(model_dir), **options)
     trainer = Trainer(
         accelerator="cpu",
@@ -160,6 +168,12 @@ def train(
     return trainer, module, recorder
 
 
+def trained_vector(module):
+    """Everything that was trained, in one vector."""
+    bank = module.adapters
+    return bank.theta.clone() if bank.folds else torch.cat([weight.detach().flatten() for weight in bank.weights()])
+
+
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
     from wandazeta.modules import zo
@@ -173,7 +187,7 @@ def main():
         settings["callbacks"] = [counter.callback()]
     trainer, module, recorder = train(**settings)
     result = {
-        "theta": module.adapters.theta.clone(),
+        "theta": trained_vector(module),
         "steps": recorder.steps,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "update_states": module.adapters.update_states.clone(),

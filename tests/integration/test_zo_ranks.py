@@ -54,6 +54,15 @@ def test_other_estimators_are_the_same_bits_as_one_process(settings, tmp_path, o
         assert rank["metrics"]["zo/forwards"] == alone["metrics"]["zo/forwards"]
 
 
+def test_the_models_own_weights_stay_the_same_bits(model_dir, tmp_path):
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "trainable": "Weights", "learning_rate": 1e-4}
+    (alone,) = run("zo_run", settings, tmp_path / "alone")
+    ranks = run("zo_run", settings | TWO, tmp_path / "two")
+    for rank in ranks:
+        assert torch.equal(rank["theta"], alone["theta"])
+        assert rank["steps"] == alone["steps"]
+
+
 def test_data_shares_the_batch(settings, tmp_path):
     """Two ranks with batches of two see what one process sees with batches of four."""
     (alone,) = run("zo_run", settings, tmp_path / "alone")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
 from helpers.processes import run, start
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 
+from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
 
 
@@ -142,8 +143,9 @@ def test_checkpoint_from_inside_a_step(model_dir, tmp_path, where):
     assert torch.equal(resumed.progress, whole.progress)
 
 
-def test_checkpoint_is_small_and_plain(model_dir, tmp_path):
-    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, adapter_bottleneck=64, adapter_rank=5)
+@pytest.mark.parametrize("kind", [TensorTrainAdapters, LoRAAdapters])
+def test_checkpoint_is_small_and_plain(model_dir, tmp_path, kind):
+    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, trainable=kind())
     file = tmp_path / "last.ckpt"
     assert file.stat().st_size <= 4 * (module.adapters.num_parameters + 1) + 64 * 1024
     checkpoint = torch.load(file, weights_only=True)
@@ -174,14 +176,16 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_layers": "last:1"}, "adapter_layers"),
-        ({"adapter_rank": 3}, "adapter_rank"),
+        ({"adapter_layers": "last:1"}, "`layers`"),
+        ({"adapter_rank": 3}, "`rank` differs"),
         ({"schedule": VarianceSchedule()}, "schedule"),
         ({"other_model": True}, "backbone"),
+        ({"other_model": True, "trainable": LoRAAdapters(2)}, "backbone"),
+        ({"trainable": LoRAAdapters(2)}, "the kind of `trainable` differs: saved tensor_train, here lora"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(model_dir, tmp_path, changes, message):
-    train(model_dir, tmp_path, steps=1, save_every=1)
+    train(model_dir, tmp_path, steps=1, save_every=1, trainable=changes["trainable"] if len(changes) == 2 else None)
     if changes.pop("other_model", False):
         model_dir = save_tiny_lm(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=message):
@@ -220,7 +224,9 @@ def test_validation_in_between_changes_nothing(model_dir, tmp_path):
 
     thetas = []
     for validate in (False, True):
-        module = ZerothOrderModule(str(model_dir), adapter_layers="last:1", identity_start=False, learning_rate=1e-3)
+        module = ZerothOrderModule(
+            str(model_dir), trainable=trainable_of({"adapter_layers": "last:1"}), learning_rate=1e-3
+        )
         trainer = Trainer(
             accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             val_check_interval=2, limit_val_batches=2 if validate else 0,

@@ -40,6 +40,13 @@ def test_the_demo_keeps_its_promises():
     assert result["gain"]["lower_95"] > 0.05
 
 
+def test_forward_passes_alone_take_the_memory_of_inference():
+    records = {record["method"]: record for record in load("zo_memory")["records"]}
+    for method in ("tensor_train", "lora", "mezo"):
+        assert records[method]["peak_gib"] <= 1.05 * records[method]["inference_gib"], method
+    assert records["full_backprop"]["peak_gib"] > 3 * records["full_backprop"]["inference_gib"]
+
+
 def test_the_demo_asks_with_the_best_prompt():
     best = max(load("prompts")["records"], key=lambda record: record["accuracy"])
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["data"]["init_args"]

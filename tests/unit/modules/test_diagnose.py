@@ -83,7 +83,8 @@ def test_from_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
     main(
         [
             *("diagnose", "--model", "ZerothOrderModule", "--model.model_name_or_path", str(model_dir)),
-            *("--model.adapter_rank", "2", "--model.adapter_bottleneck", "8", "--model.identity_start", "false"),
+            *("--model.trainable", "TensorTrainAdapters", "--model.trainable.rank", "2"),
+            *("--model.trainable.bottleneck", "8", "--model.trainable.identity_start", "false"),
             *("--data", "TextDataModule", "--data.source", str(text), "--data.sequence_length", "16"),
             *("--data.batch_size", "2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"),
             *("--trainer.enable_checkpointing", "false", "--output_dir", "out"),

@@ -7,6 +7,7 @@ from helpers.zo_run import train
 from lightning.pytorch import Callback
 
 from wandazeta.modules import ZerothOrderModule
+from wandazeta.modules.adapters import TensorTrainAdapters, Weights
 from wandazeta.modules.zo import ConstantSchedule, RAdaZOUpdate, VarianceSchedule, direction, rademacher
 from wandazeta.modules.zo_options import EPSILON
 
@@ -16,10 +17,18 @@ def model_dir(tmp_path_factory):
     return save_tiny_lm(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("estimator", "forward_mode"), ("directions", "rademacher"), ("aggregation", "align")]
+)
+def test_what_needs_whole_directions_is_refused_for_the_models_own_weights(model_dir, name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` to be .* where `Weights` are trained, but got '{value}'"):
+        ZerothOrderModule(str(model_dir), trainable=Weights(), **{name: value})
+
+
 def loss_and_start(model_dir, recorder, seed):
     """The loss of the first step's batch as a function of the adapters, by the plain model, and their start."""
     module = ZerothOrderModule(
-        str(model_dir), adapter_rank=2, adapter_bottleneck=8, identity_start=False, prefix_cache=False, seed=seed
+        str(model_dir), trainable=TensorTrainAdapters(2, 8, identity_start=False), prefix_cache=False, seed=seed
     )
     module._insert_adapters()
     pool = classification_batch(20)
@@ -140,7 +149,7 @@ def test_moments_are_corrected_for_updates_not_for_steps(model_dir, tmp_path):
     """The first update is that of a run whose first step it is: its moments forget what they did not see."""
     rates = []
     for spoiled in (set(), {0, 1, 2}):
-        start = ZerothOrderModule(str(model_dir), adapter_rank=2, adapter_bottleneck=8, identity_start=False)
+        start = ZerothOrderModule(str(model_dir), trainable=TensorTrainAdapters(2, 8, identity_start=False))
         start._insert_adapters()
         steps = len(spoiled) + 1
         options = {"update": RAdaZOUpdate(), "callbacks": [SpoilAll(spoiled)], "adapter_layers": "all"}
