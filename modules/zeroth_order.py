@@ -29,7 +29,6 @@ from .zo import (
     RAdaZOUpdate,
     SGDUpdate,
     VarianceSchedule,
-    directions_of_step,
     projected_gradients,
 )
 from .zo_options import (

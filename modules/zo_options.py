@@ -74,8 +74,8 @@ def check_weights_options(estimator: str, directions: str, aggregation: str) -> 
     ):
         if value not in known:
             raise ValueError(
-                f"Expected argument `{name}` to be {' or '.join(known)} where `Weights` are trained, but got {value!r}; "
-                "choose that, or train adapters"
+                f"Expected argument `{name}` to be {' or '.join(known)} where `Weights` are trained, but got "
+                f"{value!r}; choose that, or train adapters"
             )
 
 
