@@ -1,4 +1,4 @@
-"""The command line: `wandazeta fit | prune | validate | test | predict`."""
+"""The command line: `wandazeta fit | prune | diagnose | validate | test | predict`."""
 
 import errno
 import logging
@@ -46,7 +46,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer, and with it the command `prune`."""
+    """Lightning's Trainer, and with it the commands `prune` and `diagnose`."""
 
     callbacks: list[Callback]
 
@@ -79,6 +79,38 @@ class PruningTrainer(Trainer):
         prune_and_export(self, model, datamodule, callbacks[0], output_dir, pack=pack)
         sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
 
+    def diagnose(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output_dir: str = "runs/diagnosis",
+        num_batches: int = 2,
+        num_queries: int = 16,
+        epsilons: list[float] | None = None,
+    ) -> None:
+        """Measure at which epsilon the differences of losses are slopes, for a ZerothOrderModule; nothing is trained.
+
+        Args:
+            model: The module, with the adapters and the precision that it is to be trained with.
+            datamodule: The data that it is to be trained on.
+            ckpt_path: Checkpoint whose adapters to measure at; by default where training starts.
+            output_dir: Directory to write: epsilon.json and, with matplotlib, epsilon.svg.
+            num_batches: Training batches to measure on.
+            num_queries: Directions for each batch.
+            epsilons: Distances to try; by default half decades from 1e-5 to 0.1.
+
+        Raises:
+            ValueError: If anything does not fit.
+        """
+        from wandazeta.modules.diagnose import EpsilonDiagnosis, report
+
+        diagnosis = EpsilonDiagnosis(num_batches, num_queries, epsilons)
+        self.callbacks.append(diagnosis)
+        self.num_sanity_val_steps = 0
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        report(diagnosis, output_dir)
+
 
 class SaveConfigBesideLog(SaveConfigCallback):
     """Saves the configuration in the logger's folder; without a logger it would litter the working directory."""
@@ -90,12 +122,12 @@ class SaveConfigBesideLog(SaveConfigCallback):
 
 
 class WandazetaCLI(LightningCLI):
-    """LightningCLI with `prune`; every subcommand goes on from the last checkpoint unless told otherwise."""
+    """LightningCLI with `prune` and `diagnose`; all others go on from the last checkpoint unless told otherwise."""
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {"prune": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prune", "diagnose")}
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -107,7 +139,7 @@ class WandazetaCLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "prune":
+        if subcommand not in ("prune", "diagnose"):
             parser.set_defaults({"ckpt_path": "last"})
         return parser
 

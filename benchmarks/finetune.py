@@ -137,8 +137,9 @@ def run_cell(cell: dict[str, Any], config: dict[str, Any], arguments: argparse.N
 
     rates: dict[str, float] = {}
     if "class_path" in method:
-        names = [name for name in config["grid"] if name != "epsilon" or "ZerothOrder" in method["class_path"]]
-        pairs = [dict(zip(names, pair, strict=True)) for pair in itertools.product(*(config["grid"][n] for n in names))]
+        grid = config["grid"] | method.get("grid", {})
+        names = [name for name in grid if name != "epsilon" or "ZerothOrder" in method["class_path"]]
+        pairs = [dict(zip(names, pair, strict=True)) for pair in itertools.product(*(grid[n] for n in names))]
         tried = [measure("grid", arguments.seeds[0], arguments.grid_forwards, pair) for pair in pairs]
         # the smaller rates where several are as good
         rates = pairs[max(range(len(pairs)), key=lambda index: (tried[index]["accuracy"], -index))]

@@ -62,7 +62,8 @@ def options_of(method: str, num_samples: int, compute_dtype: str) -> dict[str, A
         return {"compute_dtype": compute_dtype}
     config = yaml.safe_load((ROOT / "configs" / "prune" / "best.yaml").read_text())
     chosen = config["trainer"]["callbacks"][0]["init_args"]
-    options = {name: chosen[name] for name in ("alpha", "learning_rate", "lr_schedule", "target", "mask_mode")}
+    kept = ("alpha", "optimizer", "learning_rate", "lr_schedule", "target", "mask_mode")
+    options = {name: chosen[name] for name in kept}
     # K = 5 rounds of M = 32 of N = 128 samples
     return options | {"rounds": 5, "samples_per_round": max(1, num_samples // 4), "compute_dtype": compute_dtype}
 

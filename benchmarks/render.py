@@ -14,7 +14,7 @@ from typing import Any
 from records import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/ablation.md")
+PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md", "docs/trainables.md")
 PICTURE = ROOT / "docs" / "demo.svg"
 CURVES = ROOT / "docs" / "finetune.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
@@ -105,23 +105,25 @@ def ablation_table(result: dict[str, Any]) -> str:
     """Every variant, the best first within its setting."""
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in result["records"]:
-        key = (record["pattern"], record["blocks"], record["samples"], record["tokens"])
+        key = tuple(record[name] for name in ("pattern", "blocks", "samples", "tokens", "eval_windows"))
         settings.setdefault(key, []).append(record)
     parts = []
-    for (pattern, blocks, samples, tokens), records in settings.items():
+    for (pattern, blocks, samples, tokens, windows), records in settings.items():
         records.sort(key=lambda r: r.get("perplexity", float("inf")))
         body = [
             [
                 r["name"],
                 "; ".join(f"{key} {value}" for key, value in r["changes"].items()) or "the base",
                 f"{r['perplexity']:.2f}" if "perplexity" in r else r["failure"],
-                f"{r['seconds']:.0f}" if "seconds" in r else "",
+                f"{r['processor_seconds']:.0f}" if "processor_seconds" in r else "",
                 f"`{r['commit']}`",
             ]
             for r in records
         ]
-        title = f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens"
-        heading = ["variant", "what it changes", "perplexity", "seconds", "commit"]
+        title = (
+            f"### {pattern}: the first {blocks} blocks, {samples} x {tokens} tokens, {windows} windows of validation"
+        )
+        heading = ["variant", "what it changes", "perplexity", "processor seconds", "commit"]
         parts.append(f"{title}\n\n{rows(heading, body)}")
     return "\n\n".join(parts)
 
@@ -202,6 +204,43 @@ def finetune_curves(result: dict[str, Any]) -> None:
     figure.savefig(CURVES, metadata={"Date": None})
 
 
+def epsilon_table(result: dict[str, Any]) -> str:
+    """Correlations over epsilon, a column for each precision, start and estimator; recommended ones in bold."""
+    records = result["records"]
+    heading, columns = ["epsilon"], []
+    for record in records:
+        start = "identity" if record["identity_start"] else "random"
+        for name, epsilon in record["recommended"].items():
+            heading.append(f"{record['dtype']}, {start} start, {name}")
+            found = {row["epsilon"]: row["correlation"] for row in record["rows"] if row["estimator"] == name}
+            columns.append({e: f"**{c:.3f}**" if e == epsilon else f"{c:.3f}" for e, c in found.items()})
+    body = [[f"{epsilon:g}", *(column[epsilon] for column in columns)] for epsilon in columns[0]]
+    first = records[0]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M, default adapters at their start, {first['num_batches']} batches of "
+        f"{first['batch']} prompts with {first['num_queries']} directions each; bold is recommended."
+    )
+
+
+def zo_memory_table(result: dict[str, Any]) -> str:
+    """Peak memory of what can be trained, beside inference."""
+    names = {
+        "tensor_train": "tensor trains",
+        "lora": "LoRA",
+        "mezo": "all weights (MeZO)",
+        "tensor_train_backprop": "tensor trains by back-propagation",
+        "lora_backprop": "LoRA by back-propagation",
+        "full_backprop": "all weights by back-propagation",
+    }
+    records, first = result["records"], result["records"][0]
+    body = [["inference", f"{first['inference_gib']:.3f}", ""]]
+    body += [[names[r["method"]], f"{r['peak_gib']:.3f}", f"{r['peak_gib'] / r['inference_gib']:.2f}"] for r in records]
+    return (
+        f"{rows(['', 'peak, GiB', 'x inference'], body)}\n\n{first['model']} in {first['dtype']}, {first['batch']} x "
+        f"{first['tokens']} tokens, {result['hardware']['cpu']}."
+    )
+
+
 # what stands between the pages' markers: the name there, the result file, and what is made of it
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo_seeds", demo_table),
@@ -211,6 +250,8 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bf16": ("prune_bf16", bf16_table),
     "ablation": ("ablation", ablation_table),
     "finetune": ("finetune", finetune_table),
+    "epsilon": ("epsilon", epsilon_table),
+    "zo_memory": ("zo_memory", zo_memory_table),
 }
 
 

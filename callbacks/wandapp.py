@@ -22,7 +22,17 @@ from typing_extensions import override
 from wandazeta.stored import is_stored, require_whole
 
 from .pruning.calibration import call_arguments
-from .pruning.options import ComputeDtype, LRSchedule, MaskMode, Method, Optimizer, PruneOptions, Start, Target
+from .pruning.options import (
+    Alpha,
+    ComputeDtype,
+    LRSchedule,
+    MaskMode,
+    Method,
+    Optimizer,
+    PruneOptions,
+    Start,
+    Target,
+)
 from .pruning.progress import ProgressFolder
 from .pruning.ranks import Ranks
 from .pruning.report import PruneReport, table
@@ -46,8 +56,9 @@ class WandaPPPruneCallback(Callback):
     Args:
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        sparsity_slope: By how much the last block's fraction is above the first's, for `"unstructured"` only.
         method: Score and optimisation: `magnitude`, `wanda`, `rgs`, `ro`, `wanda++` or `sparsegpt`.
-        alpha: Weight of the regional gradient in the score.
+        alpha: Weight of the regional gradient in the score; `auto` weighs it layer by layer, whatever the width.
         rounds: Rounds of regional optimisation of each block.
         samples_per_round: Calibration samples drawn for each round.
         optimizer: Optimizer of the regional optimisation.
@@ -85,8 +96,9 @@ class WandaPPPruneCallback(Callback):
         self,
         sparsity_pattern: str = "2:4",
         sparsity: float | None = None,
+        sparsity_slope: float = 0.0,
         method: Method = "wanda++",
-        alpha: float = 100.0,
+        alpha: Alpha = 100.0,
         rounds: int = 5,
         samples_per_round: int = 32,
         optimizer: Optimizer = "rmsprop",
@@ -109,6 +121,7 @@ class WandaPPPruneCallback(Callback):
             method=method,
             sparsity_pattern=sparsity_pattern,
             sparsity=sparsity,
+            sparsity_slope=sparsity_slope,
             alpha=alpha,
             rounds=rounds,
             samples_per_round=samples_per_round,

@@ -4,16 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter_files import load_adapters
     from .first_order import FirstOrderModule
     from .language_model import LanguageModel
     from .zeroth_order import ZerothOrderModule
 
-__all__ = ["FirstOrderModule", "LanguageModel", "ZerothOrderModule"]
+__all__ = ["FirstOrderModule", "LanguageModel", "ZerothOrderModule", "load_adapters"]
 
 _HOMES = {
     "FirstOrderModule": ".first_order",
     "LanguageModel": ".language_model",
     "ZerothOrderModule": ".zeroth_order",
+    "load_adapters": ".adapter_files",
 }
 
 

@@ -7,17 +7,27 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from .adapters import AdapterBank
+from wandazeta.blocks import find_blocks
+
+from .adapter_card import adapter_card
+from .adapters import AdapterBank, FlatBank, LoRABank, LoRASite, Site, train_linears
+from .adapters.inject import refuse_adapted, wrap_sites
+from .adapters.lora import wrap_linears
 
 _WHAT = {
     "train": "`train`",
     "backbone_key": "the backbone that the adapters were trained on (model and pruning)",
-    "adapter_rank": "`adapter_rank`",
-    "adapter_bottleneck": "`adapter_bottleneck`",
-    "adapter_sites": "`adapter_sites` and `adapter_layers`",
+    "backbone_fingerprint": "the model that the adapters were trained on (weights, pruning and precision)",
+    "kind": "the kind of `trainable`",
+    "rank": "`rank`",
+    "bottleneck": "`bottleneck`",
+    "alpha": "`alpha`",
+    "sites": "what carries adapters (`sites`, `target_modules`, `layers`)",
+    "linears": "what is trained in full, such as a new head (`num_classes`)",
     "update": "`update`",
+    "schedule_states": "what `schedule` remembers",
     "lora_rank": "`lora_rank`",
     "lora_alpha": "`lora_alpha`",
     "target_modules": "`target_modules`",
@@ -40,14 +50,20 @@ def backbone_fingerprint(model: nn.Module, samples: int = 64) -> str:
     return digest.hexdigest()[:32]
 
 
-def describe(bank: AdapterBank, rank: int, bottleneck: int, backbone_key: str) -> dict[str, Any]:
-    """Return what adapters fit, in plain values."""
+def describe_backbone(model: nn.Module, pruned_key: str | None) -> dict[str, Any]:
+    """Say which model adapters belong to, in plain values; before they are put in.
+
+    Args:
+        model: The model.
+        pruned_key: Key of its pruning, if this process pruned or loaded it by key.
+    """
+    config: Any = getattr(model, "config", None)
+    fingerprint = backbone_fingerprint(model)
     return {
-        "backbone_key": backbone_key,
-        "adapter_rank": rank,
-        "adapter_bottleneck": bottleneck,
-        "adapter_sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in bank.sites],
-        "num_parameters": bank.num_parameters,
+        "backbone_key": pruned_key or fingerprint,
+        "backbone_fingerprint": fingerprint,
+        "base_model": str(getattr(config, "name_or_path", "")),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 
@@ -65,25 +81,87 @@ def require_same(saved: dict[str, Any], here: dict[str, Any]) -> None:
             )
 
 
-def save_adapter_files(directory: Path, theta: Tensor, description: dict[str, Any]) -> None:
-    """Write `adapters.safetensors` and `adapters.json`."""
+def save_adapter_files(directory: Path, bank: FlatBank, description: dict[str, Any]) -> None:
+    """Write adapters so that they can be loaded elsewhere.
+
+    Tensor trains as one vector, LoRA factors as an adapter of peft; `adapters.json` says what they fit, `README.md`
+    the same in words, and how to load them.
+
+    Args:
+        directory: Where to write; made if it is missing.
+        bank: The adapters.
+        description: The bank's, and what `describe_backbone` gave.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({"theta": theta.detach().cpu().contiguous()}, directory / "adapters.safetensors")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in bank.tensors().items()}
+    save_file(tensors, directory / bank.file_name, {"format": "pt"})
+    if isinstance(bank, LoRABank):
+        config = {**bank.peft_config(), "base_model_name_or_path": description["base_model"]}
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "adapters.json").write_text(json.dumps(description, indent=2) + "\n")
+    (directory / "README.md").write_text(adapter_card(description))
 
 
-def load_adapter_files(directory: Path, here: dict[str, Any]) -> Tensor:
-    """Return the saved vector.
+@torch.no_grad()
+def load_adapter_files(directory: Path, bank: FlatBank, here: dict[str, Any]) -> None:
+    """Fill a bank with saved adapters.
+
+    Args:
+        directory: What `save_adapter_files` wrote.
+        bank: The adapters to fill.
+        here: What they have to fit.
 
     Raises:
         ValueError: If a file is missing or the adapters do not fit.
     """
-    files = [directory / "adapters.safetensors", directory / "adapters.json"]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"Expected a directory with {files[0].name} and {files[1].name}, but {file} is missing")
-    require_same(json.loads(files[1].read_text()), here)
-    return load_file(files[0])["theta"]
+    require_same(_read_description(directory), here)
+    file = directory / bank.file_name
+    if not file.is_file():
+        raise ValueError(f"Expected a directory with {bank.file_name} and adapters.json, but {file} is missing")
+    saved = load_file(file)
+    for name, tensor in bank.tensors().items():
+        tensor.copy_(saved[name])
+
+
+def load_adapters(model: nn.Module, directory: str | Path) -> FlatBank:
+    """Put saved adapters into a model; no Lightning is needed.
+
+    They are registered as `model.adapters` and move with it.
+
+    Args:
+        model: The model that they were trained on, pruned as it was then and in the same precision.
+        directory: What `ZerothOrderModule.save_adapters` or `FirstOrderModule.save_adapter` wrote.
+
+    Returns:
+        The adapters, on the device of the model's first parameter.
+
+    Raises:
+        ValueError: If a file is missing, the model is another or it has adapters already.
+    """
+    saved = _read_description(Path(directory))
+    refuse_adapted(model)
+    require_same(saved, {"backbone_fingerprint": backbone_fingerprint(model)})
+    sites = [text.split(":") for text in saved["sites"]]
+    bank: AdapterBank | LoRABank
+    if saved["kind"] == "lora":
+        bank = LoRABank([LoRASite(n, int(i), int(o)) for n, i, o in sites], saved["rank"], saved["alpha"])
+        wrap_linears(model, bank)
+    else:
+        places = [Site(int(block), name, position, int(width)) for block, position, name, width in sites]
+        bank = AdapterBank(places, saved["rank"], saved["bottleneck"])
+        wrap_sites(find_blocks(model)[1], bank)
+    train_linears(model, bank, [text.split(":")[0] for text in saved["linears"]])
+    load_adapter_files(Path(directory), bank, bank.description())
+    model.add_module("adapters", bank)
+    return bank.to(next(model.parameters()).device)
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    file = directory / "adapters.json"
+    if not file.is_file():
+        raise ValueError(f"Expected a directory with saved adapters, but {file} is missing")
+    description: dict[str, Any] = json.loads(file.read_text())
+    return description
 
 
 def _short(value: Any) -> str:

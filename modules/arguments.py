@@ -13,13 +13,13 @@ def check_range(name: str, value: Any, fits: bool, what: str) -> None:
         raise ValueError(f"Expected argument `{name}` to be {what}, but got {value!r}")
 
 
-def top_blocks(adapter_layers: str) -> int | None:
+def top_blocks(layers: str) -> int | None:
     """Return how many top blocks `last:N` names, none for `all`."""
-    if adapter_layers == "all":
+    if layers == "all":
         return None
-    start, _, number = adapter_layers.partition(":")
+    start, _, number = layers.partition(":")
     if start != "last" or not number.isdigit() or int(number) < 1:
-        raise ValueError(f"Expected argument `adapter_layers` to be 'all' or like 'last:2', but got {adapter_layers!r}")
+        raise ValueError(f"Expected argument `layers` to be 'all' or like 'last:2', but got {layers!r}")
     return int(number)
 
 

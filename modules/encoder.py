@@ -37,15 +37,19 @@ class EncoderClassifier(nn.Module):
         with torch.no_grad():
             for parameter in self.head.parameters():
                 parameter.zero_()
-        pooler = getattr(encoder, "pooler", None)
-        if pooler is not None:
-            # kept for whoever exports the encoder; nothing reads it here
-            pooler.requires_grad_(False)
+        for module in self.unread:
+            module.requires_grad_(False)
 
     @property
     def config(self) -> Any:
         """The encoder's configuration."""
         return self.encoder.config
+
+    @property
+    def unread(self) -> list[nn.Module]:
+        """The encoder's pooler, if it has one: kept for whoever exports the encoder, never trained."""
+        pooler = getattr(self.encoder, "pooler", None)
+        return [] if pooler is None else [pooler]
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the head, in the place that a language model has its own."""

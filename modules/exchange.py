@@ -3,18 +3,42 @@
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from .zo import QueryLosses
+from .zo import Evaluations
+
+_NUM_PARTS = 3
+
+
+def adjust_strategy(strategy: Any) -> None:
+    """Tell DeepSpeed to leave frozen weights out of checkpoints, and what it would ask the loader for."""
+    if hasattr(strategy, "exclude_frozen_parameters"):
+        strategy.exclude_frozen_parameters = True
+        # only logged; Lightning would ask the loader's batch sampler, and loaders of whole batches have none
+        (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+
+
+def require_whole_weights(strategy: Any) -> None:
+    """Refuse strategies that keep the model's weights elsewhere than in its parameters.
+
+    Raises:
+        ValueError: If the strategy shards weights, or has copies of them.
+    """
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise ValueError(
+            f"Expected a strategy that leaves the weights whole for `Weights`, but got {type(strategy).__name__}; use "
+            "one device or DDP, or train adapters"
+        )
 
 
 class Exchange:
-    """Shares out the queries or the data of a step and sums one short vector over the ranks.
+    """Shares out the points or the data of a step and sums one short vector over the ranks.
 
     Args:
         trainer: Trainer that knows the ranks.
-        parallel: What is shared out, the `queries` of a step or its `data`.
-        lockstep: Let every rank run equally many queries, repeating one where there are too few.
+        parallel: What is shared out, the points of a step (its `queries`) or its `data`.
+        lockstep: Let every rank run equally many points, repeating one where there are too few.
     """
 
     def __init__(self, trainer: Any, parallel: Literal["queries", "data"], lockstep: bool = False) -> None:
@@ -24,24 +48,24 @@ class Exchange:
         self.parallel = parallel
         self.lockstep = lockstep
 
-    def share(self, num_queries: int) -> list[int]:
-        """Return the queries that this rank evaluates."""
+    def share(self, num_points: int) -> list[int]:
+        """Return the points that this rank evaluates."""
         if self.parallel == "data":
-            return list(range(num_queries))
-        most = -(-num_queries // self.world_size)
-        queries = [self.rank + turn * self.world_size for turn in range(most)]
+            return list(range(num_points))
+        most = -(-num_points // self.world_size)
+        points = [self.rank + turn * self.world_size for turn in range(most)]
         if self.lockstep:
             # past the end: run for the others' sake, and left out of the sum
-            return [query if query < num_queries else num_queries - 1 for query in queries]
-        return [query for query in queries if query < num_queries]
+            return [point if point < num_points else num_points - 1 for point in points]
+        return [point for point in points if point < num_points]
 
-    def gather(self, losses: QueryLosses, num_queries: int, theta: Tensor, input_ids: Tensor) -> QueryLosses:
-        """Return the losses of all queries, the same bits on every rank.
+    def gather(self, evaluations: Evaluations, num_points: int, theta: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the values of all points `(V, P)`, the same bits on every rank.
 
         Args:
-            losses: This rank's.
-            num_queries: Queries of the step, Q.
-            theta: The trained vector, to notice ranks that drifted apart.
+            evaluations: This rank's.
+            num_points: Points of the step, P.
+            theta: The trained vector, to notice ranks that drifted apart by as little as a bit.
             input_ids: The batch, to notice ranks that see another one where they must not.
 
         Raises:
@@ -49,34 +73,48 @@ class Exchange:
             RuntimeError: If the trained vector differs between ranks.
         """
         if self.world_size == 1:
-            return losses
-        vector = torch.zeros(2 * num_queries + 5, dtype=torch.float64, device=theta.device)
-        both = vector[: 2 * num_queries].view(2, num_queries)
+            return evaluations.values_VP
         weight = float(len(input_ids)) if self.parallel == "data" else 1.0
-        for place, query in enumerate(losses.query_ids):
-            if self.parallel == "data" or query % self.world_size == self.rank:
-                both[0, query] = losses.plus[place] * weight
-                both[1, query] = losses.minus[place] * weight
-        seen = torch.arange(1, input_ids.numel() + 1, device=input_ids.device, dtype=torch.float64)
-        marks = torch.stack([theta.double().sum(), (input_ids.flatten() * seen).sum()])
-        vector[-5] = weight
-        vector[-4:-2], vector[-2:] = marks, marks**2
+        values_VP = evaluations.values_VP.new_zeros(len(evaluations.values_VP), num_points)
+        for place, point in enumerate(evaluations.points):
+            if self.parallel == "data" or point % self.world_size == self.rank:
+                values_VP[:, point] = evaluations.values_VP[:, place] * weight
+        marks = torch.cat([checksum(theta), checksum(input_ids)])
+        vector = torch.cat([values_VP.flatten(), values_VP.new_tensor([weight]), marks, marks**2])
         vector = self.strategy.reduce(vector, reduce_op="sum")
-        self._require_agreement(vector)
-        both = vector[: 2 * num_queries].view(2, num_queries)
-        if self.parallel == "data":
-            both = both / vector[-5]
-        return QueryLosses(both[0], both[1], tuple(range(num_queries)), losses.chunk_size)
+        values, total_weight, sums, squares = vector.split([values_VP.numel(), 1, len(marks), len(marks)])
+        self._require_agreement(sums, squares)
+        values_VP = values.view_as(values_VP)
+        return values_VP / total_weight if self.parallel == "data" else values_VP
 
-    def _require_agreement(self, vector: Tensor) -> None:
-        # by Cauchy-Schwarz the mean of squares equals the square of the mean only where all ranks agree
-        theta_sum, batch_sum, theta_squares, batch_squares = (vector[-4:] / self.world_size).tolist()
-        if abs(theta_squares - theta_sum**2) > 1e-12 * abs(theta_squares):
+    def _require_agreement(self, sums: Tensor, squares: Tensor) -> None:
+        # by Cauchy-Schwarz these are equal only where all ranks agree; whole numbers, so without rounding
+        theta, batch = (self.world_size * squares == sums**2).view(2, _NUM_PARTS).all(1).tolist()
+        if not theta:
             raise RuntimeError(
                 "The adapters differ between ranks: a rank's memory was changed behind the others' backs"
             )
-        if self.parallel == "queries" and abs(batch_squares - batch_sum**2) > 1e-12 * abs(batch_squares):
+        if self.parallel == "queries" and not batch:
             raise ValueError(
                 'Expected every rank to see the same batch with `parallel="queries"`, but the batches differ; use '
                 "wandazeta's data modules, or a sampler that shards by `data_sharding` of the module"
             )
+
+
+def checksum(values: Tensor) -> Tensor:
+    """Sum the bits of a tensor, weighted by their places.
+
+    Args:
+        values: Any tensor whose elements have 4 or 8 bytes.
+
+    Returns:
+        Three whole numbers below 2**16 in fp64, shape `(3,)`: small enough that the sum of their squares over a
+        thousand ranks is exact.
+    """
+    bits = values.contiguous().view(torch.int64 if values.element_size() == 8 else torch.int32).flatten().long()
+    # odd weights modulo 2**64: a change of any one element changes the sum
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    total = (bits * (places * -0x61C8864680B583EB)).sum()
+    # the upper bits depend on all lower ones
+    parts = torch.stack([total >> shift & 0xFFFF for shift in (16, 32, 48)])
+    return parts.double()

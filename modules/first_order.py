@@ -1,4 +1,4 @@
-"""Fine-tuning by back-propagation, the baseline of `ZerothOrderModule` on the same batches: LoRA, or all weights."""
+"""Fine-tuning by back-propagation, the baseline of `ZerothOrderModule` on the same batches."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from wandazeta.blocks import find_blocks, nearest
 
-from .adapter_files import backbone_fingerprint, require_same
+from .adapter_files import describe_backbone, require_same, save_adapter_files
+from .adapters import FlatBank, TensorTrainAdapters, train_linears
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
 from .language_model import LanguageModel
@@ -22,12 +23,13 @@ from .objectives import objective_losses
 
 
 class FirstOrderModule(LanguageModel):
-    """A language model that is trained by back-propagation with AdamW: LoRA adapters, or all of its weights.
+    """A language model that is trained by back-propagation with AdamW: adapters, or all of its weights.
 
     The new head of an encoder is trained with either. Batches, losses and metrics are those of `ZerothOrderModule`. A
-    backbone that a callback prunes is pruned by the time `setup` puts the adapters in (Hu et al., arXiv 2106.09685);
-    they are peft's, and checkpoints hold nothing else.
-    To train all weights of a pruned backbone and keep it sparse, add the callback `KeepSparsity`.
+    backbone that a callback prunes is pruned by the time `setup` puts the adapters in, and checkpoints hold nothing
+    else: peft's LoRA (Hu et al., arXiv 2106.09685), or the tensor trains of `ZerothOrderModule`, in the same flat
+    vector (by back-propagation they are LoRETTA, arXiv 2402.11417). To train all weights of a pruned backbone and keep
+    it sparse, add the callback `KeepSparsity`.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -36,14 +38,17 @@ class FirstOrderModule(LanguageModel):
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
-        train: What is trained, `lora` adapters beside frozen weights, or the `full` model.
+        train: What is trained, `lora` or `tensor_train` adapters beside frozen weights, or the `full` model.
         learning_rate: Learning rate of AdamW.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
-        weight_decay: Weight decay of matrices; biases and norms have none.
+        weight_decay: Weight decay of matrices; biases and norms have none. For `tensor_train` it is 0: AdamW cannot
+            spare the biases in one vector.
         lora_rank: Rank of the adapters.
         lora_alpha: Scale of the adapters, which add alpha / rank times their product.
         lora_dropout: Dropout at the input of the adapters.
-        target_modules: Names of the modules with adapters; by default all Linears of the blocks.
+        target_modules: Names of the modules with adapters; by default all Linears but the head, of an encoder those of
+            the blocks.
+        tensor_train: Sites and sizes of the adapters for `tensor_train`, those of `ZerothOrderModule` by default.
         seed: Seed of the adapters' start.
 
     Raises:
@@ -58,7 +63,7 @@ class FirstOrderModule(LanguageModel):
         trust_remote_code: bool = False,
         pad_token: str | None = None,
         num_classes: int | None = None,
-        train: Literal["lora", "full"] = "lora",
+        train: Literal["lora", "tensor_train", "full"] = "lora",
         learning_rate: float = 1e-4,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         weight_decay: float = 0.0,
@@ -66,11 +71,14 @@ class FirstOrderModule(LanguageModel):
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
         target_modules: list[str] | None = None,
+        tensor_train: TensorTrainAdapters | None = None,
         seed: int = 0,
     ) -> None:
-        check_range("train", train, train in ("lora", "full"), "lora or full")
+        check_range("train", train, train in ("lora", "tensor_train", "full"), "lora, tensor_train or full")
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        if train == "tensor_train":
+            check_range("weight_decay", weight_decay, weight_decay == 0, "0 where train='tensor_train'")
         check_range("lora_rank", lora_rank, lora_rank >= 1, "at least 1")
         check_range("lora_alpha", lora_alpha, lora_alpha > 0, "above 0")
         check_range("lora_dropout", lora_dropout, 0 <= lora_dropout < 1, "at least 0 and below 1")
@@ -78,7 +86,7 @@ class FirstOrderModule(LanguageModel):
         if train == "lora" and find_spec("peft") is None:
             raise ValueError(
                 "Expected the package peft for train='lora', but it is not installed; "
-                "run `pip install peft`, or set `train` to 'full'"
+                "run `pip install peft`, or set `train` to 'tensor_train' or 'full'"
             )
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
         self.train_mode = train
@@ -90,17 +98,30 @@ class FirstOrderModule(LanguageModel):
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.target_modules = target_modules
+        self.tensor_train = tensor_train or TensorTrainAdapters()
+        self.adapters: FlatBank | None = None
         self.seed = seed
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
-        self.backbone_key = ""
+        self._backbone_description: dict[str, Any] = {}
         self.adapter_names: frozenset[str] = frozenset()
         self._check_target_modules()
+        if train == "tensor_train":
+            self.tensor_train.check(self.backbone, num_states=2)
+
+    @property
+    def backbone_key(self) -> str:
+        """Key of the backbone, pruned or not, that the adapters belong to."""
+        return str(self._backbone_description.get("backbone_key", ""))
 
     @override
     def setup(self, stage: str) -> None:
         """Put the adapters into the backbone, which may have been pruned by now."""
-        if self.train_mode == "lora" and not self.adapter_names:
-            self._insert_adapters()
+        if self.train_mode != "full" and not self.adapter_names:
+            self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
+            if self.train_mode == "lora":
+                self._insert_lora()
+            else:
+                self._insert_tensor_trains()
         if stage == "fit":
             self._require_adapters("train")
             # models come from their files in evaluation mode, without dropout
@@ -115,10 +136,18 @@ class FirstOrderModule(LanguageModel):
                     f"{nearest(target, sorted({name.rpartition('.')[2] for name in known}))}"
                 )
 
-    def _insert_adapters(self) -> None:
+    def _insert_tensor_trains(self) -> None:
+        self.backbone.requires_grad_(False)
+        self.adapters = self.tensor_train.insert(self.backbone, self.seed)
+        if isinstance(self.scorer, HeadScorer):
+            train_linears(self.backbone, self.adapters, ["head"])
+        self.adapters.train_by_gradient()
+        self.adapter_names = frozenset({"adapters.theta"})
+        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in tensor-train adapters")
+
+    def _insert_lora(self) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
         has_head = isinstance(self.scorer, HeadScorer)
         config = LoraConfig(
             task_type=None if has_head else "CAUSAL_LM",
@@ -168,7 +197,7 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.train_mode == "lora":
+        if self.train_mode != "full":
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in state if name in self.adapter_names}
         checkpoint["first_order"] = self._description()
@@ -179,7 +208,7 @@ class FirstOrderModule(LanguageModel):
         if saved is None:
             raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
         require_same(saved, self._description())
-        if self.train_mode == "lora" and set(checkpoint["state_dict"]) != self.adapter_names:
+        if self.train_mode != "full" and set(checkpoint["state_dict"]) != self.adapter_names:
             difference = set(checkpoint["state_dict"]) ^ self.adapter_names
             raise ValueError(
                 f"Expected a checkpoint with exactly the adapters of this run, but {len(difference)} are in one only, "
@@ -197,12 +226,23 @@ class FirstOrderModule(LanguageModel):
         Raises:
             ValueError: If there are no adapters.
         """
-        check_range("train", self.train_mode, self.train_mode == "lora", "lora to have adapters to save")
+        check_range(
+            "train", self.train_mode, self.train_mode != "full", "lora or tensor_train to have adapters to save"
+        )
+        if self.train_mode == "tensor_train":
+            self._save_tensor_trains(Path(directory))
+            return
         self._require_adapters("save")
         # `save_embedding_layers` would ask a hub about the vocabulary
         self.__dict__["_peft_model"].save_pretrained(
             str(directory), save_embedding_layers=False, is_main_process=self.global_rank == 0
         )
+
+    def _save_tensor_trains(self, directory: Path) -> None:
+        if self.adapters is None:
+            raise ValueError("Expected adapters to save, but there are none: they are put in by `setup`")
+        if self.global_rank == 0:
+            save_adapter_files(directory, self.adapters, self.adapters.description() | self._backbone_description)
 
     @torch.no_grad()
     def merge(self, keep_mask: bool = False) -> None:
@@ -238,6 +278,9 @@ class FirstOrderModule(LanguageModel):
     def _description(self) -> dict[str, Any]:
         if self.train_mode == "full":
             return {"train": "full"}
+        if self.train_mode == "tensor_train":
+            assert self.adapters is not None
+            return {"train": "tensor_train", **self.adapters.description(), "backbone_key": self.backbone_key}
         return {
             "train": "lora",
             "backbone_key": self.backbone_key,

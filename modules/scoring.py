@@ -97,6 +97,8 @@ class Scorer:
         self.model = model
         self.prefix = prefix
         self.max_logits = max_logits
+        self.head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] = _rows
+        """Gives rows of the head's weight and bias; whoever moves weights has others to give."""
         self._prefix_checked = False
         if self.head is None:
             raise ValueError(f"Expected a language model with output embeddings, but got {type(model).__name__}")
@@ -173,9 +175,9 @@ class Scorer:
 
         def options_only(hidden: Tensor) -> Tensor:
             # in fp32 whatever the model's precision: the loss difference of two sides is far below 16-bit steps
-            bias = None if head.bias is None else head.bias[option_ids].float()
+            weight, bias = self.head_rows(head, option_ids)
             with torch.autocast(hidden.device.type, enabled=False):
-                return F.linear(hidden.float(), head.weight[option_ids].float(), bias)
+                return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
         return options_only
 
@@ -233,6 +235,10 @@ class Scorer:
             "frozen prefix is not reused; every step runs the whole model",
             stacklevel=2,
         )
+
+
+def _rows(linear: nn.Linear, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    return linear.weight[ids], None if linear.bias is None else linear.bias[ids]
 
 
 def check_mask(batch: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -13,39 +13,45 @@ from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
 
-from .adapter_files import backbone_fingerprint, describe, load_adapter_files, require_same, save_adapter_files
-from .adapters import AdaptedModule, AdapterBank, inject_adapters
-from .arguments import check_range, stepped, top_blocks
+from .adapter_files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights, train_linears
+from .arguments import check_range, stepped
 from .encoder import HeadScorer
-from .exchange import Exchange
+from .exchange import Exchange, adjust_strategy, require_whole_weights
 from .language_model import LanguageModel, evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
 from .scoring import Prepared
 from .zo import (
+    AGGREGATIONS,
+    DISTRIBUTIONS,
     AdaZetaSchedule,
     ConstantSchedule,
-    QueryLosses,
+    Directions,
     RAdaZOUpdate,
     SGDUpdate,
-    estimated_gradient,
+    VarianceSchedule,
     projected_gradients,
-    two_sided,
 )
-
-# By the unit roundoff of the forward: on a small random LLaMA the two-sided estimate correlates with the exact
-# directional derivative by 1.00 at 1e-3 in fp32; in bf16 by 0.78 at 1e-3 and 0.99 at 1e-2. fp16 lies between.
-EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+from .zo_options import (
+    EPSILON,
+    check_finite_steps,
+    check_weights_options,
+    check_zo_options,
+    compute_dtype,
+    make_estimator,
+    warn_of_waste,
+)
 
 
 class ZerothOrderModule(LanguageModel):
-    """A language model whose tensor-train adapters, and new head if it has one, are trained by forward passes alone.
+    """A language model trained by forward passes alone: adapters (and a new head, if it has one), or its weights.
 
-    The backbone is frozen. Every step draws Q directions from (seed, step, query), compares the loss at both sides of
-    each and moves the adapters by the mean of the slopes (two-sided Gaussian SPSA with plain SGD). The stored adapters
-    are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in one flat fp32
-    buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that they ask
-    for, whose learning rate and scheduler are the real ones.
+    The backbone is frozen. Every step draws Q directions from (seed, step, query), measures the slope of the loss along
+    each and moves the adapters by the mean of the slopes (by default two-sided Gaussian SPSA with plain SGD). The
+    stored adapters are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in
+    one flat fp32 buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that
+    they ask for, whose learning rate and scheduler are the real ones.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -56,21 +62,24 @@ class ZerothOrderModule(LanguageModel):
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
             default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
-        schedule: Number of queries as a function of the epoch, `ConstantSchedule` or `AdaZetaSchedule`.
+        schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
+            `VarianceSchedule` (more when the slopes get small).
+        estimator: How slopes are measured: `two_sided` differences (2 forwards a query), `one_sided` ones that share
+            their base (1 a query and 1 more) or `forward_mode` derivatives, exact (counted as 2 a query).
+        directions: Distribution of the directions, `gaussian` (the paper's) or `rademacher`.
+        aggregation: How slopes become a gradient: their `mean` (the paper's), `align` (projection on the span of the
+            directions) or `fzoo` (mean over the slopes' standard deviation).
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
         weight_decay: Weight decay of the adapters' matrices; biases have none.
-        epsilon: Distance of the two sides from the adapters; by default fits the precision of the forward.
+        epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
         query_chunk_size: Queries folded into one forward; halved when memory runs out.
-        adapter_rank: Tensor-train rank of the adapters.
-        adapter_bottleneck: Inner width of the adapters.
-        adapter_sites: Places in every block such as `before:mlp.up_proj`; by default the paper's.
-        adapter_layers: Blocks with adapters, `all` or the top ones as in `last:2`.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
         prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
+        max_forwards: Forward passes after which the run ends; a step that would exceed them is not begun.
         max_nonfinite_steps: Steps in a row without any finite loss after which the run stops.
         seed: Seed of the directions and of the adapters' start.
 
@@ -89,35 +98,35 @@ class ZerothOrderModule(LanguageModel):
         pad_token: str | None = None,
         num_classes: int | None = None,
         objective: Objective | None = None,
-        schedule: ConstantSchedule | AdaZetaSchedule | None = None,
+        schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
+        estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
+        directions: Literal["gaussian", "rademacher"] = "gaussian",
+        aggregation: Literal["mean", "align", "fzoo"] = "mean",
         update: SGDUpdate | RAdaZOUpdate | None = None,
         learning_rate: float = 1e-4,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         weight_decay: float = 0.0,
         epsilon: float | None = None,
         query_chunk_size: int = 8,
-        adapter_rank: int = 5,
-        adapter_bottleneck: int = 64,
-        adapter_sites: list[str] | None = None,
-        adapter_layers: str = "all",
-        identity_start: bool = True,
+        trainable: TensorTrainAdapters | LoRAAdapters | Weights | None = None,
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
+        max_forwards: int | None = None,
         max_nonfinite_steps: int = 10,
         seed: int = 0,
     ) -> None:
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        check_range("epsilon", epsilon, epsilon is None or epsilon > 0, "above 0")
         check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
-        check_range("adapter_rank", adapter_rank, adapter_rank >= 1, "at least 1")
-        check_range("adapter_bottleneck", adapter_bottleneck, adapter_bottleneck >= 1, "at least 1")
         check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
-        num_top_blocks = top_blocks(adapter_layers)
-        check_objective(objective, epsilon)
+        schedule = schedule or ConstantSchedule(8)
+        check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
+        check_objective(objective, epsilon, estimator)
+        if isinstance(trainable, Weights):
+            check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
         super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
         if self.tokenizer.pad_token is None:
             raise ValueError(
@@ -127,38 +136,36 @@ class ZerothOrderModule(LanguageModel):
         self.automatic_optimization = False
         self.strict_loading = False
         self.objective = objective
-        self.schedule = schedule or ConstantSchedule(8)
+        self.schedule, self.estimator = schedule, estimator
+        self.directions, self.aggregation = directions, aggregation
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
         self.lr_scheduler = lr_scheduler
         self.weight_decay = weight_decay
         self.epsilon = epsilon
         self.query_chunk_size = query_chunk_size
-        self.adapter_rank = adapter_rank
-        self.adapter_bottleneck = adapter_bottleneck
-        self.adapter_sites = adapter_sites
-        self.adapter_layers = slice(None) if num_top_blocks is None else slice(-num_top_blocks, None)
-        self.identity_start = identity_start
+        self.trainable = trainable or TensorTrainAdapters()
         self.parallel = parallel
         self.prefix_cache = prefix_cache
         self.prefix_cache_gib = prefix_cache_gib
+        self.max_forwards = max_forwards
         self.max_nonfinite_steps = max_nonfinite_steps
         self.seed = seed
 
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
-        self.backbone_key = ""
-        self.adapters: AdapterBank | None = None
+        self._backbone_description: dict[str, Any] = {}
+        self.adapters: FlatBank | WeightBank | None = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
-        # updates of the adapters and forwards spent: beside them, so that both are written in one go
-        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
+        # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
+        self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
-        num_blocks = len(find_blocks(self.backbone)[1])
-        if num_top_blocks is not None and num_top_blocks > num_blocks:
-            raise ValueError(
-                f"Expected argument `adapter_layers` to name at most the {num_blocks} blocks of the model, "
-                f"but got {adapter_layers!r}"
-            )
+        self.trainable.check(self.backbone, self.update_rule.num_states)
+
+    @property
+    def backbone_key(self) -> str:
+        """Key of the backbone, pruned or not, that the adapters belong to."""
+        return str(self._backbone_description.get("backbone_key", ""))
 
     @property
     def data_sharding(self) -> tuple[int, int]:
@@ -173,64 +180,36 @@ class ZerothOrderModule(LanguageModel):
         if self.adapters is None:
             self._insert_adapters()
         if stage == "fit":
-            self._check_trainer()
-            self._adjust_strategy()
+            if isinstance(self.adapters, WeightBank):
+                require_whole_weights(self.trainer.strategy)
+            warn_of_waste(self.schedule, self.parallel, self.trainer.world_size, self.epsilon, self.compute_dtype)
+            adjust_strategy(self.trainer.strategy)
 
     def _insert_adapters(self) -> None:
-        self.backbone_key = self.pruned_backbone_key or backbone_fingerprint(self.backbone)
+        self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         self.backbone.requires_grad_(False)
-        _, blocks = find_blocks(self.backbone)
-        self.adapters = inject_adapters(
-            self.backbone,
-            blocks=blocks,
-            sites=self.adapter_sites,
-            layers=self.adapter_layers,
-            rank=self.adapter_rank,
-            bottleneck=self.adapter_bottleneck,
-            identity_start=self.identity_start,
-            generator=torch.Generator().manual_seed(self.seed),
-            linears=["head"] if isinstance(self.scorer, HeadScorer) else [],
-        )
-        states = torch.zeros(self.update_rule.num_states, self.adapters.num_parameters)
+        self.adapters = self.trainable.insert(self.backbone, self.seed)
+        if isinstance(self.adapters, FlatBank) and isinstance(self.scorer, HeadScorer):
+            train_linears(self.backbone, self.adapters, ["head"])
+        states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
+        self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if self.prefix_cache and not isinstance(self.objective, GeneratedText):
+        if isinstance(self.adapters, WeightBank):
+            self.scorer.head_rows = self.adapters.rows
+        elif self.prefix_cache and not isinstance(self.objective, GeneratedText):
+            _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._backbone_modules = list(self.backbone.modules())
-        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values in {len(sites)} adapters")
-
-    def _check_trainer(self) -> None:
-        world_size = self.trainer.world_size
-        if self.parallel == "queries" and self.schedule.max_queries < world_size:
-            rank_zero_warn(f"{self.schedule.max_queries} queries on {world_size} ranks: some ranks have nothing to do")
-        dtype = self.compute_dtype
-        if self.epsilon is not None and self.epsilon < EPSILON[dtype] / 3:
-            rank_zero_warn(
-                f"epsilon={self.epsilon} is small for {dtype}: rounding noise will drown the loss differences; "
-                f"{EPSILON[dtype]} is the default"
-            )
-
-    def _adjust_strategy(self) -> None:
-        strategy: Any = self.trainer.strategy
-        if hasattr(strategy, "exclude_frozen_parameters"):  # DeepSpeed
-            strategy.exclude_frozen_parameters = True
-            # only logged; Lightning would ask the loader's batch sampler, and loaders of whole batches have none
-            (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values, {len(sites)} adapters")
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Precision of the forward."""
-        precision = str(self.trainer.precision)
-        if precision.startswith("bf16"):
-            return torch.bfloat16
-        if precision.startswith("16"):
-            return torch.float16
-        # ZeRO-3 keeps the dtype of what it shards
-        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        return dtype if dtype in EPSILON else torch.float32
+        return compute_dtype(str(self.trainer.precision), self.backbone)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -240,7 +219,10 @@ class ZerothOrderModule(LanguageModel):
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
         sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
+        if isinstance(self.adapters, WeightBank):
+            self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
+        self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[self.compute_dtype])
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
             rank_zero_info("The frozen prefix is not reused: the strategy shards the backbone's weights.")
@@ -253,19 +235,21 @@ class ZerothOrderModule(LanguageModel):
             # adapters from elsewhere start a run of their own
             self._updates = step
             self.progress[0] = step
+        self.trainer.should_stop |= self._spent(step)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         step = self.trainer.global_step
         self._advance_scheduler(step)
         # a checkpoint written by a signal handler may hold the update of a step whose bookkeeping was still to come
-        if self._updates == step:
+        if self._updates == step and not self._spent(step):
             self._update_adapters(batch, step)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.manual_backward(self.anchor.sum() * 0.0)
         optimizer.step()
         self._advance_scheduler(step + 1)
+        self.trainer.should_stop |= self._spent(step + 1)
 
     def _advance_scheduler(self, step: int) -> None:
         scheduler = self.lr_schedulers()
@@ -273,34 +257,44 @@ class ZerothOrderModule(LanguageModel):
             scheduler.step()
 
     def num_queries(self, step: int) -> int:
-        """Queries of a step, by the epoch that it belongs to."""
-        return self.schedule.num_queries(int(step // self.trainer.num_training_batches))
+        """Queries of the step that comes next, by the epoch that it belongs to and by what was measured before."""
+        assert self.adapters is not None
+        epoch = int(step // self.trainer.num_training_batches)
+        return self.schedule.num_queries(epoch, self.adapters.get_buffer("schedule_states"))
+
+    def _spent(self, step: int) -> bool:
+        """Whether the next step would exceed the forward passes that the run may spend."""
+        if self.max_forwards is None:
+            return False
+        return int(self.progress[1]) + self._estimator.num_forwards(self.num_queries(step)) > self.max_forwards
 
     def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
         assert self.adapters is not None
-        theta = self.adapters.theta
-        epsilon = self.epsilon or EPSILON[self.compute_dtype]
         num_queries = self.num_queries(step)
-        losses = self._estimate(batch, step, num_queries, epsilon)
-        slopes = projected_gradients(losses, epsilon)
+        directions = self.adapters.start(self.seed, step, num_queries, DISTRIBUTIONS[self.directions])
+        theta = self.adapters.theta
+        values = self._estimate(batch, directions, num_queries)
+        slopes = projected_gradients(self._estimator.slopes(values))
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
-        stored_states = self.adapters.get_buffer("update_states")
-        updated, states = theta.clone(), stored_states.clone()
-        grad = estimated_gradient(theta, slopes, self.seed, step)
+        stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
+        updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
+        grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
         if grad is not None:
-            self.update_rule.step_(updated, grad, states, int(self.progress[0]), learning_rate)
-            # decoupled from the moments, and the same as in the gradient where there are none
-            updated.sub_(theta * self.adapters.decay_mask, alpha=learning_rate * self.weight_decay)
-        done = self.progress + self.progress.new_tensor([1, 2 * num_queries])
-        # one call: a signal handler that writes a checkpoint sees the adapters and their step both old or both new
-        torch._foreach_copy_([theta, stored_states, self.progress], [updated, states, done])
+            self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
+            self.schedule.observe_(schedule_states, slopes)
+        # decoupled from the moments, and the same as in the gradient where there are none
+        shrink = 0.0 if grad is None else learning_rate * self.weight_decay
+        done = self.progress + self.progress.new_tensor(
+            [1, self._estimator.num_forwards(num_queries), grad is not None]
+        )
+        self.adapters.store(updated, shrink, stored, [update_states, schedule_states, done])
         self._updates = step + 1
 
-        self.log("train/loss", losses.mean, prog_bar=True)
+        self.log("train/loss", self._estimator.loss(values), prog_bar=True)
         # logging costs a good part of a millisecond a value, as much as a fast step's arithmetic
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps):
+        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._spent(step + 1):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
@@ -311,35 +305,25 @@ class ZerothOrderModule(LanguageModel):
                 }
             )
         self._nonfinite_steps = 0 if slopes.values else self._nonfinite_steps + 1
-        if self._nonfinite_steps >= self.max_nonfinite_steps:
-            raise ValueError(
-                f"Expected finite losses, but for {self._nonfinite_steps} steps (up to step {step}) every query was "
-                "nan or infinite; lower `learning_rate` or `epsilon`, and check the data and the precision"
-            )
+        check_finite_steps(self._nonfinite_steps, self.max_nonfinite_steps, step)
 
-    def _estimate(self, batch: dict[str, Tensor], step: int, num_queries: int, epsilon: float) -> QueryLosses:
+    def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None
-        theta = self.adapters.theta
-        queries = self._exchange.share(num_queries)
+        theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluating(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
-            losses = two_sided(
-                lambda theta_Pd: self.losses(theta_Pd, prepared),
-                theta,
-                self.seed,
-                step,
-                queries,
-                epsilon,
-                self.query_chunk_size,
+            points = self._exchange.share(num_points)
+            evaluations = self._estimator.evaluate(
+                lambda theta_Pd: self.losses(theta_Pd, prepared), theta, directions, points, self.query_chunk_size
             )
-        self.query_chunk_size = losses.chunk_size
-        return self._exchange.gather(losses, num_queries, theta, batch["input_ids"])
+        self.query_chunk_size = evaluations.chunk_size
+        return self._exchange.gather(evaluations, num_points, self.adapters.checked(), batch["input_ids"])
 
     def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
         assert self.adapters is not None
         losses = []
-        for part in theta_Pd.split(self.scorer.max_repeats(prepared)):
+        for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
             with self.adapters.use(part):
                 losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
         return torch.cat(losses)
@@ -347,10 +331,10 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
         checkpoint["zeroth_order"] = {
             **self._description(),
-            "update": type(self.update_rule).__name__,
+            **self._rules(),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
             "theta_sum": self._theta_sum(),
@@ -361,9 +345,9 @@ class ZerothOrderModule(LanguageModel):
         saved = checkpoint.get("zeroth_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
-        require_same(saved, self._description() | {"update": type(self.update_rule).__name__})
+        require_same(saved, self._description() | self._rules())
         if "state_dict" in checkpoint:
-            expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
+            expected = {name for name in self.state_dict() if self._is_trained(name)}
             found = set(checkpoint["state_dict"])
             if expected != found:
                 raise ValueError(
@@ -376,9 +360,14 @@ class ZerothOrderModule(LanguageModel):
         self._nonfinite_steps = saved["nonfinite_steps"]
 
     def save_adapters(self, directory: str | Path) -> None:
-        """Write the adapters to `adapters.safetensors` and what they fit to `adapters.json`."""
-        assert self.adapters is not None
-        save_adapter_files(Path(directory), self.adapters.theta, self._description())
+        """Write the adapters, LoRA's as peft does, what they fit (`adapters.json`) and a model card.
+
+        Raises:
+            ValueError: If there are none, as the model's own weights are trained.
+        """
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to save, but got none; `backbone.save_pretrained` saves the weights")
+        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
 
     def load_adapters(self, directory: str | Path) -> None:
         """Load adapters that `save_adapters` wrote for the same backbone and sites.
@@ -388,13 +377,23 @@ class ZerothOrderModule(LanguageModel):
         """
         if self.adapters is None:
             self._insert_adapters()
-        assert self.adapters is not None
-        self.adapters.theta.copy_(load_adapter_files(Path(directory), self._description()))
+        if not isinstance(self.adapters, FlatBank):
+            raise ValueError("Expected adapters to load into, but got none; train from the directory of the weights")
+        load_adapter_files(Path(directory), self.adapters, self._description())
 
     def _description(self) -> dict[str, Any]:
         assert self.adapters is not None
-        return describe(self.adapters, self.adapter_rank, self.adapter_bottleneck, self.backbone_key)
+        return {**self.adapters.description(), "backbone_key": self.backbone_key}
+
+    def _rules(self) -> dict[str, Any]:
+        return {"update": type(self.update_rule).__name__, "schedule_states": self.schedule.num_states}
 
     def _theta_sum(self) -> float:
         assert self.adapters is not None
-        return float(self.adapters.theta.double().sum())
+        return float(self.adapters.checked().double().sum())
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether an entry of the state belongs into checkpoints."""
+        assert self.adapters is not None
+        inner = name.removeprefix("backbone.")
+        return inner == name or inner in self.adapters.model_names

@@ -81,18 +81,17 @@ def validate_layers(
     for name, module in wanted.items():
         _check_weight(name, module)
     _check_own_matrices(wanted, block_name)
-    layers = {
-        f"{block_name}.{i}.{n}": layer
-        for i, block in enumerate(blocks)
-        for n, layer in prunable_layers(block, options, f"{block_name}.{i}").items()
-    }
+    layers: dict[str, nn.Linear] = {}
+    for i, block in enumerate(blocks):
+        of_block = {f"{block_name}.{i}.{n}": m for n, m in prunable_layers(block, options, f"{block_name}.{i}").items()}
+        for name, layer in of_block.items():
+            _check_layer(name, layer, options.of_block(i, len(blocks)))
+        layers |= of_block
     if not layers:
         raise ValueError(
             f"Expected Linear layers to prune in `{block_name}`, but found none; "
             "check `exclude_modules` and the name of the list of blocks"
         )
-    for name, layer in layers.items():
-        _check_layer(name, layer, options)
     _check_shared(layers, model)
 
 
@@ -106,7 +105,7 @@ def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
         )
     if options.group is None and int(in_features * options.target_sparsity) == 0:
         raise ValueError(
-            f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity!r} of the "
+            f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity:g} of the "
             f"{in_features} inputs of `{name}` is none; {remedy}"
         )
 

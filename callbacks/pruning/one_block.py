@@ -130,20 +130,23 @@ class OneBlock:
         self.master.apply_masks(kept)
         return kept
 
-    def optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Regional optimisation; afterwards the norms are those of the optimised block on all samples.
+    def optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Regional optimisation; afterwards the block is pruned.
 
         Args:
             hidden: The block's input for each sample.
             targets: The wanted output for each sample.
+
+        Returns:
+            Masks in the layout of the weights.
         """
+        kept: dict[str, Tensor] = {}
 
         def prune(number: int) -> dict[str, Tensor]:
-            if number > 0:
-                return self.prune()
-            kept = self.solve() if self.options.start == "sparsegpt" else self.prune()
-            self.statistics.leave_out_grams()  # the rounds look at norms alone
-            self.loss_before = self.probe_loss(hidden, targets)
+            kept.update(self.solve() if number == 0 and self.options.start == "sparsegpt" else self.prune())
+            if number == 0:
+                self.statistics.leave_out_grams()  # the rounds look at norms alone
+                self.loss_before = self.probe_loss(hidden, targets)
             return kept
 
         with self._trainable():
@@ -159,7 +162,10 @@ class OneBlock:
                 self.generator,
                 self.ranks,
             )
+        if self.options.mask_mode != "free":
+            return kept  # what the last steps were made with
         self._measure_inputs(hidden)
+        return self.prune()
 
     def probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """Mean loss of the block as it is over the first samples."""

@@ -1,7 +1,7 @@
 """What to prune and how: one frozen, plain-valued record that decides the result."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
@@ -11,6 +11,7 @@ Start = Literal["score", "sparsegpt"]
 Target = Literal["dense_block", "dense_stream"]
 MaskMode = Literal["free", "fixed", "straight_through"]
 ComputeDtype = Literal["model", "bfloat16"]
+Alpha = float | Literal["auto"]
 
 UNSTRUCTURED = "unstructured"
 _CHOICES = {
@@ -34,7 +35,10 @@ class PruneOptions:
             that are kept).
         sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
-        alpha: Weight of the regional gradient in the score (Wanda++, equation 4).
+        sparsity_slope: By how much the last block's fraction is above the first's, with a straight line between them
+            around `sparsity`; for `"unstructured"` only.
+        alpha: Weight of the regional gradient in the score (Wanda++, equation 4). The paper's 100 belongs to its
+            models' width and text; `auto` gives the gradient, layer by layer, a tenth of the weight of the norms.
         rounds: Rounds of regional optimisation, K; each prunes, then takes optimizer steps.
         samples_per_round: Calibration samples drawn for each round, M.
         optimizer: Optimizer of the regional optimisation, `rmsprop` (the paper's) or `adamw`.
@@ -48,7 +52,8 @@ class PruneOptions:
         mask_mode: What pruned weights do during the steps: `free`, they move away from zero and the next round prunes
             again (the paper's); `fixed`, they stay zero and with them the first round's mask; `straight_through`, they
             keep their values beside the block, which runs without them, get its gradients (the straight-through
-            estimator, as in SR-STE, arXiv 2102.04010) and may come back in the next round.
+            estimator, as in SR-STE, arXiv 2102.04010) and may come back in the next round. `free` prunes once more
+            after the last steps; the others end with the mask that these were made with.
         compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast; weights,
             statistics and scores stay as they are.
         exclude_modules: Names, or regular expressions of names, of modules inside the blocks to leave dense.
@@ -67,7 +72,8 @@ class PruneOptions:
     method: Method = "wanda++"
     sparsity_pattern: str = "2:4"
     sparsity: float | None = None
-    alpha: float = 100.0
+    sparsity_slope: float = 0.0
+    alpha: Alpha = 100.0
     rounds: int = 5
     samples_per_round: int = 32
     optimizer: Optimizer = "rmsprop"
@@ -96,8 +102,10 @@ class PruneOptions:
                 f"Expected argument `samples_per_step` to divide `samples_per_round` ({self.samples_per_round}), "
                 f"but got {self.samples_per_step}"
             )
-        if not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"Expected argument `alpha` to be a number of at least 0, but got {self.alpha!r}")
+        if self.alpha != "auto" and (isinstance(self.alpha, str) or not 0 <= self.alpha < float("inf")):
+            raise ValueError(
+                f'Expected argument `alpha` to be a number of at least 0 or "auto", but got {self.alpha!r}'
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"Expected argument `learning_rate` to be larger than 0, but got {self.learning_rate!r}")
         if isinstance(self.exclude_modules, str):
@@ -120,7 +128,17 @@ class PruneOptions:
                     'Expected argument `sparsity` to be between 0 and 1 with sparsity_pattern="unstructured", '
                     f"but got {self.sparsity!r}; 0.5 removes half of each row"
                 )
+            if not abs(self.sparsity_slope) / 2 < min(self.sparsity, 1 - self.sparsity):
+                raise ValueError(
+                    "Expected argument `sparsity_slope` to leave every block's sparsity between 0 and 1, but got "
+                    f"{self.sparsity_slope!r} with sparsity={self.sparsity!r}"
+                )
             return
+        if self.sparsity_slope != 0:
+            raise ValueError(
+                f"Expected argument `sparsity_slope` to be 0 with sparsity_pattern={self.sparsity_pattern!r}, which is "
+                f"the same in every block, but got {self.sparsity_slope!r}"
+            )
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(self.sparsity_pattern))
         if match is None or int(match[1]) >= int(match[2]):
             raise ValueError(
@@ -132,6 +150,24 @@ class PruneOptions:
                 f"Expected argument `sparsity` to be left out with sparsity_pattern={self.sparsity_pattern!r}, "
                 f"which fixes it to {self.target_sparsity:g}, but got {self.sparsity!r}"
             )
+
+    def of_block(self, index: int, num_blocks: int) -> "PruneOptions":
+        """The options of one block: its own sparsity, and no slope.
+
+        Args:
+            index: The block, from 0.
+            num_blocks: How many there are.
+
+        Example:
+            >>> options = PruneOptions(sparsity_pattern="unstructured", sparsity=0.6, sparsity_slope=0.2)
+            >>> [round(options.of_block(index, 3).target_sparsity, 6) for index in range(3)]
+            [0.5, 0.6, 0.7]
+        """
+        if self.sparsity_slope == 0 or num_blocks == 1:
+            return replace(self, sparsity_slope=0.0)
+        assert self.sparsity is not None
+        place = index / (num_blocks - 1) - 0.5
+        return replace(self, sparsity=self.sparsity + place * self.sparsity_slope, sparsity_slope=0.0)
 
     @property
     def group(self) -> tuple[int, int] | None:
@@ -162,7 +198,7 @@ class PruneOptions:
     @property
     def uses_gradients(self) -> bool:
         """Whether the score holds regional gradients (RGS)."""
-        return self.method in ("rgs", "wanda++") and self.alpha > 0
+        return self.method in ("rgs", "wanda++") and self.alpha != 0
 
     @property
     def uses_optimisation(self) -> bool:

@@ -1,6 +1,7 @@
 """Prune a model block by block: plain torch, any model whose blocks follow one another."""
 
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def prune_model(
         PruningInterrupted: If `should_stop` returned True before the last block.
     """
     device = torch.device(device)
+    _warn_of_slow_bfloat16(device, options)
     ranks = ranks or Ranks()
     progress = progress if ranks.rank == 0 else None
     rows = [row for batch in batches for row in split_rows(batch)]
@@ -184,7 +186,8 @@ class _Pruner:
         with self._block(index) as layers:
             masks = self.samples.masks if self.samples is not None else ()
             run = partial(self._run, index)
-            work = OneBlock(index, layers, self.options, run, self._batches(index), masks, self.ranks)
+            options = self.options.of_block(index, len(self.blocks))
+            work = OneBlock(index, layers, options, run, self._batches(index), masks, self.ranks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
             else:
@@ -218,8 +221,9 @@ class _Pruner:
                 targets = self.stream
             self.stream = targets
         if self.options.uses_optimisation:
-            work.optimise(samples.hidden, targets)
-        kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
+            kept = work.optimise(samples.hidden, targets)
+        else:
+            kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
         # the ranks did the same arithmetic on the same sums; this makes them equal whatever their hardware
         self.ranks.broadcast_([layer.weight for layer in work.layers.values()])
         # the last block feeds no other: only the samples that the report looks at
@@ -298,6 +302,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _warn_of_slow_bfloat16(device: torch.device, options: PruneOptions) -> None:
+    known = torch.cpu.get_capabilities()
+    if options.compute_dtype != "bfloat16" or device.type != "cpu" or known.get("architecture") != "x86_64":
+        return
+    if not (known.get("avx512_bf16") or known.get("amx_bf16")):
+        warnings.warn(
+            "This CPU has no instructions for bfloat16, which takes several times as long as float32 on it; set "
+            '`compute_dtype` to "model"',
+            stacklevel=3,
+        )
 
 
 def _check_samples(num_samples: int, options: PruneOptions) -> None:

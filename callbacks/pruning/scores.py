@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from .options import Alpha
+
+# of the norms' mean, by the ablation
+_AUTO_SHARE = 0.1
+
 
 def magnitude_score(weight: Tensor) -> Tensor:
     """|W|, in float32.
@@ -13,14 +18,14 @@ def magnitude_score(weight: Tensor) -> Tensor:
     return weight.detach().float().abs()
 
 
-def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None = None, alpha: Alpha = 0.0) -> Tensor:
     """The RGS score `(α·G + ‖X‖)·|W|` (Wanda++, equation 4); without a gradient it is Wanda's `‖X‖·|W|`.
 
     Args:
         weight: Shape (out, in).
         input_norm: Norm of each input feature, shape (in,).
         gradient: Regional gradient, shape (out, in).
-        alpha: Its weight.
+        alpha: Its weight; with `auto` the mean of α·G is a tenth of the norms'.
 
     Returns:
         Scores in float32, shape (out, in).
@@ -32,4 +37,8 @@ def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None =
     score = magnitude_score(weight)
     if gradient is None or alpha == 0:
         return score.mul_(input_norm)
+    if alpha == "auto":
+        # on the device: a number of Python would wait for it
+        share = _AUTO_SHARE * input_norm.mean() / gradient.mean().clamp_min(torch.finfo(gradient.dtype).tiny)
+        return score.mul_(torch.addcmul(input_norm, gradient, share))
     return score.mul_(torch.add(input_norm, gradient, alpha=alpha))

@@ -1,20 +1,22 @@
 """All adapters of a model in one flat vector, merged once per use.
 
-Legend: P perturbed copies of the vector, d its length, S sites of one shape, D features, r rank, H bottleneck,
-C outputs of a trained Linear.
+Legend: P perturbed copies of the vector, d its length, D features, C outputs of a trained Linear.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from .tensor_train import TTShape, init_cores, tt_matrices
+from wandazeta.modules.zo.directions import Direction, Directions, directions_of_step
+
+from .layout import AdapterLayout, Layout, Matrices
 
 
 @dataclass(frozen=True)
@@ -34,143 +36,95 @@ class Site:
     width: int
 
 
-class AdapterMatrices(NamedTuple):
-    """One site's merged adapter: `x + (relu(x A_down B_down + b_down) A_up B_up + b_up)`, with or without leading P."""
-
-    down_A: Tensor
-    down_B: Tensor
-    down_bias: Tensor
-    up_A: Tensor
-    up_B: Tensor
-    up_bias: Tensor
-
-
-class _Group:
-    """The sites of one width: their cores lie side by side in the vector, so slices stack them without a copy."""
-
-    def __init__(self, sites: list[int], down: TTShape, offset: int) -> None:
-        self.sites = sites
-        self.layers: list[tuple[TTShape, list[tuple[slice, tuple[int, ...]]]]] = []
-        for shape in (down, down.mirrored()):
-            slices = []
-            for size in (*shape.core_shapes, (1, shape.out_features)):
-                numel = len(sites) * prod(size)
-                slices.append((slice(offset, offset + numel), (len(sites), *size)))
-                offset += numel
-            self.layers.append((shape, slices))
-        self.end = offset
-
-    def merge(self, theta: Tensor, only: int | None = None) -> list[AdapterMatrices]:
-        """Contract the cores of all these sites at once, or of the `only`-th."""
-        stacked: list[Tensor] = []
-        for shape, slices in self.layers:
-            views = [theta[..., where].unflatten(-1, size) for where, size in slices]
-            if only is not None:
-                views = [view.narrow(-len(size), only, 1) for view, (_, size) in zip(views, slices, strict=True)]
-            stacked += [*tt_matrices(views[:-1], len(shape.in_factors)), views[-1]]
-        return [AdapterMatrices(*parts) for parts in zip(*(part.unbind(-3) for part in stacked), strict=True)]
-
-
-class AdapterLayout:
-    """Which slice of the flat vector is which core; plain arithmetic, no tensors.
-
-    Args:
-        widths: Width of every site, in the order of the sites.
-        rank: TT rank.
-        bottleneck: Inner width of every adapter.
-        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
-
-    Example:
-        >>> AdapterLayout([4096] * 96).num_parameters  # LLaMA-2-7B, three sites in each of 32 layers
-        610560
-    """
-
-    def __init__(
-        self, widths: Sequence[int], rank: int = 5, bottleneck: int = 64, num_factors: tuple[int, int] = (3, 3)
-    ) -> None:
-        self.num_sites = len(widths)
-        self.groups: list[_Group] = []
-        offset = 0
-        for width in dict.fromkeys(widths):
-            sites = [index for index, other in enumerate(widths) if other == width]
-            self.groups.append(_Group(sites, TTShape.balanced(width, bottleneck, rank, num_factors), offset))
-            offset = self.groups[-1].end
-        self.num_parameters = offset
-
-    def bias_slices(self) -> list[slice]:
-        """Slices of the vector that hold biases."""
-        return [slices[-1][0] for group in self.groups for _, slices in group.layers]
-
-    def merge(self, theta: Tensor) -> list[AdapterMatrices]:
-        """Contract the cores of all sites, batched over sites of one width and over leading dimensions of `theta`."""
-        merged: list[Any] = [None] * self.num_sites
-        for group in self.groups:
-            for site, matrices in zip(group.sites, group.merge(theta), strict=True):
-                merged[site] = matrices
-        return merged
-
-    def merge_site(self, theta: Tensor, site: int) -> AdapterMatrices:
-        """Contract the cores of one site."""
-        group = next(group for group in self.groups if site in group.sites)
-        return group.merge(theta, group.sites.index(site))[0]
-
-    def initial(self, identity_start: bool, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Initial vector; with `identity_start` the last core of every `up` is zero and the model unchanged."""
-        theta = torch.zeros(self.num_parameters, dtype=dtype)
-        for group in self.groups:
-            for layer, (shape, slices) in enumerate(group.layers):
-                views = [theta[where].view(size) for where, size in slices]
-                for site in range(len(group.sites)):
-                    for view, core in zip(views[:-1], init_cores(shape, generator, dtype), strict=True):
-                        view[site] = core
-                if identity_start and layer == 1:
-                    views[-2].zero_()
-        return theta
-
-
-class AdapterBank(nn.Module):
+class FlatBank(nn.Module):
     """Holds every adapter of a model in one flat buffer `theta` and applies them.
 
     A buffer, not a parameter: sharding strategies never touch it, and it keeps its dtype (fp32) whatever precision the
-    module is converted to. Linears that are trained as they are (a new classification head) follow the adapters in it.
+    module is converted to. Only back-propagation makes a parameter of it, `train_by_gradient`. Linears that are trained
+    as they are (a new classification head) follow the adapters in it.
 
     Args:
-        sites: Where the adapters sit.
-        rank: TT rank.
-        bottleneck: Inner width of every adapter.
-        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
-        linears: Linears whose weights are copied to the end of the vector and trained in full.
+        layout: Which slice of the vector is what.
+        theta: The initial vector.
     """
 
     theta: Tensor
+    folds = True
+    """Whether several copies go through one forward, each on its share of the rows."""
+    model_names: frozenset[str] = frozenset()
+    """Names of the model's own parameters that are trained."""
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        rank: int = 5,
-        bottleneck: int = 64,
-        num_factors: tuple[int, int] = (3, 3),
-        identity_start: bool = True,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-        linears: Sequence[nn.Linear] = (),
-    ) -> None:
+    def __init__(self, layout: Layout, theta: Tensor) -> None:
         super().__init__()
-        self.sites = tuple(sites)
-        self.layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
-        self.linear_shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
-        generator = generator or torch.Generator().manual_seed(0)
-        # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
-        with torch.inference_mode(False):
-            adapters = self.layout.initial(identity_start, generator, dtype)
-            values = [x.detach().to(adapters).flatten() for linear in linears for x in (linear.weight, linear.bias)]
-            self.register_buffer("theta", torch.cat([adapters, *values]))
-        self._folded: tuple[Tensor, list[AdapterMatrices]] | None = None
-        self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], list[AdapterMatrices]] | None = None
+        self.layout = layout
+        self.register_buffer("theta", theta)
+        self.linear_shapes: dict[str, tuple[int, int]] = {}
+        """Outputs and inputs of the Linears that are trained in full, by their names in the model."""
+        self._folded: tuple[Tensor, Sequence[Matrices]] | None = None
+        self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], Sequence[Matrices]] | None = None
         self._decay_mask: Tensor | None = None
+
+    def append(self, linears: dict[str, nn.Linear]) -> None:
+        """Copy Linears with a bias to the end of the vector, to be trained in full; to be called once.
+
+        Args:
+            linears: The Linears, by their names in the model.
+        """
+        assert not self.linear_shapes
+        self.linear_shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        with torch.inference_mode(False):
+            values = [x.detach().to(self.theta).flatten() for lin in linears.values() for x in (lin.weight, lin.bias)]
+            self.theta = torch.cat([self.theta, *values])
+
+    def description(self) -> dict[str, Any]:
+        """What the vector fits, in plain values."""
+        linears = [f"{name}:{columns}:{rows}" for name, (rows, columns) in self.linear_shapes.items()]
+        return {**self.adapter_description(), "linears": linears, "num_parameters": self.num_parameters}
+
+    def adapter_description(self) -> dict[str, Any]:
+        """What the adapters are and where they sit, in plain values."""
+        raise NotImplementedError
+
+    file_name = "adapters.safetensors"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, by the names of the file that it is exported to: `theta` itself or views of it."""
+        return {"theta": self.theta.detach()}
+
+    def start(self, seed: int, step: int, num_queries: int, draw: Direction) -> Directions:
+        """Go to a step and return its directions; adapters are the same vector in every one.
+
+        Args:
+            seed: Base seed of the run.
+            step: Global step.
+            num_queries: Queries of the step.
+            draw: Distribution of the directions.
+        """
+        return directions_of_step(self.theta, seed, step, draw)
+
+    def store(self, updated: Tensor, shrink: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Take new values of the vector, and note down in the same call that they are taken.
+
+        A signal handler that writes a checkpoint sees the adapters and their step both old or both new.
+
+        Args:
+            updated: The new vector; changed by the decay.
+            shrink: Share of the old vector that is taken off, but for biases.
+            stored: Tensors that say how far training is.
+            new: Their new values.
+        """
+        updated.sub_(self.theta * self.decay_mask, alpha=shrink)
+        torch._foreach_copy_([self.theta, *stored], [updated, *new])
+
+    def checked(self) -> Tensor:
+        """What ranks that drifted apart are noticed by."""
+        return self.theta
+
+    def train_by_gradient(self) -> None:
+        """Make `theta` a parameter of the same name, for an optimizer."""
+        theta = self.theta
+        del self._buffers["theta"]
+        self.theta = nn.Parameter(theta)
 
     @property
     def num_parameters(self) -> int:
@@ -184,8 +138,8 @@ class AdapterBank(nn.Module):
             mask = torch.ones(self.num_parameters, dtype=torch.bool)
             for where in self.layout.bias_slices():
                 mask[where] = False
-            for index in range(len(self.linear_shapes)):
-                self._linear(mask, index)[1].fill_(False)
+            for name in self.linear_shapes:
+                self._linear(mask, name)[1].fill_(False)
             self._decay_mask = mask.to(self.theta.device)
         return self._decay_mask
 
@@ -212,31 +166,38 @@ class AdapterBank(nn.Module):
             self._folded = outer
 
     def adapt(self, site: int, x: Tensor) -> Tensor:
-        """Apply the adapter of a site to activations of shape `(…, D)`; shape and dtype stay as they are."""
-        if self._folded is None:
-            matrices, rows = self._plain(site), (-1,)
-        else:
-            matrices, rows = self._folded[1][site], self._rows(x)
+        """Apply the adapter of a site to activations of shape `(…, D)`."""
+        matrices = self._plain(site) if self._folded is None else self._folded[1][site]
         with _full_precision(x):
-            return _apply_adapter(matrices, x, rows)
+            return matrices.apply(x, self._rows(x))
 
-    def linear(self, index: int, x: Tensor) -> Tensor:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         """Apply a trained Linear to activations of shape `(…, D)`; the result has the vector's dtype."""
-        theta, rows = (self.theta, (-1,)) if self._folded is None else (self._folded[0], self._rows(x))
-        weight, bias = self._linear(theta, index)
+        theta = self.theta if self._folded is None else self._folded[0]
+        weight, bias = self._linear(theta, name)
         with _full_precision(x):
-            y = x.reshape(*rows, x.shape[-1]).to(theta.dtype) @ weight.mT + bias[..., None, :]
+            y = x.reshape(*self._rows(x), x.shape[-1]).to(theta.dtype) @ weight.mT + bias[..., None, :]
         return y.reshape(*x.shape[:-1], -1)
 
-    def _linear(self, theta: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Weight `(…, C, D)` and bias `(…, C)` of a trained Linear, as views of `theta`."""
-        sizes = [size for shape in self.linear_shapes for size in (prod(shape), shape[0])]
-        parts = theta[..., self.layout.num_parameters :].split(sizes, -1)
-        return parts[2 * index].unflatten(-1, self.linear_shapes[index]), parts[2 * index + 1]
+    def linear_tensors(self) -> dict[str, Tensor]:
+        """Weight and bias of the trained Linears, as views of `theta`."""
+        found = {}
+        for name in self.linear_shapes:
+            weight, bias = self._linear(self.theta.detach(), name)
+            found |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        return found
 
-    def _rows(self, x: Tensor) -> tuple[int, int]:
-        """How to view the rows of activations as one share for each of the vectors in use."""
-        assert self._folded is not None
+    def _linear(self, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Weight `(…, C, D)` and bias `(…, C)` of a trained Linear, as views of a vector."""
+        sizes = [size for shape in self.linear_shapes.values() for size in (prod(shape), shape[0])]
+        parts = theta[..., self.layout.num_parameters :].split(sizes, -1)
+        index = list(self.linear_shapes).index(name)
+        return parts[2 * index].unflatten(-1, self.linear_shapes[name]), parts[2 * index + 1]
+
+    def _rows(self, x: Tensor) -> tuple[int, ...]:
+        """How to view the rows of activations: all at once, or as one share for each of the vectors in use."""
+        if self._folded is None:
+            return (-1,)
         copies = len(self._folded[0])
         if x.shape[0] % copies:
             raise ValueError(
@@ -245,7 +206,7 @@ class AdapterBank(nn.Module):
             )
         return copies, -1
 
-    def _plain(self, site: int) -> AdapterMatrices:
+    def _plain(self, site: int) -> Matrices:
         """Merged adapter of `theta` itself, kept for all sites until `theta` changes."""
         theta = self.theta
         graph = theta.requires_grad and torch.is_grad_enabled()
@@ -258,9 +219,12 @@ class AdapterBank(nn.Module):
             self._cache = (ref(theta), state, self.layout.merge(theta))
         return self._cache[2][site]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatBank":
         buffers = dict(self._buffers)
+        theta = self.theta.detach()
         super()._apply(fn, recurse)
+        if "theta" in self._parameters and self.theta.dtype != theta.dtype:
+            self.theta.data = theta.to(self.theta.device)
         for name, before in buffers.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
@@ -274,7 +238,7 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Size of the bank, for `print(model)`."""
-        return f"sites={len(self.sites)}, num_parameters={self.num_parameters}"
+        return f"num_parameters={self.num_parameters}"
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -283,8 +247,44 @@ def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
-def _apply_adapter(m: AdapterMatrices, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    x_ND = x.reshape(*rows, x.shape[-1]).to(m.down_A.dtype)
-    # in place, as fresh activation-sized tensors cost more than the arithmetic on them
-    h_NH = (x_ND @ m.down_A @ m.down_B).add_(m.down_bias).relu_()
-    return (h_NH @ m.up_A @ m.up_B).add_(m.up_bias).add_(x_ND).to(x.dtype).reshape(x.shape)
+class AdapterBank(FlatBank):
+    """A bank of tensor-train adapters.
+
+    Args:
+        sites: Where the adapters sit.
+        rank: TT rank.
+        bottleneck: Inner width of every adapter.
+        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
+        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        generator: Source of the initial values; seed 0 if not given.
+        dtype: Type of the vector and of the adapters' arithmetic.
+    """
+
+    layout: AdapterLayout
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        rank: int = 5,
+        bottleneck: int = 64,
+        num_factors: tuple[int, int] = (3, 3),
+        identity_start: bool = True,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
+        generator = generator or torch.Generator().manual_seed(0)
+        # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
+        with torch.inference_mode(False):
+            theta = layout.initial(identity_start, generator, dtype)
+        super().__init__(layout, theta)
+        self.sites = tuple(sites)
+
+    @override
+    def adapter_description(self) -> dict[str, Any]:
+        return {
+            "kind": "tensor_train",
+            "rank": self.layout.rank,
+            "bottleneck": self.layout.bottleneck,
+            "sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in self.sites],
+        }

@@ -1,12 +1,12 @@
 """Put adapters into a model and take them out again, without hooks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bank import AdapterBank, Site
+from .bank import AdapterBank, FlatBank, Site
 from .sites import block_indices, default_sites, parse_site
 
 
@@ -18,15 +18,13 @@ class BankModule(nn.Module):
     Args:
         base: The module as it was.
         bank: Holder of what is trained; referenced, not registered, as it belongs to whoever injected it.
-        index: Which of the bank's sites, or Linears, this is.
     """
 
-    bank: AdapterBank
+    bank: FlatBank
 
-    def __init__(self, base: nn.Module, bank: AdapterBank, index: int) -> None:
+    def __init__(self, base: nn.Module, bank: FlatBank) -> None:
         super().__init__()
         self.base = base
-        self.index = index
         # past nn.Module.__setattr__, which would register the bank once per site
         object.__setattr__(self, "bank", bank)
 
@@ -40,11 +38,19 @@ class BankModule(nn.Module):
 
 
 class AdaptedModule(BankModule):
-    """A module with an adapter before or after it."""
+    """A module with an adapter before or after it, or (a subclass) beside it.
 
-    def __init__(self, base: nn.Module, bank: AdapterBank, index: int) -> None:
-        super().__init__(base, bank, index)
-        self.position: Literal["before", "after"] = "before" if bank.sites[index].position == "before" else "after"
+    Args:
+        base: The module as it was.
+        bank: Holder of the adapter.
+        index: Which of the bank's sites this is.
+        position: Where the adapter sits.
+    """
+
+    def __init__(self, base: nn.Module, bank: FlatBank, index: int, position: str = "beside") -> None:
+        super().__init__(base, bank)
+        self.index = index
+        self.position = position
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on adapted input, or adapt its output (the first item if it returns a tuple)."""
@@ -61,11 +67,21 @@ class AdaptedModule(BankModule):
 
 
 class TrainedLinear(BankModule):
-    """A Linear whose weight and bias are the bank's; its own, from before the training, are left as they were."""
+    """A Linear whose weight and bias are the bank's; its own, from before the training, are left as they were.
+
+    Args:
+        base: The Linear as it was.
+        bank: Holder of what is trained.
+        name: Name of the Linear in the model.
+    """
+
+    def __init__(self, base: nn.Module, bank: FlatBank, name: str) -> None:
+        super().__init__(base, bank)
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the Linear."""
-        return self.bank.linear(self.index, x)
+        return self.bank.linear(self.name, x)
 
 
 def inject_adapters(
@@ -80,7 +96,6 @@ def inject_adapters(
     identity_start: bool = True,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
-    linears: Sequence[str] = (),
 ) -> AdapterBank:
     """Wrap modules of the chosen blocks so that a new bank adapts their input or output.
 
@@ -98,16 +113,14 @@ def inject_adapters(
         identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
         generator: Source of the initial values; seed 0 if not given.
         dtype: Type of the vector and of the adapters' arithmetic.
-        linears: Dotted names, in the model, of Linears with a bias that are trained in full, such as a new head.
 
     Returns:
-        The bank with everything that is trained in its buffer `theta`.
+        The bank with all adapters in its buffer `theta`.
 
     Raises:
         ValueError: If a site or layer does not exist, or the model has adapters already.
     """
-    if any(isinstance(module, BankModule) for module in model.modules()):
-        raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
+    refuse_adapted(model)
     if sites is not None and not 0 < len(set(sites)) == len(sites):
         raise ValueError(f"Expected argument `sites` to name at least one place and each once, but got {list(sites)}.")
     found = []
@@ -116,19 +129,31 @@ def inject_adapters(
         for site in default_sites(blocks[index]) if sites is None else sites:
             position, name, width = parse_site(site, blocks[index])
             found.append(Site(index, name, position, width))
-    trained: list[Any] = [model.get_submodule(name) for name in linears]
-    bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype, trained)
-    for index, place in enumerate(found):
-        _wrap(blocks[place.block], place.name, AdaptedModule, bank, index)
-    for index, name in enumerate(linears):
-        _wrap(model, name, TrainedLinear, bank, index)
+    bank = AdapterBank(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
+    wrap_sites(blocks, bank)
     return bank
 
 
-def _wrap(root: nn.Module, name: str, wrapper: type[BankModule], bank: AdapterBank, index: int) -> None:
-    parent_name, _, child = name.rpartition(".")
-    parent = root.get_submodule(parent_name)
-    setattr(parent, child, wrapper(getattr(parent, child), bank, index))
+def wrap_sites(blocks: nn.ModuleList, bank: AdapterBank) -> None:
+    """Put the adapters of a bank where its sites are."""
+    for site_index, place in enumerate(bank.sites):
+        parent_name, _, child = place.name.rpartition(".")
+        parent = blocks[place.block].get_submodule(parent_name)
+        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index, place.position))
+
+
+def train_linears(model: nn.Module, bank: FlatBank, names: Sequence[str]) -> None:
+    """Train Linears of a model in full, with the adapters of a bank that are in it.
+
+    Args:
+        model: The model; changed in place.
+        bank: The bank; its vector grows.
+        names: Dotted names of Linears with a bias, such as a new head.
+    """
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    bank.append(linears)
+    for name, linear in linears.items():
+        model.set_submodule(name, TrainedLinear(linear, bank, name))
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -138,6 +163,16 @@ def remove_adapters(model: nn.Module) -> None:
             while isinstance(child, BankModule):
                 child = child.base
                 setattr(parent, name, child)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a second set of adapters in a model.
+
+    Raises:
+        ValueError: If it has any.
+    """
+    if any(isinstance(module, BankModule) for module in model.modules()):
+        raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
 
 
 def _refuse_fused(block: nn.Module) -> None:

@@ -88,6 +88,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def unread_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules that a model names in `unread` as ones whose output it does not use, with all that is in them."""
+    unread: list[nn.Module] = getattr(model, "unread", [])
+    return {inner for module in unread for inner in module.modules()}
+
+
 def block_indices(layers: slice | Sequence[int] | None, num_blocks: int) -> list[int]:
     """Turn a choice of blocks into ascending indices; negative ones count from the end.
 

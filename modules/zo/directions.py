@@ -1,11 +1,15 @@
 """Random directions that can be drawn again at any time from (seed, step, query)."""
 
+from collections.abc import Callable
 from hashlib import blake2b
 from struct import pack
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Directions = Callable[[int], Tensor]
+"""The directions of one step: maps a query to its `(d,)`, in the type and on the device of the trained vector."""
 
 MAX_QUERIES = 1 << 10
 """Queries a step may have; with it, 2**22 steps pass before a direction comes round again."""
@@ -41,6 +45,47 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
     """
     generator = torch.Generator().manual_seed(stream(seed, step, query))
     return torch.randn(numel, generator=generator).to(device)
+
+
+def rademacher(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw the direction of one query with entries of -1 and 1 (as FZOO does, arXiv 2506.09034).
+
+    Its length is the square root of `numel` exactly, where a Gaussian direction's varies. Addressed as `direction` is.
+
+    Args:
+        seed: Base seed of the run.
+        step: Global step, from 0.
+        query: Index of the query within the step, from 0, over all ranks.
+        numel: Length of the direction.
+        device: Where to put it.
+
+    Returns:
+        A vector of `numel` signs in fp32.
+
+    Raises:
+        ValueError: If `query` is not below 1024 or `step` is negative.
+    """
+    generator = torch.Generator().manual_seed(stream(seed, step, query))
+    return torch.randint(2, (numel,), generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(device)
+
+
+DISTRIBUTIONS: dict[str, Direction] = {"gaussian": direction, "rademacher": rademacher}
+
+
+def directions_of_step(theta: Tensor, seed: int, step: int, draw: Direction = direction) -> Directions:
+    """Return what draws the directions of one step, again at every call.
+
+    Args:
+        theta: The trained vector, shape `(d,)`.
+        seed: Base seed of the run.
+        step: Global step, from 0.
+        draw: Their distribution.
+    """
+
+    def of_query(query: int) -> Tensor:
+        return draw(seed, step, query, theta.numel(), theta.device).to(theta.dtype)
+
+    return of_query
 
 
 def stream(seed: int, step: int, query: int) -> int:

@@ -1,40 +1,56 @@
-"""Gradient estimates from loss values alone.
+"""Slopes of the loss along random directions, from forward passes alone.
 
-Legend: P perturbed copies in one forward, d length of the trained vector, Q queries of the step.
+The work of a step is cut into points, which chunks hold and ranks share out: a point is what is evaluated at once, such
+as both sides of a query. Legend: V values of a point, P points of the step, Q queries, d length of the trained vector.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .directions import Direction, direction
+from .chunks import Evaluations, in_chunks
+from .directions import Directions
+
+LossFn = Callable[[Tensor], Tensor]
+"""Maps vectors `(N, d)` to their losses `(N,)`."""
 
 
-@dataclass(frozen=True)
-class QueryLosses:
-    """Losses of one step at both sides of every query.
+class Estimator(Protocol):
+    """How the slopes along the queries' directions are found."""
 
-    Args:
-        plus: Losses at `theta + epsilon z_q`, shape `(Q,)`, fp64.
-        minus: Losses at `theta - epsilon z_q`, shape `(Q,)`, fp64.
-        query_ids: The query of every entry.
-        chunk_size: Queries per forward that fitted into memory.
-    """
+    num_values: int
 
-    plus: Tensor
-    minus: Tensor
-    query_ids: tuple[int, ...]
-    chunk_size: int
+    def num_points(self, num_queries: int) -> int:
+        """Points of a step, P."""
 
-    @property
-    def mean(self) -> float:
-        """Mean over the finite queries: an estimate of the loss at `theta` itself (`nan` without any)."""
-        both = torch.stack([self.plus, self.minus])
-        finite = both.isfinite().all(0)
-        return float(both[:, finite].mean())
+    def num_forwards(self, num_queries: int) -> int:
+        """Forward passes of a step over its batch, whatever the number of ranks."""
+
+    def evaluate(
+        self, loss_fn: LossFn, theta: Tensor, directions: Directions, points: Sequence[int], chunk_size: int
+    ) -> Evaluations:
+        """Evaluate some points; `theta` is never changed, copies go to `loss_fn`.
+
+        Args:
+            loss_fn: The loss of any number of vectors.
+            theta: The trained vector, shape `(d,)`.
+            directions: The directions of the step.
+            points: Points to evaluate; a rank may have none.
+            chunk_size: Points per call of `loss_fn`; halved when memory runs out.
+        """
+        ...
+
+    def slopes(self, values_VP: Tensor) -> Tensor:
+        """Slopes of all queries `(Q,)` from the values of all points; not finite where a loss was not."""
+        ...
+
+    def loss(self, values_VP: Tensor) -> float:
+        """Loss at the trained vector itself, or an estimate of it (`nan` without a finite query)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,90 +73,116 @@ class ProjectedGradients:
         return float(torch.tensor(self.values, dtype=torch.float64).std()) if len(self.values) > 1 else 0.0
 
 
-@torch.no_grad()
-def two_sided(
-    loss_fn: Callable[[Tensor], Tensor],
-    theta: Tensor,
-    seed: int,
-    step: int,
-    query_ids: Sequence[int],
-    epsilon: float,
-    chunk_size: int,
-    draw: Direction = direction,
-) -> QueryLosses:
-    """Evaluate the loss on both sides of every query (two-sided SPSA, arXiv 2406.18060).
-
-    `theta` is never changed: perturbed copies go to `loss_fn`, the plus sides of a chunk first, then its minus sides.
-    When a chunk does not fit into memory its size is halved, for the rest of the step too.
-
-    Args:
-        loss_fn: Maps copies of shape `(P, d)` to their losses, shape `(P,)`; P is at most `2 * chunk_size`.
-        theta: The trained vector, shape `(d,)`.
-        seed: Base seed of the run.
-        step: Global step.
-        query_ids: Queries to evaluate; a rank may have none.
-        epsilon: Distance of the two sides from `theta` in units of the direction.
-        chunk_size: Queries per call of `loss_fn`.
-        draw: Distribution of the directions.
-
-    Returns:
-        The losses and the chunk size that worked.
-    """
-    if epsilon <= 0:
-        raise ValueError(f"Expected argument `epsilon` to be above 0, but got {epsilon}.")
-    if chunk_size < 1:
-        raise ValueError(f"Expected argument `chunk_size` to be an integer of at least 1, but got {chunk_size}.")
-    queries = tuple(query_ids)
-    losses: list[Tensor] = []
-    done = 0
-    while done < len(queries):
-        chunk = queries[done : done + chunk_size]
-        result = _try(loss_fn, perturbed(theta, seed, step, chunk, epsilon, draw), may_fail=chunk_size > 1)
-        if result is None:
-            # outside the handler, whose traceback would keep the failed forward's activations alive
-            chunk_size = max(1, min(chunk_size, len(chunk)) // 2)
-            if theta.is_cuda:
-                torch.cuda.empty_cache()
-            continue
-        losses.append(result.double().reshape(2, len(chunk)))
-        done += len(chunk)
-    plus, minus = torch.cat(losses, 1) if losses else torch.empty(2, 0, dtype=torch.float64, device=theta.device)
-    return QueryLosses(plus, minus, queries, chunk_size)
-
-
-def perturbed(
-    theta: Tensor, seed: int, step: int, query_ids: Sequence[int], epsilon: float, draw: Direction = direction
-) -> Tensor:
-    """Copies `theta ± epsilon z_q` of shape `(2 · queries, d)`: all plus sides, then all minus sides."""
-    copies = theta.new_empty(2, len(query_ids), theta.numel())
-    for row, query in enumerate(query_ids):
-        z = draw(seed, step, query, theta.numel(), theta.device).to(theta.dtype)
-        torch.add(theta, z, alpha=epsilon, out=copies[0, row])
-        torch.add(theta, z, alpha=-epsilon, out=copies[1, row])
-    return copies.flatten(0, 1)
-
-
-def projected_gradients(losses: QueryLosses, epsilon: float) -> ProjectedGradients:
-    """Slopes `(plus - minus) / (2 epsilon)`; a query with a loss that is not finite is dropped and counted."""
-    slopes = ((losses.plus - losses.minus) / (2 * epsilon)).tolist()
-    kept = [(query, slope) for query, slope in zip(losses.query_ids, slopes, strict=True) if isfinite(slope)]
+def projected_gradients(slopes_Q: Tensor) -> ProjectedGradients:
+    """Keep the finite slopes of the queries; the others are dropped and counted."""
+    kept = [(query, slope) for query, slope in enumerate(slopes_Q.tolist()) if isfinite(slope)]
     return ProjectedGradients(
-        tuple(query for query, _ in kept), tuple(slope for _, slope in kept), len(slopes) - len(kept)
+        tuple(query for query, _ in kept), tuple(slope for _, slope in kept), len(slopes_Q) - len(kept)
     )
 
 
-def _try(loss_fn: Callable[[Tensor], Tensor], copies: Tensor, may_fail: bool) -> Tensor | None:
-    try:
-        return loss_fn(copies)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        if not may_fail:
-            error.add_note("One query at a time does not fit into memory: lower the batch size or sequence length.")
-            raise
-        return None
+class TwoSided:
+    """Central differences, `(L(θ + ε z) - L(θ - ε z)) / 2ε`: 2Q forwards, error O(ε²) (MeZO and AdaZeta, eq. 3).
+
+    A point is a query, its values the losses at both sides.
+
+    Args:
+        epsilon: Distance of the two sides from the trained vector in units of the direction.
+
+    Raises:
+        ValueError: If it is not above 0.
+    """
+
+    num_values = 2
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = _positive(epsilon)
+
+    def num_points(self, num_queries: int) -> int:
+        """Points of a step: its queries."""
+        return num_queries
+
+    def num_forwards(self, num_queries: int) -> int:
+        """Two for each query."""
+        return 2 * num_queries
+
+    @torch.no_grad()
+    def evaluate(
+        self, loss_fn: LossFn, theta: Tensor, directions: Directions, points: Sequence[int], chunk_size: int
+    ) -> Evaluations:
+        """Evaluate both sides of some queries, as `Estimator.evaluate` says."""
+
+        def both_sides(queries: Sequence[int]) -> Tensor:
+            copies = theta.new_empty(2, len(queries), theta.numel())
+            for row, query in enumerate(queries):
+                z = directions(query)
+                torch.add(theta, z, alpha=self.epsilon, out=copies[0, row])
+                torch.add(theta, z, alpha=-self.epsilon, out=copies[1, row])
+            return loss_fn(copies.flatten(0, 1))
+
+        return in_chunks(both_sides, points, chunk_size, self.num_values, theta.device)
+
+    def slopes(self, values_VP: Tensor) -> Tensor:
+        """Central differences of all queries, `(Q,)`."""
+        plus, minus = values_VP
+        return (plus - minus) / (2 * self.epsilon)
+
+    def loss(self, values_VP: Tensor) -> float:
+        """Mean of both sides over the queries whose losses are finite."""
+        return float(values_VP[:, values_VP.isfinite().all(0)].mean())
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+class OneSided:
+    """Forward differences, `(L(θ + ε z) - L(θ)) / ε`, from one shared base: Q + 1 forwards, error O(ε).
+
+    Half the forwards of `TwoSided`, and the loss at θ itself comes with them. The curvature along z stays in the slope,
+    and what the base is off by is in all slopes alike. Point 0 is the base, point q + 1 the query q.
+
+    Args:
+        epsilon: Distance of the perturbed vector from the trained one in units of the direction.
+
+    Raises:
+        ValueError: If it is not above 0.
+    """
+
+    num_values = 1
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = _positive(epsilon)
+
+    def num_points(self, num_queries: int) -> int:
+        """Points of a step: its queries and their base."""
+        return num_queries + 1
+
+    def num_forwards(self, num_queries: int) -> int:
+        """One for each query and one for their base."""
+        return num_queries + 1
+
+    @torch.no_grad()
+    def evaluate(
+        self, loss_fn: LossFn, theta: Tensor, directions: Directions, points: Sequence[int], chunk_size: int
+    ) -> Evaluations:
+        """Evaluate some points, as `Estimator.evaluate` says."""
+
+        def one_side(chunk: Sequence[int]) -> Tensor:
+            copies = theta.repeat(len(chunk), 1)
+            for copy, point in zip(copies, chunk, strict=True):
+                if point > 0:
+                    copy.add_(directions(point - 1), alpha=self.epsilon)
+            return loss_fn(copies)
+
+        return in_chunks(one_side, points, chunk_size, self.num_values, theta.device)
+
+    def slopes(self, values_VP: Tensor) -> Tensor:
+        """Forward differences of all queries, `(Q,)`; none is finite where the base is not."""
+        return (values_VP[0, 1:] - values_VP[0, 0]) / self.epsilon
+
+    def loss(self, values_VP: Tensor) -> float:
+        """Loss at the trained vector."""
+        return float(values_VP[0, 0])
+
+
+def _positive(epsilon: float) -> float:
+    if epsilon <= 0:
+        raise ValueError(f"Expected argument `epsilon` to be above 0, but got {epsilon}.")
+    return epsilon

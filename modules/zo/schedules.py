@@ -3,19 +3,53 @@
 from math import floor, log
 from typing import Protocol
 
+from torch import Tensor
+
+from .estimators import ProjectedGradients
+
 
 class QuerySchedule(Protocol):
-    """Number of queries as a function of the epoch."""
+    """Number of queries of a step, by its epoch and by what the steps before it measured."""
+
+    num_states: int
+
+    @property
+    def min_queries(self) -> int:
+        """The fewest queries any step will have."""
 
     @property
     def max_queries(self) -> int:
         """The most queries any step will have."""
 
-    def num_queries(self, epoch: int) -> int:
-        """Queries of every step in an epoch, counted from 0."""
+    def num_queries(self, epoch: int, states: Tensor) -> int:
+        """Queries of a step.
+
+        Args:
+            epoch: Epoch of the step, counted from 0.
+            states: What the schedule remembers, shape `(num_states,)`, fp64, zeros before the first step.
+        """
+        ...
+
+    def observe_(self, states: Tensor, slopes: ProjectedGradients) -> None:
+        """Take the slopes of a step into account, in place.
+
+        Args:
+            states: What the schedule remembers.
+            slopes: Slopes of all ranks, at least one.
+        """
+        ...
 
 
-class ConstantSchedule:
+class EpochSchedule:
+    """A number of queries that the epoch alone decides."""
+
+    num_states = 0
+
+    def observe_(self, states: Tensor, slopes: ProjectedGradients) -> None:
+        """Remember nothing."""
+
+
+class ConstantSchedule(EpochSchedule):
     """The same number of queries in every step.
 
     Args:
@@ -23,15 +57,20 @@ class ConstantSchedule:
     """
 
     def __init__(self, num_queries: int = 1) -> None:
-        _at_least("num_queries", num_queries, 1)
+        at_least("num_queries", num_queries, 1)
         self._num_queries = num_queries
+
+    @property
+    def min_queries(self) -> int:
+        """The fewest queries any step will have."""
+        return self._num_queries
 
     @property
     def max_queries(self) -> int:
         """The most queries any step will have."""
         return self._num_queries
 
-    def num_queries(self, epoch: int) -> int:
+    def num_queries(self, epoch: int, states: Tensor | None = None) -> int:
         """Queries of every step in an epoch, counted from 0."""
         return self._num_queries
 
@@ -39,7 +78,7 @@ class ConstantSchedule:
         return f"ConstantSchedule(num_queries={self._num_queries})"
 
 
-class AdaZetaSchedule:
+class AdaZetaSchedule(EpochSchedule):
     """More queries as training goes on: `Q = min(max(⌊alpha · epoch^beta⌋, 1), max_queries)` (arXiv 2406.18060).
 
     Args:
@@ -56,7 +95,7 @@ class AdaZetaSchedule:
     def __init__(self, alpha: float = 0.85, beta: float = 0.6, max_queries: int = 15) -> None:
         if alpha <= 0 or beta < 0:
             raise ValueError(f"Expected arguments `alpha` > 0 and `beta` >= 0, but got {alpha} and {beta}.")
-        _at_least("max_queries", max_queries, 1)
+        at_least("max_queries", max_queries, 1)
         self.alpha = alpha
         self.beta = beta
         self._max_queries = max_queries
@@ -73,7 +112,7 @@ class AdaZetaSchedule:
             alpha: Queries after one epoch, before rounding down.
             max_queries: Upper bound of the queries a step.
         """
-        _at_least("num_epochs", num_epochs, 2)
+        at_least("num_epochs", num_epochs, 2)
         if alpha <= 0 or final_queries < alpha:
             raise ValueError(
                 f"Expected arguments `alpha` > 0 and `final_queries` >= `alpha`, but got {alpha} and {final_queries}."
@@ -81,11 +120,16 @@ class AdaZetaSchedule:
         return cls(alpha, log(final_queries / alpha) / log(num_epochs), max_queries)
 
     @property
+    def min_queries(self) -> int:
+        """The fewest queries any step will have: those of epoch 0."""
+        return self.num_queries(0)
+
+    @property
     def max_queries(self) -> int:
         """The most queries any step will have."""
         return self._max_queries
 
-    def num_queries(self, epoch: int) -> int:
+    def num_queries(self, epoch: int, states: Tensor | None = None) -> int:
         """Queries of every step in an epoch, counted from 0."""
         # the tolerance lets a schedule made for a target reach it in spite of rounding
         return min(max(floor(self.alpha * epoch**self.beta + 1e-9), 1), self._max_queries)
@@ -94,6 +138,7 @@ class AdaZetaSchedule:
         return f"AdaZetaSchedule(alpha={self.alpha}, beta={self.beta:.4f}, max_queries={self._max_queries})"
 
 
-def _at_least(name: str, value: int, bound: int) -> None:
+def at_least(name: str, value: int, bound: int) -> None:
+    """Raise a ValueError that names the argument unless its value is at least the bound."""
     if value < bound:
         raise ValueError(f"Expected argument `{name}` to be an integer of at least {bound}, but got {value}.")

@@ -1,37 +1,8 @@
-"""Steps along directions that are drawn again, never stored."""
+"""Rules that move the trained vector by an estimate of the gradient."""
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
-
-from .directions import Direction, direction
-from .estimators import ProjectedGradients
-
-
-@torch.no_grad()
-def estimated_gradient(
-    theta: Tensor, projected_grads: ProjectedGradients, seed: int, step: int, draw: Direction = direction
-) -> Tensor | None:
-    """Return `mean_q g_q z_q` (AdaZeta, eq. 4), or none if no query was finite.
-
-    The sum runs in the order of the queries with Python floats as factors, so the result has the same bits on every
-    rank that holds the same losses.
-
-    Args:
-        theta: The trained vector, shape `(d,)`.
-        projected_grads: Slopes of the queries of all ranks.
-        seed: Base seed of the run.
-        step: Global step that the slopes were measured in.
-        draw: Distribution of the directions, as in the estimate.
-    """
-    if not projected_grads.values:
-        return None
-    grad = torch.zeros_like(theta)
-    for query, value in zip(projected_grads.query_ids, projected_grads.values, strict=True):
-        z = draw(seed, step, query, theta.numel(), theta.device).to(theta.dtype)
-        grad.add_(z, alpha=value / len(projected_grads.values))
-    return grad
 
 
 class Update(Protocol):

@@ -22,7 +22,7 @@ class Recorder:
                 recorder.steps[trainer.global_step] = {
                     "loss": float(trainer.callback_metrics.get("train/loss", torch.nan)),
                     "batch": batch["input_ids"].flatten().tolist(),
-                    "queries": module.num_queries(trainer.global_step - 1),
+                    "queries": int(trainer.callback_metrics.get("zo/queries", 0)),
                 }
 
         self.callback = _Record()
@@ -75,6 +75,20 @@ class CountBytes:
         dist._broadcast_coalesced = coalesced
 
 
+def trainable_of(options):
+    """Take what is trained out of options that a JSON file can hold: tensor trains with settings of their own."""
+    from wandazeta.modules import adapters
+
+    names = ("rank", "bottleneck", "sites", "layers")
+    settings = {name: options.pop(f"adapter_{name}") for name in names if f"adapter_{name}" in options}
+    if "identity_start" in options:
+        settings["identity_start"] = options.pop("identity_start")
+    chosen = options.pop("trainable", None)
+    if isinstance(chosen, str):
+        return getattr(adapters, chosen)()
+    return chosen or adapters.TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
+
+
 def train(
     model_dir,
     root,
@@ -94,6 +108,7 @@ def train(
     trainer_options=None,
     corrupt_rank=None,
     shuffle_per_rank=False,
+    step_pipe=None,
     **options,
 ):
     """Train; return the trainer, the module and the recorder."""
@@ -121,20 +136,18 @@ def train(
             if trainer.global_rank == corrupt_rank and trainer.global_step == 3:
                 module.adapters.theta[5] += 1e-3
 
+    class Tell(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            os.write(step_pipe, trainer.global_step.to_bytes(4, "little"))
+
     recorder = Recorder()
-    every = [Corrupt(), recorder.callback, *callbacks, *([Slow()] if sleep else [])]
+    every = [Corrupt(), recorder.callback, *callbacks, *([Tell()] if step_pipe else []), *([Slow()] if sleep else [])]
     if save_every:
         every.append(
             ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
         )
-    options = {
-        "learning_rate": 3e-3,
-        "adapter_rank": 2,
-        "adapter_bottleneck": 8,
-        "query_chunk_size": 1,
-        "identity_start": False,
-        "schedule": ConstantSchedule(queries),
-    } | options
+    options = {"learning_rate": 3e-3, "query_chunk_size": 1, "schedule": ConstantSchedule(queries)} | options
+    options["trainable"] = trainable_of(options)
     module = ZerothOrderModule(str(model_dir), **options)
     trainer = Trainer(
         accelerator="cpu",
@@ -157,17 +170,31 @@ def train(
     return trainer, module, recorder
 
 
+def trained_vector(module):
+    """Everything that was trained, in one vector."""
+    bank = module.adapters
+    return bank.theta.clone() if bank.folds else torch.cat([weight.detach().flatten() for weight in bank.weights()])
+
+
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
+    from wandazeta.modules import zo
+
     settings = json.loads(Path(sys.argv[1]).read_text())
+    for name in settings.keys() & {"schedule", "update"}:
+        kind, arguments = settings[name]
+        settings[name] = getattr(zo, kind)(**arguments)
     counter = CountBytes() if settings.pop("count_bytes", False) else None
     if counter:
         settings["callbacks"] = [counter.callback()]
     trainer, module, recorder = train(**settings)
     result = {
-        "theta": module.adapters.theta.clone(),
+        "theta": trained_vector(module),
         "steps": recorder.steps,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "update_states": module.adapters.update_states.clone(),
+        "schedule_states": module.adapters.schedule_states.clone(),
+        "progress": module.progress.clone(),
         "updates": int(module.progress[0]),
         "global_step": trainer.global_step,
         # ZeRO-3 leaves a share of each weight

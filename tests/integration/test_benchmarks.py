@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.architectures import build
+from helpers.causal_lms import save_tiny_lm
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -109,6 +110,21 @@ def test_the_worker_prunes_and_saves(tmp_path):
     assert len(weights) == 7 * len(model.model.layers)
     assert all(int((w.reshape(-1, 4) != 0).sum(1).max()) == 2 for w in weights.values())
     assert json.loads((tmp_path / "measured.json").read_text())["seconds"] > 0
+
+
+def test_memory_is_measured_for_all_that_can_be_trained(tmp_path):
+    pytest.importorskip("peft")
+    result = tmp_path / "zo_memory.json"
+    setting = ("--model", save_tiny_lm(tmp_path / "model"), "--batch", 2, "--tokens", 4, "--result", result)
+    done = run("zo_memory.py", *setting)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(result.read_text())
+    assert "/" not in content["command"].removeprefix("python benchmarks/")
+    methods = [record["method"] for record in content["records"]]
+    assert methods == ["tensor_train", "lora", "mezo", "tensor_train_backprop", "lora_backprop", "full_backprop"]
+    assert all(record["peak_gib"] > 0 and record["inference_gib"] > 0 for record in content["records"])
+    again = run("zo_memory.py", *setting)
+    assert (again.returncode, again.stdout) == (0, ""), "measured again"
 
 
 def arguments(**changes):

@@ -25,7 +25,7 @@ def config(tmp_path, monkeypatch):
             "init_args": {
                 "model_name_or_path": str(save_tiny_llama(tmp_path / "model")),
                 "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
-                "adapter_bottleneck": 8,
+                "trainable": {"class_path": "TensorTrainAdapters", "init_args": {"bottleneck": 8}},
             },
         },
         "data": {

@@ -17,8 +17,10 @@ ZEROTH = {
     "class_path": "wandazeta.modules.ZerothOrderModule",
     "init_args": {
         "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
-        "adapter_rank": 2,
-        "adapter_bottleneck": 8,
+        "trainable": {
+            "class_path": "wandazeta.modules.adapters.TensorTrainAdapters",
+            "init_args": {"rank": 2, "bottleneck": 8},
+        },
     },
 }
 LORA = {

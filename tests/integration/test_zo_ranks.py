@@ -37,6 +37,32 @@ def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, que
         assert rank["steps"] == alone["steps"], "the same batches, and losses of all queries"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "one_sided", "directions": "rademacher", "aggregation": "align"},
+        {"estimator": "forward_mode", "aggregation": "fzoo"},
+    ],
+    ids=["one_sided", "forward_mode"],
+)
+def test_other_estimators_are_the_same_bits_as_one_process(settings, tmp_path, options):
+    (alone,) = run("zo_run", settings | options, tmp_path / "alone")
+    ranks = run("zo_run", settings | TWO | options, tmp_path / "two")
+    for rank in ranks:
+        assert torch.equal(rank["theta"], alone["theta"])
+        assert rank["steps"] == alone["steps"]
+        assert rank["metrics"]["zo/forwards"] == alone["metrics"]["zo/forwards"]
+
+
+def test_the_models_own_weights_stay_the_same_bits(model_dir, tmp_path):
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "trainable": "Weights", "learning_rate": 1e-4}
+    (alone,) = run("zo_run", settings, tmp_path / "alone")
+    ranks = run("zo_run", settings | TWO, tmp_path / "two")
+    for rank in ranks:
+        assert torch.equal(rank["theta"], alone["theta"])
+        assert rank["steps"] == alone["steps"]
+
+
 def test_data_shares_the_batch(settings, tmp_path):
     """Two ranks with batches of two see what one process sees with batches of four."""
     (alone,) = run("zo_run", settings, tmp_path / "alone")
@@ -50,10 +76,10 @@ def test_data_shares_the_batch(settings, tmp_path):
 
 
 def test_what_goes_over_the_wire(settings, tmp_path):
-    """No buffer is broadcast: a step exchanges its losses, four marks and the anchor's gradient."""
+    """No buffer is broadcast: a step exchanges its losses, their weight, twelve marks and the anchor's gradient."""
     ranks = run("zo_run", settings | TWO | {"count_bytes": True}, tmp_path)
     sent = ranks[0]["bytes_per_step"]
-    assert 0 < sent <= 8 * (2 * 3 + 5) + 64, sent
+    assert 0 < sent <= 8 * (2 * 3 + 1 + 12) + 64, sent
 
 
 @pytest.mark.parametrize(

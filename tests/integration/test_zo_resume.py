@@ -1,3 +1,4 @@
+import json
 import signal
 import time
 
@@ -5,10 +6,11 @@ import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
 from helpers.processes import run, start
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 
-from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate
+from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
+from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,7 @@ def decay(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 
 
+STATES = ("adapters.update_states", "adapters.schedule_states")
 OPTIONS = {"schedule": AdaZetaSchedule(1.0, 1.0, 4), "lr_scheduler": decay, "weight_decay": 0.1}
 
 
@@ -68,6 +71,37 @@ def test_killed_and_started_again(model_dir, tmp_path):
     assert resumed["metrics"] == whole["metrics"]
 
 
+def test_killed_ten_times_in_a_row(model_dir, tmp_path):
+    """SIGKILL at random instants, of steps and of writing checkpoints; shuffled data, epochs of five steps."""
+    settings = {
+        "model_dir": str(model_dir),
+        "steps": 60,
+        "save_every": 2,
+        "adapter_layers": "last:1",
+        "estimator": "one_sided",
+        "update": ["RAdaZOUpdate", {}],
+        "schedule": ["VarianceSchedule", {"min_queries": 2, "max_queries": 6, "window": 4}],
+        "weight_decay": 0.1,
+        "kills": 10,
+        "kill_seed": 0,
+    }
+    process = start("zo_kills", settings, tmp_path)
+    try:
+        code = process.wait(300)
+    finally:
+        process.kill()
+    assert code == 0, (tmp_path / "log.txt").read_text()[-4000:]
+    told = json.loads((tmp_path / "kills.json").read_text())
+    assert told["kills"] == 10
+    whole, killed = (torch.load(tmp_path / name / "result-0.pt", weights_only=True) for name in ("whole", "killed"))
+    for name in ("theta", "update_states", "schedule_states", "progress"):
+        assert torch.equal(killed[name], whole[name]), name
+    assert killed["metrics"] == whole["metrics"]
+    # in the middle of epochs, with numbers of queries that the schedule had found by then
+    assert any(begun[0] % 5 for begun in told["steps"][1:])
+    assert len({seen["queries"] for seen in whole["steps"].values()}) > 1
+
+
 class SaveInside(Callback):
     """Writes a checkpoint at a point inside a step, as a signal handler would."""
 
@@ -109,12 +143,13 @@ def test_checkpoint_from_inside_a_step(model_dir, tmp_path, where):
     assert torch.equal(resumed.progress, whole.progress)
 
 
-def test_checkpoint_is_small_and_plain(model_dir, tmp_path):
-    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, adapter_bottleneck=64, adapter_rank=5)
+@pytest.mark.parametrize("kind", [TensorTrainAdapters, LoRAAdapters])
+def test_checkpoint_is_small_and_plain(model_dir, tmp_path, kind):
+    _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, trainable=kind())
     file = tmp_path / "last.ckpt"
     assert file.stat().st_size <= 4 * (module.adapters.num_parameters + 1) + 64 * 1024
     checkpoint = torch.load(file, weights_only=True)
-    assert set(checkpoint["state_dict"]) == {"anchor", "progress", "adapters.theta", "adapters.update_states"}
+    assert set(checkpoint["state_dict"]) == {"anchor", "progress", "adapters.theta", *STATES}
     assert torch.equal(checkpoint["state_dict"]["adapters.theta"], module.adapters.theta)
     assert checkpoint["zeroth_order"]["backbone_key"] == module.backbone_key
 
@@ -141,13 +176,16 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_layers": "last:1"}, "adapter_layers"),
-        ({"adapter_rank": 3}, "adapter_rank"),
+        ({"adapter_layers": "last:1"}, "`layers`"),
+        ({"adapter_rank": 3}, "`rank` differs"),
+        ({"schedule": VarianceSchedule()}, "schedule"),
         ({"other_model": True}, "backbone"),
+        ({"other_model": True, "trainable": LoRAAdapters(2)}, "backbone"),
+        ({"trainable": LoRAAdapters(2)}, "the kind of `trainable` differs: saved tensor_train, here lora"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(model_dir, tmp_path, changes, message):
-    train(model_dir, tmp_path, steps=1, save_every=1)
+    train(model_dir, tmp_path, steps=1, save_every=1, trainable=changes["trainable"] if len(changes) == 2 else None)
     if changes.pop("other_model", False):
         model_dir = save_tiny_lm(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=message):
@@ -186,7 +224,9 @@ def test_validation_in_between_changes_nothing(model_dir, tmp_path):
 
     thetas = []
     for validate in (False, True):
-        module = ZerothOrderModule(str(model_dir), adapter_layers="last:1", identity_start=False, learning_rate=1e-3)
+        module = ZerothOrderModule(
+            str(model_dir), trainable=trainable_of({"adapter_layers": "last:1"}), learning_rate=1e-3
+        )
         trainer = Trainer(
             accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             val_check_interval=2, limit_val_batches=2 if validate else 0,

@@ -70,7 +70,7 @@ def test_the_papers_settings():
     adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
     model = adazeta["model"]["init_args"]
     assert (model["learning_rate"], model["epsilon"], model["weight_decay"]) == (1e-4, 1e-3, 0.01)
-    assert (model["adapter_rank"], model["identity_start"]) == (5, False)
+    assert model["trainable"]["init_args"].items() >= {"rank": 5, "bottleneck": 64, "identity_start": False}.items()
     assert adazeta["data"]["init_args"]["batch_size"] == 16
     assert adazeta["trainer"]["max_steps"] == 10_000
 

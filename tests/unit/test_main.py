@@ -33,7 +33,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
-    for command in ("fit", "prune", "validate", "test", "predict"):
+    for command in ("fit", "prune", "diagnose", "validate", "test", "predict"):
         assert command in shown
 
 

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from wandazeta.modules.zo_options import EPSILON
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -37,6 +40,13 @@ def test_the_demo_keeps_its_promises():
     assert result["gain"]["lower_95"] > 0.05
 
 
+def test_forward_passes_alone_take_the_memory_of_inference():
+    records = {record["method"]: record for record in load("zo_memory")["records"]}
+    for method in ("tensor_train", "lora", "mezo"):
+        assert records[method]["peak_gib"] <= 1.05 * records[method]["inference_gib"], method
+    assert records["full_backprop"]["peak_gib"] > 3 * records["full_backprop"]["inference_gib"]
+
+
 def test_the_demo_asks_with_the_best_prompt():
     best = max(load("prompts")["records"], key=lambda record: record["accuracy"])
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["data"]["init_args"]
@@ -52,3 +62,12 @@ def test_the_results_are_of_the_demo_as_it_is():
             record["forward_passes"]
             == 2 * record["steps"] * demo["model"]["init_args"]["schedule"]["init_args"]["num_queries"]
         )
+
+
+def test_the_defaults_of_epsilon_are_as_good_as_any_that_was_measured():
+    for record in load("epsilon")["records"]:
+        assert EPSILON[getattr(torch, record["dtype"])] == record["default"]
+        rows = [row for row in record["rows"] if row["estimator"] == "two_sided"]
+        (default,) = (row["correlation"] for row in rows if row["epsilon"] == record["default"])
+        assert default >= max(row["correlation"] for row in rows) - 0.01
+        assert default > 0.98

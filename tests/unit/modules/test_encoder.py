@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.causal_lms import collate, rows_of, save_tiny_lm, step_loader, text_batch
 from helpers.encoders import KINDS, SIZES, labelled_batch, save_tiny_encoder, tiny_encoder
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -12,8 +12,8 @@ from transformers import AutoModel
 
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.main import PruningTrainer
-from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
-from wandazeta.modules.adapters import remove_adapters
+from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule, load_adapters
+from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters, Weights, remove_adapters
 from wandazeta.modules.encoder import EncoderClassifier
 from wandazeta.modules.zo import direction
 
@@ -28,7 +28,7 @@ def model_dirs(tmp_path_factory):
 
 def ready(directory, **options):
     """A module with its adapters in place, outside a trainer."""
-    options = {"adapter_rank": 2, "adapter_bottleneck": 8, "identity_start": False} | options
+    options["trainable"] = trainable_of(options)
     module = ZerothOrderModule(str(directory), num_classes=NUM_CLASSES, **options)
     module._insert_adapters()
     return module
@@ -63,6 +63,17 @@ def test_folded_losses_are_those_of_one_copy_and_one_example_at_a_time(model_dir
         losses = module.losses(thetas, module.scorer.prepare(batch))
         assert module.scorer.prefix is not None
         assert module.scorer.prefix.num_bytes > 0
+        expected = reference_losses(module, thetas, batch)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_factors_and_the_head_fold_too(model_dirs):
+    module, batch = ready(model_dirs["bert"], trainable=LoRAAdapters(2)), labelled_batch()
+    assert module.adapters.num_parameters == module.adapters.layout.num_parameters + HEAD
+    assert not any("pooler" in site.name for site in module.adapters.sites)
+    thetas = copies(module, 4)
+    with torch.no_grad():
+        losses = module.losses(thetas, module.scorer.prepare(batch))
         expected = reference_losses(module, thetas, batch)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
 
@@ -112,9 +123,40 @@ def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
     assert torch.equal(fresh.adapters.theta, module.adapters.theta)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not [name for name in saved["state_dict"] if "backbone" in name]
-    other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, adapter_rank=2, adapter_bottleneck=8)
+    other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, trainable=trainable_of({}))
     with pytest.raises(ValueError, match="backbone"):
         other.load_adapters(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("trainable", [TensorTrainAdapters(2, 8), LoRAAdapters(2)], ids=["tensor_train", "lora"])
+def test_exported_adapters_bring_their_head(model_dirs, tmp_path, trainable):
+    module, batch = ready(model_dirs["bert"], trainable=trainable), labelled_batch()
+    module.adapters.theta.copy_(copies(module, 1)[0])
+    module.save_adapters(tmp_path)
+    assert f"`head` ({WIDTH} to {NUM_CLASSES})" in (tmp_path / "README.md").read_text()
+    model = EncoderClassifier(AutoModel.from_pretrained(model_dirs["bert"]), NUM_CLASSES).eval()
+    load_adapters(model, tmp_path)
+    inputs = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        logits = module.backbone(*inputs).logits
+        torch.testing.assert_close(model(*inputs).logits, logits)
+        if isinstance(trainable, LoRAAdapters):
+            peft = pytest.importorskip("peft")
+            model = EncoderClassifier(AutoModel.from_pretrained(model_dirs["bert"]), NUM_CLASSES).eval()
+            again = peft.PeftModel.from_pretrained(model, tmp_path)
+            torch.testing.assert_close(again(*inputs).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", ["all", "biases_and_head"])
+def test_weights_are_trained_with_the_head(model_dirs, tmp_path, parts):
+    start = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=NUM_CLASSES).backbone.state_dict()
+    settings = {"batch": labelled_batch(12), "num_classes": NUM_CLASSES, "trainable": Weights(parts)}
+    _, module, _ = train(model_dirs["mpnet"], tmp_path, steps=3, save_every=3, **settings)
+    moved = {name for name, value in module.backbone.state_dict().items() if not torch.equal(value, start[name])}
+    assert {"head.weight", "head.bias"} <= moved
+    assert not any("pooler" in name for name in moved)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["backbone.head.weight"], module.backbone.head.weight)
 
 
 def test_evaluation_and_predictions(model_dirs):
@@ -173,7 +215,7 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
     assert prune.report.sparsity == 0.5
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "tensor_train", "full"])
 def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
     pytest.importorskip("peft")
     module = FirstOrderModule(
@@ -192,6 +234,10 @@ def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
     trainer.fit(module, step_loader(batch, 4, trainer))
     assert trainer.callback_metrics["train/loss"] < 0.7 * math.log(NUM_CLASSES)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    if mode == "tensor_train":
+        assert trained == {"adapters.theta"}
+        assert (module.adapters.theta[-HEAD:] != 0).all()
+        return
     assert any("head" in name for name in trained)
     assert not any("pooler" in name for name in trained)
     if mode == "full":
@@ -232,6 +278,8 @@ def test_what_does_not_fit_is_refused(model_dirs, tmp_path):
         LanguageModel(str(save_tiny_lm(tmp_path)), num_classes=2)
     with pytest.raises(ValueError, match="`stream_weights`"):
         LanguageModel(str(model_dirs["bert"]), num_classes=2, stream_weights=True)
+    with pytest.raises(ValueError, match="`parts` to be all or biases_and_head"):
+        ZerothOrderModule(str(model_dirs["bert"]), num_classes=2, trainable=Weights("biases"))
     scorer = LanguageModel(str(model_dirs["bert"]), num_classes=2).scorer
     with pytest.raises(ValueError, match="batch with `label`"):
         scorer.prepare(text_batch())

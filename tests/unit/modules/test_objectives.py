@@ -2,13 +2,14 @@ import pytest
 import torch
 from helpers.causal_lms import classification_batch, save_tiny_lm, text_batch
 from helpers.encoders import labelled_batch, save_tiny_encoder
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.text import CharErrorRate
 
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.objectives import ExactText, GeneratedText
+from wandazeta.modules.adapters import Weights
+from wandazeta.modules.objectives import ExactText, GeneratedText, objective_losses
 from wandazeta.modules.zo import direction
 
 
@@ -18,7 +19,7 @@ def model_dir(tmp_path_factory):
 
 
 def ready(directory, **options):
-    options = {"adapter_rank": 2, "adapter_bottleneck": 8, "identity_start": False, "epsilon": 0.1} | options
+    options = {"epsilon": 0.1, "trainable": trainable_of(options)} | options
     module = ZerothOrderModule(str(directory), **options)
     module._insert_adapters()
     return module
@@ -113,6 +114,23 @@ def test_exact_match_of_generated_text(model_dir):
     assert sum(right) > 0
 
 
+def test_moved_weights_have_a_metric_each(model_dir):
+    batch = classification_batch(6)
+    for objective in (MulticlassAccuracy(num_classes=2, average="micro"), GeneratedText(CharErrorRate())):
+        module = ready(model_dir, trainable=Weights(), objective=objective)
+        module.adapters.start(0, 0, 2)
+        points = torch.tensor([[0.3, 0.0], [0.0, -0.3], [0.0, 0.0]])
+        with torch.no_grad():
+            prepared = module.scorer.prepare(batch)
+            losses = module.losses(points, prepared)
+            for point, loss in zip(points, losses, strict=True):
+                moved = ready(model_dir, trainable=Weights(), objective=objective)
+                moved.adapters.start(0, 0, 2)
+                moved.adapters.store(point, 0.0, [], [])
+                expected = objective_losses(objective, moved.scorer, prepared, 1, moved.tokenizer)
+                assert loss == expected[0]
+
+
 def test_training_raises_a_metric_without_a_gradient(tmp_path):
     directory = save_tiny_encoder(tmp_path / "model")
     _, module, recorder = train(
@@ -155,6 +173,8 @@ def test_what_does_not_fit_is_refused(model_dir):
         ready(model_dir, objective=MeanMetric())
     with pytest.raises(ValueError, match="`epsilon` to be set for the objective ExactText"):
         ready(model_dir, objective=GeneratedText(), epsilon=None)
+    with pytest.raises(ValueError, match="`estimator` to be two_sided or one_sided for the objective"):
+        ready(model_dir, objective=MulticlassAccuracy(num_classes=2), estimator="forward_mode", epsilon=None)
     with pytest.raises(ValueError, match="`max_new_tokens` to be at least 1"):
         GeneratedText(max_new_tokens=0)
 

@@ -43,6 +43,24 @@ def test_without_gradients_and_rounds_it_is_wanda_bit_for_bit(name, pattern):
         assert equal(tiny(name, **method, **options)[0], theirs)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_slope_makes_the_last_block_sparser_than_the_first(method):
+    options = {"sparsity_pattern": "unstructured", "sparsity": 0.5, "sparsity_slope": 0.25}
+    _, blocks, report = tiny(method=method, **options)
+    assert len(blocks) > 1
+    expected = [0.375 + 0.25 * i / (len(blocks) - 1) for i in range(len(blocks))]
+    for block, record, sparsity in zip(blocks, report.blocks, expected, strict=True):
+        for layer in linears(block):
+            zeros = (layer.weight == 0).float()
+            if method == "sparsegpt":
+                assert zeros.mean().item() == pytest.approx(sparsity, abs=0.01)
+            else:
+                assert (zeros.sum(1) == int(zeros.shape[1] * sparsity)).all()
+        assert {layer.pattern for layer in record.layers} == {f"{100 * sparsity:g}%"}
+    with pytest.raises(ValueError, match=r"at least one weight of each row, but 0\.01"):
+        tiny(method=method, sparsity_pattern="unstructured", sparsity=0.06, sparsity_slope=0.1)
+
+
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "unstructured"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"])
 def test_every_row_and_group_has_its_exact_count(method, pattern):
@@ -143,8 +161,8 @@ def test_straight_through_ends_exactly_sparse(name, start):
 
 
 def test_straight_through_keeps_what_sparsegpt_prunes():
-    # steps too small to matter: the last pruning chooses by the score among all weights, not among SparseGPT's
-    options = {"method": "ro", "start": "sparsegpt", "rounds": 1, "learning_rate": 1e-12}
+    # steps too small to matter: the second pruning chooses by the score among all weights, not among SparseGPT's
+    options = {"method": "ro", "start": "sparsegpt", "rounds": 2, "learning_rate": 1e-12}
     (_, fixed, _), (_, kept, _) = (tiny(mask_mode=mode, **options) for mode in ("fixed", "straight_through"))
     layers = zip(linears(fixed[0]), linears(kept[0]), strict=True)
     assert any(((a.weight == 0) & (b.weight != 0)).any() for a, b in layers)

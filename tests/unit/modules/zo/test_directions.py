@@ -1,29 +1,34 @@
 import pytest
 import torch
 
-from wandazeta.modules.zo import direction
+from wandazeta.modules.zo import direction, directions_of_step, rademacher
 from wandazeta.modules.zo.directions import MAX_QUERIES, stream
 
+both = pytest.mark.parametrize("draw", [direction, rademacher])
 
-def test_drawn_again_bit_exactly():
-    first = direction(7, 3, 2, 1000)
+
+@both
+def test_drawn_again_bit_exactly(draw):
+    first = draw(7, 3, 2, 1000)
     torch.randn(5)
     torch.manual_seed(123)
-    assert torch.equal(direction(7, 3, 2, 1000), first)
+    assert torch.equal(draw(7, 3, 2, 1000), first)
     assert first.dtype == torch.float32
 
 
-def test_global_rng_is_neither_read_nor_moved():
+@both
+def test_global_rng_is_neither_read_nor_moved(draw):
     state = torch.random.get_rng_state()
-    direction(0, 0, 0, 100)
+    draw(0, 0, 0, 100)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_distinct_over_step_and_query():
-    drawn = torch.stack([direction(0, step, query, 64) for step in range(20) for query in range(20)])
+@both
+def test_distinct_over_step_and_query(draw):
+    drawn = torch.stack([draw(0, step, query, 64) for step in range(20) for query in range(20)])
     cosine = torch.nn.functional.normalize(drawn) @ torch.nn.functional.normalize(drawn).T
     assert (cosine - torch.eye(400)).abs().max() < 0.75
-    assert not torch.equal(direction(0, 0, 0, 64), direction(1, 0, 0, 64))
+    assert not torch.equal(draw(0, 0, 0, 64), draw(1, 0, 0, 64))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**40, -5])
@@ -50,7 +55,23 @@ def test_values_are_standard_normal():
     assert z.std().item() == pytest.approx(1, abs=0.01)
 
 
+def test_signs_are_fair():
+    z = rademacher(0, 0, 0, 200_000)
+    assert set(z.tolist()) == {-1.0, 1.0}
+    assert abs(z.mean().item()) < 0.01
+    # neighbours do not know of each other
+    assert abs((z[1:] * z[:-1]).mean().item()) < 0.01
+
+
+def test_directions_of_a_step_have_the_type_of_the_vector():
+    theta = torch.zeros(6, dtype=torch.float64)
+    drawn = directions_of_step(theta, 4, 7, rademacher)(2)
+    assert drawn.dtype == torch.float64
+    assert torch.equal(drawn, rademacher(4, 7, 2, 6).double())
+
+
+@both
 @pytest.mark.parametrize(("step", "query"), [(-1, 0), (0, -1), (0, MAX_QUERIES)])
-def test_out_of_range(step, query):
+def test_out_of_range(step, query, draw):
     with pytest.raises(ValueError, match="Expected argument"):
-        direction(0, step, query, 4)
+        draw(0, step, query, 4)

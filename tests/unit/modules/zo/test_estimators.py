@@ -2,88 +2,132 @@ import math
 
 import pytest
 import torch
+from helpers.small_net import adapted_net
 from torch import nn
 
-from wandazeta.modules.adapters import inject_adapters
-from wandazeta.modules.zo import QueryLosses, direction, projected_gradients, two_sided
+from wandazeta.modules.zo import (
+    ForwardMode,
+    OneSided,
+    TwoSided,
+    direction,
+    directions_of_step,
+    mean_gradient,
+    projected_gradients,
+)
+
+THETA = torch.linspace(-1, 1, 9, dtype=torch.float64)
+ESTIMATORS = [TwoSided(1e-2), OneSided(1e-2), ForwardMode()]
+IDS = ["two_sided", "one_sided", "forward_mode"]
+all_estimators = pytest.mark.parametrize("estimator", ESTIMATORS, ids=IDS)
 
 
-def quadratic(theta_Pd):
-    return (theta_Pd**2).sum(-1)
+def quadratic(theta_Nd):
+    return (theta_Nd**2).sum(-1)
 
 
-def test_losses_are_those_of_the_perturbed_vectors():
-    theta = torch.linspace(-1, 1, 9, dtype=torch.float64)
-    losses = two_sided(quadratic, theta, 5, 2, [0, 3, 1], 1e-2, 2)
-    assert losses.query_ids == (0, 3, 1)
-    for row, query in enumerate(losses.query_ids):
+def evaluate(estimator, num_queries, loss_fn=quadratic, theta=THETA, chunk_size=4, seed=5, step=2):
+    points = range(estimator.num_points(num_queries))
+    return estimator.evaluate(loss_fn, theta, directions_of_step(theta, seed, step), points, chunk_size)
+
+
+def test_two_sided_losses_are_those_of_the_perturbed_vectors():
+    estimator = TwoSided(1e-2)
+    evaluations = estimator.evaluate(quadratic, THETA, directions_of_step(THETA, 5, 2), [0, 3, 1], 2)
+    assert evaluations.points == (0, 3, 1)
+    slopes = estimator.slopes(evaluations.values_VP)
+    for row, query in enumerate(evaluations.points):
         z = direction(5, 2, query, 9).double()
-        assert losses.plus[row].item() == pytest.approx(quadratic(theta + 1e-2 * z).item(), rel=1e-12)
-        assert losses.minus[row].item() == pytest.approx(quadratic(theta - 1e-2 * z).item(), rel=1e-12)
+        plus, minus = evaluations.values_VP[:, row].tolist()
+        assert plus == pytest.approx(quadratic(THETA + 1e-2 * z).item(), rel=1e-12)
+        assert minus == pytest.approx(quadratic(THETA - 1e-2 * z).item(), rel=1e-12)
         # the two-sided slope of a quadratic is exact
-        slope = projected_gradients(losses, 1e-2).values[row]
-        assert slope == pytest.approx((2 * theta @ z).item(), rel=1e-9)
+        assert slopes[row].item() == pytest.approx((2 * THETA @ z).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 50])
-def test_chunks_give_the_same_losses_and_leave_theta_alone(chunk_size):
-    theta = torch.linspace(-1, 1, 9)
-    before, rows = theta.clone(), []
+def test_one_sided_slopes_share_their_base():
+    estimator = OneSided(1e-2)
+    evaluations = evaluate(estimator, 3)
+    assert evaluations.values_VP[0, 0].item() == quadratic(THETA).item() == estimator.loss(evaluations.values_VP)
+    for query, slope in enumerate(estimator.slopes(evaluations.values_VP).tolist()):
+        z = direction(5, 2, query, 9).double()
+        # with the curvature along z that a difference to one side does not cancel
+        assert slope == pytest.approx((2 * THETA @ z + 1e-2 * z @ z).item(), rel=1e-9)
+
+
+def test_forward_mode_is_the_derivative_that_autograd_gives():
+    loss_fn, theta, gradient = adapted_net()
+    estimator = ForwardMode()
+    evaluations = evaluate(estimator, 6, loss_fn, theta)
+    expected = torch.stack([direction(5, 2, query, len(theta)).double() @ gradient for query in range(6)])
+    torch.testing.assert_close(estimator.slopes(evaluations.values_VP), expected, rtol=1e-10, atol=1e-12)
+    assert estimator.loss(evaluations.values_VP) == pytest.approx(loss_fn(theta[None]).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "order"), [(TwoSided, 2), (OneSided, 1)], ids=IDS[:2])
+def test_differences_approach_the_derivative_with_their_order(kind, order):
+    def smooth(copies):
+        return (copies.sin() + copies**3).sum(-1)
+
+    exact = ForwardMode().slopes(evaluate(ForwardMode(), 8, smooth).values_VP)
+    errors = []
+    for epsilon in (1e-2, 1e-3):
+        estimator = kind(epsilon)
+        errors.append((estimator.slopes(evaluate(estimator, 8, smooth).values_VP) - exact).norm().item())
+    assert errors[0] / errors[1] == pytest.approx(10**order, rel=0.1)
+
+
+@all_estimators
+def test_forwards_are_counted_as_they_are_made(estimator):
+    rows = []
 
     def loss_fn(copies):
         rows.append(len(copies))
         return quadratic(copies)
 
-    losses = two_sided(loss_fn, theta, 0, 0, range(7), 1e-3, chunk_size)
-    whole = two_sided(quadratic, theta, 0, 0, range(7), 1e-3, 7)
-    assert torch.equal(theta, before)
-    assert torch.equal(losses.plus, whole.plus)
-    assert torch.equal(losses.minus, whole.minus)
-    assert max(rows) == 2 * min(chunk_size, 7)
-    assert sum(rows) == 14
+    evaluate(estimator, 7, loss_fn)
+    # of a forward-mode row every product is taken twice
+    cost = 2 if isinstance(estimator, ForwardMode) else 1
+    assert cost * sum(rows) == estimator.num_forwards(7)
 
 
-def test_a_rank_without_queries():
-    losses = two_sided(quadratic, torch.ones(3), 0, 0, [], 1e-3, 4)
-    assert losses.plus.shape == losses.minus.shape == (0,)
-    assert projected_gradients(losses, 1e-3).values == ()
-    assert math.isnan(losses.mean)
+@all_estimators
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 50])
+def test_chunks_give_the_same_values_and_leave_theta_alone(estimator, chunk_size):
+    theta = THETA.clone()
+    evaluations = evaluate(estimator, 7, theta=theta, chunk_size=chunk_size)
+    assert torch.equal(theta, THETA)
+    assert torch.equal(evaluations.values_VP, evaluate(estimator, 7, chunk_size=8).values_VP)
+    assert evaluations.chunk_size == chunk_size
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)) for _ in range(2))
-        self.double()
+@all_estimators
+def test_points_in_shares_are_those_in_one_process(estimator):
+    whole = evaluate(estimator, 5).values_VP
+    total = torch.zeros_like(whole)
+    for rank in range(3):
+        points = range(rank, estimator.num_points(5), 3)
+        share = estimator.evaluate(quadratic, THETA, directions_of_step(THETA, 5, 2), points, 1)
+        total[:, list(share.points)] = share.values_VP
+    assert torch.equal(total, whole)
 
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return x
+
+@all_estimators
+def test_a_rank_without_points(estimator):
+    nothing = estimator.evaluate(quadratic, THETA, directions_of_step(THETA, 0, 0), [], 4)
+    assert nothing.values_VP.shape == (estimator.num_values, 0)
 
 
 def test_mean_over_many_directions_approaches_the_gradient():
-    model = Net()
-    bank = inject_adapters(model, blocks=model.blocks, rank=2, bottleneck=4, identity_start=False, dtype=torch.float64)
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    target = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-    def loss_fn(theta_Pd):
-        with bank.use(theta_Pd):
-            y = model(x.repeat(len(theta_Pd), 1)).view(len(theta_Pd), *x.shape)
-        return (y - target).square().mean((1, 2))
-
-    theta = bank.theta.clone().requires_grad_()
-    (true,) = torch.autograd.grad(loss_fn(theta[None]).sum(), theta)
+    loss_fn, theta, true = adapted_net()
 
     def error(num_steps):
         estimate = torch.zeros_like(true)
         for step in range(num_steps):
-            slopes = projected_gradients(two_sided(loss_fn, bank.theta, 0, step, range(512), 1e-5, 256), 1e-5)
-            z = torch.stack([direction(0, step, q, len(true)).double() for q in slopes.query_ids])
-            estimate += torch.tensor(slopes.values, dtype=torch.float64) @ z / 512 / num_steps
+            directions = directions_of_step(theta, 0, step)
+            estimator = TwoSided(1e-5)
+            evaluations = estimator.evaluate(loss_fn, theta, directions, range(512), 256)
+            slopes = projected_gradients(estimator.slopes(evaluations.values_VP))
+            estimate += mean_gradient(theta, slopes, directions) / num_steps
         return ((estimate - true).norm() / true.norm()).item()
 
     # the error of a mean over N Gaussian directions is sqrt((d + 1) / N) of the gradient
@@ -94,18 +138,31 @@ def test_mean_over_many_directions_approaches_the_gradient():
 
 
 def test_non_finite_queries_are_dropped_and_counted():
-    losses = QueryLosses(
-        torch.tensor([1.0, math.nan, 3.0, 1.0]), torch.tensor([0.0, 1.0, math.inf, 2.0]), (0, 1, 2, 3), 4
-    )
-    slopes = projected_gradients(losses, 0.5)
+    values = torch.tensor([[1.0, math.nan, 3.0, 1.0], [0.0, 1.0, math.inf, 2.0]])
+    slopes = projected_gradients(TwoSided(0.5).slopes(values))
     assert slopes.query_ids == (0, 3)
     assert slopes.values == (1.0, -1.0)
     assert slopes.num_dropped == 2
     assert slopes.std == pytest.approx(math.sqrt(2))
-    assert losses.mean == pytest.approx(1.0)
+    assert TwoSided(0.5).loss(values) == pytest.approx(1.0)
     # two infinities of one sign: their difference is not a number
-    both = QueryLosses(torch.tensor([math.inf]), torch.tensor([math.inf]), (0,), 1)
-    assert projected_gradients(both, 0.5).num_dropped == 1
+    assert projected_gradients(TwoSided(0.5).slopes(torch.full((2, 1), math.inf))).num_dropped == 1
+    assert math.isnan(TwoSided(0.5).loss(torch.full((2, 1), math.inf)))
+
+
+def test_a_base_that_is_not_finite_drops_all():
+    for base in (math.nan, math.inf):
+        slopes = projected_gradients(OneSided(0.5).slopes(torch.tensor([[base, 1.0, math.inf]])))
+        assert (slopes.values, slopes.num_dropped) == ((), 2)
+    slopes = projected_gradients(OneSided(0.5).slopes(torch.tensor([[1.0, 2.0, math.inf]])))
+    assert (slopes.query_ids, slopes.values, slopes.num_dropped) == ((0,), (2.0,), 1)
+
+
+def test_a_derivative_of_a_loss_that_is_not_finite_does_not_count():
+    values = torch.tensor([[math.inf, 1.0, 1.0], [0.0, math.nan, 2.0]])
+    slopes = projected_gradients(ForwardMode().slopes(values))
+    assert (slopes.query_ids, slopes.num_dropped) == ((2,), 2)
+    assert ForwardMode().loss(values) == 1.0
 
 
 def out_of_memory(kind):
@@ -115,7 +172,18 @@ def out_of_memory(kind):
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_chunk_is_halved_until_it_fits(kind):
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        # 9 queries, then 4, then 2 at a time
+        (TwoSided(1e-3), [18, 8, 4, 4, 4, 4, 2]),
+        # and their base: 10 points, then 5, then 2
+        (OneSided(1e-3), [10, 5, 2, 2, 2, 2, 2]),
+        (ForwardMode(), [9, 4, 4, 1]),
+    ],
+    ids=IDS,
+)
+def test_chunk_is_halved_until_it_fits(kind, estimator, expected):
     calls = []
 
     def loss_fn(copies):
@@ -124,34 +192,64 @@ def test_chunk_is_halved_until_it_fits(kind):
             raise out_of_memory(kind)
         return quadratic(copies)
 
-    theta = torch.linspace(-1, 1, 9)
-    losses = two_sided(loss_fn, theta, 0, 0, range(9), 1e-3, 64)
-    assert losses.chunk_size == 2
-    # 9 queries, then 4, then 2 at a time
-    assert calls == [18, 8, 4, 4, 4, 4, 2]
-    whole = two_sided(quadratic, theta, 0, 0, range(9), 1e-3, 9)
-    assert torch.equal(losses.plus, whole.plus)
-    assert torch.equal(losses.minus, whole.minus)
+    evaluations = evaluate(estimator, 9, loss_fn, chunk_size=64)
+    assert calls == expected
+    assert evaluations.chunk_size == (4 if isinstance(estimator, ForwardMode) else 2)
+    assert torch.equal(evaluations.values_VP, evaluate(estimator, 9).values_VP)
 
 
-def test_out_of_memory_with_one_query_says_what_to_do():
+@all_estimators
+def test_out_of_memory_with_one_query_says_what_to_do(estimator):
     def loss_fn(copies):
         raise out_of_memory("cuda")
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        two_sided(loss_fn, torch.ones(3), 0, 0, range(4), 1e-3, 4)
+        evaluate(estimator, 4, loss_fn)
     assert "batch size" in caught.value.__notes__[0]
 
 
-def test_other_errors_pass():
+@all_estimators
+def test_other_errors_pass(estimator):
     def loss_fn(copies):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        two_sided(loss_fn, torch.ones(3), 0, 0, range(4), 1e-3, 4)
+        evaluate(estimator, 4, loss_fn)
 
 
-@pytest.mark.parametrize(("epsilon", "chunk_size"), [(0.0, 1), (-1.0, 1), (1e-3, 0)])
-def test_bad_arguments(epsilon, chunk_size):
-    with pytest.raises(ValueError, match="Expected argument"):
-        two_sided(quadratic, torch.ones(3), 0, 0, [0], epsilon, chunk_size)
+def test_what_has_no_forward_mode_derivative_is_refused_by_name():
+    x = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+
+    def loss_fn(copies):
+        q = x * copies[:, None, None, :4]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].sum((1, 2, 3))
+
+    with pytest.raises(ValueError, match=r"forward-mode derivatives.*flash_attention.*another estimator"):
+        evaluate(ForwardMode(), 1, loss_fn)
+
+
+def test_forward_mode_goes_through_attention():
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss_fn(copies):
+        q = x * copies[:, None, None, :4]
+        k, v = x.expand_as(q), x * copies[:, None, None, 4:8]
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum((1, 2, 3))
+
+    theta = THETA.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_fn(theta[None]).sum(), theta)
+    slopes = ForwardMode().slopes(evaluate(ForwardMode(), 3, loss_fn).values_VP)
+    torch.testing.assert_close(slopes, torch.stack([direction(5, 2, q, 9).double() @ gradient for q in range(3)]))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0])
+@pytest.mark.parametrize("kind", [TwoSided, OneSided])
+def test_bad_epsilon(kind, epsilon):
+    with pytest.raises(ValueError, match="`epsilon`"):
+        kind(epsilon)
+
+
+@all_estimators
+def test_bad_chunk_size(estimator):
+    with pytest.raises(ValueError, match="`chunk_size`"):
+        evaluate(estimator, 1, chunk_size=0)
