@@ -139,6 +139,36 @@ def memory_sentence(result: dict[str, Any]) -> str:
     )
 
 
+def speed_table(result: dict[str, Any]) -> str:
+    """Seconds of this project and of llm-compressor for the same pruning, every kind of run."""
+    tools = {"wandazeta": "wandazeta", "llmcompressor": "llm-compressor"}
+    body = [
+        [
+            f"{row['method']}, {tools[row['tool']]}",
+            "bfloat16" if row["compute_dtype"] == "bfloat16" else row["dtype"],
+            str(row["batch_size"]),
+            f"{row['median']:.1f}"
+            if row["runs"] == 1
+            else f"{row['median']:.1f} ({row['min']:.1f} to {row['max']:.1f})",
+            str(row["runs"]),
+            f"{row['perplexity']:.1f}",
+        ]
+        for row in sorted(result["summary"]["rows"], key=lambda row: row["method"], reverse=True)
+    ]
+    first = result["records"][0]
+    compared = [
+        f"{row['method']}{', products in bfloat16' if row['compute_dtype'] == 'bfloat16' else ''} "
+        f"{row['times_faster']:.2f} times"
+        for row in result["summary"]["compared"]
+    ]
+    heading = ["", "products in", "batch", "seconds", "runs", "perplexity"]
+    return (
+        f"{rows(heading, body)}\n\n{first['sparsity_pattern']}, {first['num_samples']} x {first['sequence_length']} "
+        f"tokens, {first['threads']} threads, {result['hardware']['cpu']}. As fast as llm-compressor's fastest: "
+        f"{'; '.join(compared)}."
+    )
+
+
 def bf16_table(result: dict[str, Any]) -> str:
     """What computing in bfloat16 changes, by method."""
     body = [
@@ -248,6 +278,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quality": ("prune_quality", quality_table),
     "memory": ("prune_memory", memory_sentence),
     "bf16": ("prune_bf16", bf16_table),
+    "speed": ("prune_speed", speed_table),
     "ablation": ("ablation", ablation_table),
     "finetune": ("finetune", finetune_table),
     "epsilon": ("epsilon", epsilon_table),

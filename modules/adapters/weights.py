@@ -269,5 +269,6 @@ def _swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
 
 def _is_pruned(weight: Any) -> bool:
     """Whether a matrix was pruned: then every row lost some; a zero by chance is in few of them."""
-    zeros = weight.detach() == 0
-    return bool(zeros.any(1).all()) and not bool(zeros.all())
+    # part by part: of a whole table of tokens these would be as large as the table, and a dense one ends it at once
+    parts = weight.detach().split(_rows_of_part(weight))
+    return all(bool((part == 0).any(1).all()) for part in parts) and any(bool(part.any()) for part in parts)

@@ -42,7 +42,7 @@ def test_options_have_help(capsys):
         main(["prune", "--help"])
     assert "Directory to write: weights, tokenizer, masks" in capsys.readouterr().out
     for option, text in (
-        ("--model.help=ZerothOrderModule", "Number of queries as a function of the epoch"),
+        ("--model.help=ZerothOrderModule", "Number of queries of a step"),
         ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
         ("--data.help=TextDataModule", "Windows of the training split"),
         ("--trainer.callbacks.help=WandaPPPruneCallback", "Rounds of regional optimisation"),
