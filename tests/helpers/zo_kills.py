@@ -13,14 +13,17 @@ def main():
     """Run the JSON file's settings: whole once, then killed; writes how often, and what both ended with."""
     from helpers import zo_run
 
+    from wandazeta.modules import ZerothOrderModule
+
     settings = json.loads(Path(sys.argv[1]).read_text())
     root, kills = Path(settings["root"]), settings.pop("kills")
     random.seed(settings.pop("kill_seed"))
+    # imports are paid for once, here; nothing back-propagates, which torch would refuse after a fork
+    ZerothOrderModule(settings["model_dir"])
     _child(zo_run, settings | {"root": str(root / "whole")})
     lives = 0
     settings["root"], steps_seen = str(root / "killed"), []
     while True:
-        # the imports are paid for once, by the parent; neither back-propagates, which torch refuses after a fork
         kill_after = (random.randint(1, 5), random.uniform(0, 0.05)) if lives < kills else None
         steps_seen.append(_child(zo_run, settings | {"resume": lives > 0}, kill_after))
         if kill_after is None:
