@@ -167,7 +167,9 @@ class _Pruner:
                     f"{', '.join(result.weights)}; remove the progress and start again"
                 )
             if self.stream is not None and index < self.last_missing:
-                self._forward(index, self.stream, batches)
+                # as the targets were made, beside the gradients: rows that share a product round otherwise
+                apart = index == 0 and self.options.uses_gradients and layers
+                self._forward(index, self.stream, batches.apart() if apart else batches)
             if result is not None:
                 for name, layer in layers.items():
                     layer.weight.copy_(result.weights[name])

@@ -135,31 +135,42 @@ def arguments(**changes):
 def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmark):
     versions = {"wandazeta": "1", "llmcompressor": "2"}
     runs = list(benchmark.prune.settings(arguments(), versions))
-    order = [(run["method"], run["tool"], run["batch_size"]) for run in runs]
-    kinds = [("wanda", "wandazeta", 8), ("wanda", "llmcompressor", 1), ("wanda", "llmcompressor", 8)]
-    kinds += [("wanda++", "wandazeta", 8)]
+    order = [(run["method"], run["tool"], run["compute_dtype"], run["batch_size"]) for run in runs]
+    kinds = [("wanda", "wandazeta", "model", 8), ("wanda", "wandazeta", "bfloat16", 8)]
+    kinds += [("wanda", "llmcompressor", "model", size) for size in (1, 8)]
+    kinds += [("wanda++", "wandazeta", "model", 8), ("wanda++", "wandazeta", "bfloat16", 8)]
     assert order == kinds + kinds[::-1]
-    assert [run["repeat"] for run in runs] == [0] * 4 + [1] * 4
-    assert runs[3]["options"]["samples_per_round"] == 8
+    assert [run["repeat"] for run in runs] == [0] * 6 + [1] * 6
+    assert runs[4]["options"]["samples_per_round"] == 8
+    for run in runs:
+        own = run["tool"] == "wandazeta"
+        assert run["options"].get("compute_dtype") == (run["compute_dtype"] if own else None)
 
 
 def test_ratios_are_to_the_faster_of_the_other_tool(benchmark):
     wanted = list(benchmark.prune.settings(arguments(), {"wandazeta": "1", "llmcompressor": "2"}))
     seconds = {("wandazeta", 8): 2.0, ("llmcompressor", 1): 8.0, ("llmcompressor", 8): 5.0}
+
+    def seconds_of(run):
+        measured = 10.0 if run["method"] == "wanda++" else seconds[run["tool"], run["batch_size"]]
+        return (measured + run["repeat"]) / (2 if run["compute_dtype"] == "bfloat16" else 1)
+
+    agreement = {"model": 0.75, "bfloat16": 0.5}
     records = [
         run
-        | {"seconds": (10.0 if run["method"] == "wanda++" else seconds[run["tool"], run["batch_size"]]) + run["repeat"]}
-        | {"perplexity": 50.0, "mask_agreement": 0.75 if run["tool"] == "llmcompressor" else None}
+        | {"seconds": seconds_of(run), "perplexity": 50.0}
+        | ({"mask_agreement": agreement} if run["tool"] == "llmcompressor" else {})
         for run in wanted
     ]
     stale = records[0] | {"version": "0", "seconds": 100.0}
     summary = benchmark.prune.summarise([stale, *records], wanted)
-    (compared,) = summary["compared"]
-    assert (compared["method"], compared["dtype"], compared["batch_size"]) == ("wanda", "float32", 8)
-    assert compared["times_faster"] == 5.5 / 2.5
-    assert compared["times_faster_at_least"] == 5.0 / 3.0
-    assert (compared["perplexity_ratio"], compared["mask_agreement"]) == (1.0, 0.75)
-    assert summary["wanda++_to_wanda"] == {"float32": 10.5 / 2.5}
+    assert [row["compute_dtype"] for row in summary["compared"]] == ["model", "bfloat16"]
+    for compared, speedup in zip(summary["compared"], (1, 2), strict=True):
+        assert (compared["method"], compared["dtype"], compared["batch_size"]) == ("wanda", "float32", 8)
+        assert compared["times_faster"] == speedup * 5.5 / 2.5
+        assert compared["times_faster_at_least"] == speedup * 5.0 / 3.0
+        assert (compared["perplexity_ratio"], compared["mask_agreement"]) == (1.0, agreement[compared["compute_dtype"]])
+    assert [row["ratio"] for row in summary["wanda++_to_wanda"]] == [10.5 / 2.5] * 2
 
 
 def test_masks_agree_where_both_or_neither_are_zero(benchmark):
