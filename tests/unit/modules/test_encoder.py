@@ -124,7 +124,7 @@ def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not [name for name in saved["state_dict"] if "backbone" in name]
     other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, trainable=trainable_of({}))
-    with pytest.raises(ValueError, match="backbone"):
+    with pytest.raises(ValueError, match="new head"):
         other.load_adapters(tmp_path / "adapters")
 
 
@@ -221,6 +221,9 @@ def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
     module = FirstOrderModule(
         str(model_dirs["bert"]), num_classes=NUM_CLASSES, train=mode, learning_rate=1e-2, lora_rank=2, seed=3
     )
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0  # layers as small as these learn little beside it
     trainer = Trainer(
         accelerator="cpu",
         max_steps=60,
