@@ -181,7 +181,7 @@ class FlatBank(nn.Module):
 
     def linear_tensors(self) -> dict[str, Tensor]:
         """Weight and bias of the trained Linears, as views of `theta`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in self.linear_shapes:
             weight, bias = self._linear(self.theta.detach(), name)
             found |= {f"{name}.weight": weight, f"{name}.bias": bias}
