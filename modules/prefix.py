@@ -194,7 +194,8 @@ class FrozenPrefix:
             with override_forward(stubs):
                 output = forward(*args, **kwargs)
             first = first_of(output)
-            # back in place, as some models look at the number of positions
+            # back in place, as some models look at the number of positions; one that is scored twice holds one value,
+            # whose gradient autograd would count twice: replays are for forward passes alone
             spread = hidden.new_zeros(hidden.shape, dtype=first.dtype)
             spread[torch.arange(len(spread), device=spread.device)[:, None], positions] = first
             return (spread, *output[1:]) if isinstance(output, tuple) else spread

@@ -3,6 +3,7 @@
 Legend: P perturbed copies of the vector, d its length, D features, C outputs of a trained Linear.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Site:
     width: int
 
 
-class FlatBank(nn.Module):
+class FlatBank(nn.Module, ABC):
     """Holds every adapter of a model in one flat buffer `theta` and applies them.
 
     A buffer, not a parameter: sharding strategies never touch it, and it keeps its dtype (fp32) whatever precision the
@@ -81,9 +82,9 @@ class FlatBank(nn.Module):
         linears = [f"{name}:{columns}:{rows}" for name, (rows, columns) in self.linear_shapes.items()]
         return {**self.adapter_description(), "linears": linears, "num_parameters": self.num_parameters}
 
+    @abstractmethod
     def adapter_description(self) -> dict[str, Any]:
         """What the adapters are and where they sit, in plain values."""
-        raise NotImplementedError
 
     file_name = "adapters.safetensors"
 

@@ -50,20 +50,8 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
 def rademacher(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the direction of one query with entries of -1 and 1 (as FZOO does, arXiv 2506.09034).
 
-    Its length is the square root of `numel` exactly, where a Gaussian direction's varies. Addressed as `direction` is.
-
-    Args:
-        seed: Base seed of the run.
-        step: Global step, from 0.
-        query: Index of the query within the step, from 0, over all ranks.
-        numel: Length of the direction.
-        device: Where to put it.
-
-    Returns:
-        A vector of `numel` signs in fp32.
-
-    Raises:
-        ValueError: If `query` is not below 1024 or `step` is negative.
+    Its length is the square root of `numel` exactly, where a Gaussian direction's varies. Arguments and errors are
+    those of `direction`; what comes back are `numel` signs in fp32.
     """
     generator = torch.Generator().manual_seed(stream(seed, step, query))
     return torch.randint(2, (numel,), generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(device)

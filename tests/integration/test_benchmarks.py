@@ -31,6 +31,23 @@ def benchmark(monkeypatch):
     return Namespace(prune=prune, prune_gpu=prune_gpu, records=records)
 
 
+def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_options(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import prune_quality
+
+    best = prune_quality.options_of("best", "2:4", 1)
+    assert (best["sparsity_pattern"], best["seed"]) == ("2:4", 1)
+    assert "sparsity_slope" not in best
+    free = prune_quality.options_of("best", "60%", 1)
+    assert (free["sparsity"], free["sparsity_slope"]) == (0.6, prune_quality.SPARSITY_SLOPE)
+    assert prune_quality.options_of("wanda", "60%", 0).keys() == {"method", "sparsity_pattern", "sparsity", "seed"}
+    # the published figures are those of the file as it is
+    records = [r for r in prune_quality.finished(prune_quality.RESULT) if r["method"] == "best"]
+    for record in records:
+        wanted = prune_quality.options_of("best", record["pattern"], record["seed"])
+        assert record["options"].items() >= wanted.items()
+
+
 def run(script, *arguments, environment=None):
     return subprocess.run(
         [sys.executable, BENCHMARKS / script, *map(str, arguments)],

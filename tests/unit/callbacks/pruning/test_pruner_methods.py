@@ -168,6 +168,16 @@ def test_straight_through_keeps_what_sparsegpt_prunes():
     assert any(((a.weight == 0) & (b.weight != 0)).any() for a, b in layers)
 
 
+def test_straight_through_ends_with_the_mask_of_its_last_steps():
+    # one round, so that its mask is the first score's, from which steps as large as these would lead away
+    options = {"method": "ro", "rounds": 1, "learning_rate": 0.1}
+    _, wanda, _ = tiny(method="wanda")
+    for mode, stays in (("straight_through", True), ("fixed", True), ("free", False)):
+        _, blocks, _ = tiny(mask_mode=mode, **options)
+        layers = zip(linears(blocks[:1]), linears(wanda[:1]), strict=True)
+        assert all(torch.equal(a.weight == 0, b.weight == 0) for a, b in layers) is stays
+
+
 def test_without_rounds_the_mask_mode_changes_nothing():
     assert equal(tiny(mask_mode="straight_through", rounds=0)[0], tiny(rounds=0)[0])
 

@@ -1,6 +1,7 @@
 """Models in 16 bits, and 16-bit products for models in 32."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -56,3 +57,21 @@ def test_bfloat16_compute_hardly_changes_the_masks_of_the_sample_model():
             found.append([torch.cat([(x.weight != 0).flatten() for x in linears(block)]) for block in blocks])
         for block, (mine, other) in enumerate(zip(*found, strict=True)):
             assert 0 < (mine != other).float().mean() < 0.01, f"{method}, block {block}"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "warns"),
+    [
+        ({"architecture": "x86_64"}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),  # its own names are not known here
+    ],
+)
+def test_bfloat16_on_a_cpu_without_it_is_told(monkeypatch, capabilities, warns):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tiny(method="wanda", compute_dtype="bfloat16")
+        tiny(method="wanda")
+    assert sum("no instructions for bfloat16" in str(warning.message) for warning in caught) == warns
