@@ -25,13 +25,13 @@ from wandazeta.modules.language_model import evaluating
 
 
 class Curve(Callback):
-    """Notes the validation accuracy at equal distances of forwards and ends the training when they are spent.
+    """Notes the validation accuracy at equal distances of forwards and at the end, before the step that exceeds them.
 
     Args:
         batches: The validation batches.
         budget: Forwards of a batch to spend.
         num_points: Points of the curve, the last one included.
-        forwards_per_step: What a step costs where the module does not count its forwards itself.
+        forwards_per_step: What a step costs where the module does not count its forwards itself and end in time.
     """
 
     def __init__(self, batches: list[Any], budget: int, num_points: int, forwards_per_step: int | None) -> None:
@@ -49,10 +49,13 @@ class Curve(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         per_step = self.forwards_per_step
-        spent = int(pl_module.progress[1]) if per_step is None else trainer.global_step * per_step
-        if spent * self.num_points >= (len(self.points) + 1) * self.budget:
+        if per_step is None:
+            spent = int(pl_module.progress[1])
+        else:
+            spent = trainer.global_step * per_step
+            trainer.should_stop |= spent + per_step > self.budget
+        if trainer.should_stop or spent * self.num_points >= (len(self.points) + 1) * self.budget:
             self.points.append((spent, accuracy(pl_module, self.batches)))
-        trainer.should_stop = spent >= self.budget
 
 
 def accuracy(module: Any, batches: list[Any]) -> float:
@@ -107,6 +110,8 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     if "class_path" in method:
         # a grid names an epsilon for methods that have one
         options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
+        if "forwards_per_step" not in method:
+            options["max_forwards"] = run["forwards"]
     parser = module_parser()
     class_path = method.get("class_path", "wandazeta.modules.LanguageModel")
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
