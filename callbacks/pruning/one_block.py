@@ -1,8 +1,8 @@
 """All that happens to one block: statistics, regional gradients, rounds of optimisation, the final pruning."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class OneBlock:
         layers: The layers to prune, by the name of their weight.
         options: The options.
         run: Runs the block on a batch of samples.
+        fixed: Within it, the weights stay as they are: what the runs make of them is kept.
         samples: Which samples it can run together.
         masks: Positions that count, for each sample.
         ranks: Those that the samples are shared out to; all samples here are this rank's.
@@ -41,6 +42,7 @@ class OneBlock:
         layers: Mapping[str, nn.Linear],
         options: PruneOptions,
         run: RunBlock,
+        fixed: Callable[[], AbstractContextManager[None]],
         samples: Batches,
         masks: Sequence[Tensor | None],
         ranks: Ranks,
@@ -48,6 +50,7 @@ class OneBlock:
         self.layers = dict(layers)
         self.options = options
         self.run = run
+        self.fixed = fixed
         self.samples = samples
         self.masks = masks
         self.ranks = ranks
@@ -88,7 +91,7 @@ class OneBlock:
         """Takes the statistics; the outputs of at least the first `num_outputs` samples come back."""
         outputs: list[Tensor] = []
         self.statistics.reset()
-        with self.statistics.collect():
+        with self.statistics.collect(), self.fixed():
             for batch in self.samples.split(range(len(hidden))):
                 states = torch.cat([hidden[index] for index in batch])
                 wanted = len(outputs) < num_outputs

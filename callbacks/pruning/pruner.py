@@ -189,7 +189,8 @@ class _Pruner:
             masks = self.samples.masks if self.samples is not None else ()
             run = partial(self._run, index)
             options = self.options.of_block(index, len(self.blocks))
-            work = OneBlock(index, layers, options, run, self._batches(index), masks, self.ranks)
+            fixed = partial(self._fixed, index)
+            work = OneBlock(index, layers, options, run, fixed, self._batches(index), masks, self.ranks)
             if self.samples is None:
                 kept, loss_after = work.prune(), None
             else:
@@ -271,11 +272,27 @@ class _Pruner:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    @contextmanager
+    def _fixed(self, index: int) -> Iterator[None]:
+        """While the block's weights stay as they are, autocast casts them once; it remembers trainable ones only."""
+        autocasts = self.options.compute_dtype != "model"
+        weights = self.blocks[index].parameters() if autocasts else ()
+        frozen = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
+        with self._autocast():
+            try:
+                for weight in frozen:
+                    weight.requires_grad_(True)
+                yield
+            finally:
+                for weight in frozen:
+                    weight.requires_grad_(False)
+
     def _forward(self, index: int, hidden: list[Tensor], batches: Batches) -> None:
-        for batch in batches.split(range(len(hidden))):
-            output = self._run(index, batch, torch.cat([hidden[sample] for sample in batch]))
-            for sample, states in zip(batch, output.split(1), strict=True):
-                hidden[sample] = states
+        with self._fixed(index):
+            for batch in batches.split(range(len(hidden))):
+                output = self._run(index, batch, torch.cat([hidden[sample] for sample in batch]))
+                for sample, states in zip(batch, output.split(1), strict=True):
+                    hidden[sample] = states
 
     @contextmanager
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:

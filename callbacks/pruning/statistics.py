@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .layers import weight_view
 from .ranks import Ranks
 
+# a mebibyte of float32
+SQUARES_AT_ONCE = 2**18
+
 
 class _AllSeen(Exception):
     """Private, so that no other error is mistaken for it."""
@@ -177,9 +180,16 @@ class InputStatistics:
                     "padding cannot be told from text there; calibrate on samples without padding, or exclude the layer"
                 )
             rows = rows[self._mask.reshape(-1)]
+        if not self._with_gram:
+            return _square_sums(rows), None
         rows = rows.float()
         # not in the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
-            gram = rows.t() @ rows if self._with_gram else None
-        # float64 sums: the result does not depend on the order of many small terms
-        return rows.square().sum(0).double(), gram
+            return _square_sums(rows), rows.t() @ rows
+
+
+def _square_sums(rows: Tensor) -> Tensor:
+    """Σx² of every column, a piece at a time: fresh memory for all squares costs a CPU more than their sum."""
+    pieces = rows.split(max(1, SQUARES_AT_ONCE // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
+    # float64 sums: the result does not depend on the order of many small terms
+    return torch.stack([piece.float().square().sum(0).double() for piece in pieces]).sum(0)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers.architectures import build
 from helpers.prune_model import linears, prune, tiny
 
 from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.callbacks.pruning.pruner import prune_model
+from wandazeta.callbacks.pruning.pruner import _Pruner, prune_model
 from wandazeta.datamodules import TextDataModule
 from wandazeta.datamodules.samples import cache_folder
 from wandazeta.modules import LanguageModel
@@ -35,6 +36,20 @@ def test_bfloat16_compute_hardly_changes_the_masks():
             found.append(torch.cat([(layer.weight != 0).flatten() for block in blocks for layer in linears(block)]))
         assert losses[0] != losses[1], "autocast was on"
         assert (found[0] != found[1]).float().mean() < 0.05, "and did no harm"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "rgs", "wanda++"])
+def test_casts_that_are_kept_are_never_stale(method, monkeypatch):
+    found = []
+    for fixed in (_Pruner._fixed, lambda self, index: nullcontext()):
+        monkeypatch.setattr(_Pruner, "_fixed", fixed)
+        model = build("llama")[0].requires_grad_(False)
+        report = prune(model, method=method, compute_dtype="bfloat16")
+        found.append((model.state_dict(), report.blocks[-1].loss_after))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert found[0][1] == found[1][1]
+    for name, value in found[0][0].items():
+        assert torch.equal(value, found[1][0][name]), name
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from wandazeta.callbacks.pruning import statistics
 from wandazeta.callbacks.pruning.statistics import InputStatistics
 
 
@@ -167,3 +168,12 @@ def test_small_terms_are_not_lost_in_large_sums():
     samples = [torch.full((1, 1, 1), value) for value in (4096.0, *[1.0] * 4)]
     # 2²⁴ + 1 is no float32
     assert measure(layer, samples, [None] * 5)._sums["layer"].item() == 2**24 + 4
+
+
+@pytest.mark.parametrize("squares_at_once", [1, 12, 10**6])
+def test_sums_in_pieces_are_the_sums(squares_at_once, monkeypatch):
+    monkeypatch.setattr(statistics, "SQUARES_AT_ONCE", squares_at_once)
+    samples = [torch.randn(1, length, 3) for length in (5, 11)]
+    norms = measure(nn.Linear(3, 2), samples, [None, None])
+    wanted = torch.cat(samples, 1)[0].double().square().sum(0) / len(samples)
+    torch.testing.assert_close(norms.norm("layer").double(), wanted.sqrt())
