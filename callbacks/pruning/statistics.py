@@ -12,6 +12,7 @@ from .ranks import Ranks
 
 # a mebibyte of float32
 SQUARES_AT_ONCE = 2**18
+GRAM_TILE = 512
 
 
 class _AllSeen(Exception):
@@ -185,7 +186,7 @@ class InputStatistics:
         rows = rows.float()
         # not in the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
-            return _square_sums(rows), rows.t() @ rows
+            return _square_sums(rows), _gram(rows)
 
 
 def _square_sums(rows: Tensor) -> Tensor:
@@ -193,3 +194,16 @@ def _square_sums(rows: Tensor) -> Tensor:
     pieces = rows.split(max(1, SQUARES_AT_ONCE // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
     # float64 sums: the result does not depend on the order of many small terms
     return torch.stack([piece.float().square().sum(0).double() for piece in pieces]).sum(0)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Σxxᵀ, tile by tile: those below the diagonal are those above it."""
+    gram = rows.new_empty(rows.shape[1], rows.shape[1])
+    starts = range(0, rows.shape[1], GRAM_TILE)
+    for row, left in zip(starts, rows.split(GRAM_TILE, dim=1), strict=True):
+        for column, right in zip(starts, rows.split(GRAM_TILE, dim=1), strict=True):
+            if column >= row:
+                tile = left.t() @ right
+                gram[row : row + GRAM_TILE, column : column + GRAM_TILE] = tile
+                gram[column : column + GRAM_TILE, row : row + GRAM_TILE] = tile.t()
+    return gram

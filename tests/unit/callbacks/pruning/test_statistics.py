@@ -177,3 +177,15 @@ def test_sums_in_pieces_are_the_sums(squares_at_once, monkeypatch):
     norms = measure(nn.Linear(3, 2), samples, [None, None])
     wanted = torch.cat(samples, 1)[0].double().square().sum(0) / len(samples)
     torch.testing.assert_close(norms.norm("layer").double(), wanted.sqrt())
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 8])
+def test_gram_matrices_in_tiles_are_the_whole_ones(tile, monkeypatch):
+    monkeypatch.setattr(statistics, "GRAM_TILE", tile)
+    sample, layer = torch.randn(1, 9, 5), nn.Linear(5, 2)
+    sums = InputStatistics({"layer": layer}, with_gram=True)
+    with sums.collect(), torch.no_grad(), sums.sample(None):
+        layer(sample)
+    ((gram, _),) = sums.groups()
+    torch.testing.assert_close(gram, sample[0].t() @ sample[0])
+    assert torch.equal(gram, gram.t())
