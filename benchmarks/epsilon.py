@@ -26,7 +26,7 @@ def measure(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
     """Measure one setting."""
     seed_everything(0)
     model = ZerothOrderModule(
-        str(ROOT / MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=4
+        str(ROOT / MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=8
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",

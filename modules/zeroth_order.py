@@ -74,7 +74,7 @@ class ZerothOrderModule(LanguageModel):
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
         weight_decay: Weight decay of the adapters' matrices; biases have none.
         epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
-        query_chunk_size: Queries folded into one forward; halved when memory runs out.
+        query_chunk_size: Perturbed copies folded into one forward; halved when memory runs out.
         trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
         parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
         prefix_cache: Compute what lies below the adapters once per example and keep it.
@@ -107,7 +107,7 @@ class ZerothOrderModule(LanguageModel):
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         weight_decay: float = 0.0,
         epsilon: float | None = None,
-        query_chunk_size: int = 8,
+        query_chunk_size: int = 16,
         trainable: TensorTrainAdapters | LoRAAdapters | Weights | None = None,
         parallel: Literal["queries", "data"] = "queries",
         prefix_cache: bool = True,
@@ -182,7 +182,6 @@ class ZerothOrderModule(LanguageModel):
         if stage == "fit":
             if isinstance(self.adapters, WeightBank):
                 require_whole_weights(self.trainer.strategy)
-            warn_of_waste(self.schedule, self.parallel, self.trainer.world_size, self.epsilon, self.compute_dtype)
             adjust_strategy(self.trainer.strategy)
 
     def _insert_adapters(self) -> None:
@@ -222,7 +221,9 @@ class ZerothOrderModule(LanguageModel):
         if isinstance(self.adapters, WeightBank):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
-        self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[self.compute_dtype])
+        dtype = self.compute_dtype
+        self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
+        warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
             rank_zero_info("The frozen prefix is not reused: the strategy shards the backbone's weights.")

@@ -87,6 +87,7 @@ def check_weights_options(
 
 
 def warn_of_waste(
+    estimator: Estimator,
     schedule: QuerySchedule,
     parallel: Literal["queries", "data"],
     world_size: int,
@@ -94,7 +95,7 @@ def warn_of_waste(
     dtype: torch.dtype,
 ) -> None:
     """Warn where ranks have nothing to do, and where rounding would drown what is measured."""
-    if parallel == "queries" and schedule.max_queries < world_size:
+    if parallel == "queries" and estimator.num_points(schedule.max_queries) < world_size:
         rank_zero_warn(f"{schedule.max_queries} queries on {world_size} ranks: some ranks have nothing to do")
     if epsilon is not None and epsilon < EPSILON[dtype] / 3:
         rank_zero_warn(

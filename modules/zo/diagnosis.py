@@ -60,7 +60,7 @@ def measure_epsilons(
         seed: Seed of the directions.
         num_queries: Directions for each loss.
         epsilons: Distances to try.
-        chunk_size: Directions at a time.
+        chunk_size: Vectors at a time.
         draw: Distribution of the directions.
 
     Returns:
@@ -75,16 +75,18 @@ def measure_epsilons(
     }
     for batch, loss_fn in enumerate(loss_fns):
         directions = directions_of_step(theta, seed, batch, draw)
-        queries, forward_mode = range(num_queries), ForwardMode()
+        queries, sides, forward_mode = range(num_queries), range(2 * num_queries), ForwardMode()
         derivatives = forward_mode.evaluate(loss_fn, theta, directions, queries, chunk_size)
         exact.append(forward_mode.slopes(derivatives.values_VP))
         # the base is the same at every distance, the perturbed losses are the plus sides
         base = OneSided(1.0).evaluate(loss_fn, theta, directions, [0], 1).values_VP
         for epsilon in epsilons:
             two_sided, one_sided = TwoSided(epsilon), OneSided(epsilon)
-            sides = two_sided.evaluate(loss_fn, theta, directions, queries, derivatives.chunk_size).values_VP
+            sides = two_sided.evaluate(
+                loss_fn, theta, directions, range(2 * num_queries), derivatives.chunk_size
+            ).values_VP
             measured["two_sided", epsilon].append(two_sided.slopes(sides))
-            measured["one_sided", epsilon].append(one_sided.slopes(torch.cat([base, sides[:1]], 1)))
+            measured["one_sided", epsilon].append(one_sided.slopes(torch.cat([base, sides[:, ::2]], 1)))
     return [
         EpsilonRow(name, epsilon, _correlation(torch.cat(slopes), torch.cat(exact)))
         for (name, epsilon), slopes in measured.items()

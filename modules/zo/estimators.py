@@ -84,7 +84,7 @@ def projected_gradients(slopes_Q: Tensor) -> ProjectedGradients:
 class TwoSided:
     """Central differences, `(L(θ + ε z) - L(θ - ε z)) / 2ε`: 2Q forwards, error O(ε²) (MeZO and AdaZeta, eq. 3).
 
-    A point is a query, its values the losses at both sides.
+    Point 2q is the plus side of query q, point 2q + 1 its minus side.
 
     Args:
         epsilon: Distance of the two sides from the trained vector in units of the direction.
@@ -93,14 +93,14 @@ class TwoSided:
         ValueError: If it is not above 0.
     """
 
-    num_values = 2
+    num_values = 1
 
     def __init__(self, epsilon: float) -> None:
         self.epsilon = _positive(epsilon)
 
     def num_points(self, num_queries: int) -> int:
-        """Points of a step: its queries."""
-        return num_queries
+        """Points of a step: both sides of its queries."""
+        return 2 * num_queries
 
     def num_forwards(self, num_queries: int) -> int:
         """Two for each query."""
@@ -110,26 +110,23 @@ class TwoSided:
     def evaluate(
         self, loss_fn: LossFn, theta: Tensor, directions: Directions, points: Sequence[int], chunk_size: int
     ) -> Evaluations:
-        """Evaluate both sides of some queries, as `Estimator.evaluate` says."""
+        """Evaluate sides of some queries, as `Estimator.evaluate` says."""
 
-        def both_sides(queries: Sequence[int]) -> Tensor:
-            copies = theta.new_empty(2, len(queries), theta.numel())
-            for row, query in enumerate(queries):
-                z = directions(query)
-                torch.add(theta, z, alpha=self.epsilon, out=copies[0, row])
-                torch.add(theta, z, alpha=-self.epsilon, out=copies[1, row])
-            return loss_fn(copies.flatten(0, 1))
+        def sides(chunk: Sequence[int]) -> Tensor:
+            moves = [(point // 2, -self.epsilon if point % 2 else self.epsilon) for point in chunk]
+            return loss_fn(_moved(theta, directions, moves))
 
-        return in_chunks(both_sides, points, chunk_size, self.num_values, theta.device)
+        return in_chunks(sides, points, chunk_size, self.num_values, theta.device)
 
     def slopes(self, values_VP: Tensor) -> Tensor:
         """Central differences of all queries, `(Q,)`."""
-        plus, minus = values_VP
+        plus, minus = values_VP.view(-1, 2).T
         return (plus - minus) / (2 * self.epsilon)
 
     def loss(self, values_VP: Tensor) -> float:
         """Mean of both sides over the queries whose losses are finite."""
-        return float(values_VP[:, values_VP.isfinite().all(0)].mean())
+        sides_Q2 = values_VP.view(-1, 2)
+        return float(sides_Q2[sides_Q2.isfinite().all(1)].mean())
 
 
 class OneSided:
@@ -165,11 +162,7 @@ class OneSided:
         """Evaluate some points, as `Estimator.evaluate` says."""
 
         def one_side(chunk: Sequence[int]) -> Tensor:
-            copies = theta.repeat(len(chunk), 1)
-            for copy, point in zip(copies, chunk, strict=True):
-                if point > 0:
-                    copy.add_(directions(point - 1), alpha=self.epsilon)
-            return loss_fn(copies)
+            return loss_fn(_moved(theta, directions, [(point - 1, self.epsilon) for point in chunk]))
 
         return in_chunks(one_side, points, chunk_size, self.num_values, theta.device)
 
@@ -180,6 +173,18 @@ class OneSided:
     def loss(self, values_VP: Tensor) -> float:
         """Loss at the trained vector."""
         return float(values_VP[0, 0])
+
+
+def _moved(theta: Tensor, directions: Directions, moves: Sequence[tuple[int, float]]) -> Tensor:
+    """Copies of a vector `(N, d)`, each moved along the direction of a query by a length; none for query -1."""
+    copies = theta.repeat(len(moves), 1)
+    drawn, z = -1, theta
+    for copy, (query, length) in zip(copies, moves, strict=True):
+        if query != drawn:
+            drawn, z = query, directions(query)
+        if query >= 0:
+            copy.add_(z, alpha=length)
+    return copies
 
 
 def _positive(epsilon: float) -> float:

@@ -166,11 +166,11 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
 
             module.losses = small
 
-    options = {"queries": 8, "query_chunk_size": 8}
+    options = {"queries": 4, "query_chunk_size": 8}
     _, module, _ = train(model_dir, tmp_path, steps=2, save_every=2, callbacks=[Small()], **options)
-    assert module.query_chunk_size == 2
+    assert module.query_chunk_size == 4
     _, resumed, _ = train(model_dir, tmp_path, steps=3, save_every=2, resume=True, **options)
-    assert resumed.query_chunk_size == 2
+    assert resumed.query_chunk_size == 4
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class Watch(Callback):
 def test_nothing_is_disturbed(model_dir, tmp_path):
     watch = Watch()
     train(model_dir, tmp_path, steps=4, queries=2, callbacks=[watch])
-    assert watch.seen == 8
+    assert watch.seen == 16
 
 
 def test_backbone_is_frozen_and_adapters_stay_fp32(model_dir, tmp_path):

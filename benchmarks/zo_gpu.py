@@ -1,0 +1,186 @@
+"""Zeroth-order steps on one GPU for a model of the shape of LLaMA-7B, dense and on torch's 2:4 sparse kernels.
+
+    python benchmarks/zo_gpu.py
+    python benchmarks/zo_gpu.py --device cpu --shape tiny
+
+The second line is a smoke test, and all that has been run so far: no GPU was at hand yet. The weights are random
+bfloat16, pruned to 2:4 by magnitude either way, so that both backbones compute the same. A step is that of
+`ZerothOrderModule` without the trainer around it: prompts of equal length with two answers, tensor-train adapters in
+every block, both sides of every query, the mean of the slopes, plain SGD. Tokens are those of all its forwards; the
+share of the peak counts the products with the dense weights' sizes over the card's dense peak, for both.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from prune_gpu import PEAKS, SHAPES, random_model
+from records import ROOT, describe, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from wandazeta.callbacks.pruning.masks import group_mask, zero_where_false
+from wandazeta.callbacks.pruning.memory import peak_memory
+from wandazeta.callbacks.pruning.semi_structured import to_semi_structured
+from wandazeta.modules.adapters import TensorTrainAdapters
+from wandazeta.modules.adapters.bank import FlatBank
+from wandazeta.modules.scoring import Prepared, Scorer, option_losses
+from wandazeta.modules.zo import TwoSided
+from wandazeta.modules.zo.aggregation import mean_gradient
+from wandazeta.modules.zo.directions import directions_of_step
+from wandazeta.modules.zo.estimators import projected_gradients
+
+RESULT = ROOT / "benchmarks" / "results" / "zo_gpu.json"
+EPSILON = 1e-2
+LEARNING_RATE = 1e-4
+
+console = Console()
+
+
+class Steps:
+    """A model with adapters, and its training steps on one batch.
+
+    Args:
+        model: The frozen model.
+        batch: Prompts with answer options.
+        chunk_size: Perturbed copies in one forward.
+    """
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], chunk_size: int) -> None:
+        self.bank: FlatBank = TensorTrainAdapters().insert(model, 0)
+        self.bank.to(batch["input_ids"].device)
+        self.scorer = Scorer(model)
+        self.prepared: Prepared = self.scorer.prepare(batch)
+        self.estimator = TwoSided(EPSILON)
+        self.chunk_size = chunk_size
+        self.done = 0
+
+    def _losses(self, theta_Pd: Tensor) -> Tensor:
+        assert self.prepared.labels is not None
+        with self.bank.use(theta_Pd):
+            return option_losses(self.scorer.option_scores(self.prepared, len(theta_Pd)), self.prepared.labels)
+
+    @torch.no_grad()
+    def run(self, num_queries: int) -> None:
+        """One step; ends when the device has."""
+        theta = self.bank.theta
+        directions = directions_of_step(theta, 0, self.done)
+        points = range(self.estimator.num_points(num_queries))
+        found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
+        self.chunk_size = found.chunk_size
+        gradient = mean_gradient(theta, projected_gradients(self.estimator.slopes(found.values_VP)), directions)
+        if gradient is not None:
+            theta.sub_(gradient, alpha=LEARNING_RATE)
+        self.done += 1
+        synchronize(theta.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prune_by_magnitude(model: nn.Module) -> None:
+    """Zero the two smaller of every four weights of the blocks' Linears."""
+    blocks: Any = model.model.layers  # type: ignore[union-attr]
+    for linear in blocks.modules():
+        if isinstance(linear, nn.Linear):
+            zero_where_false(linear.weight, group_mask(linear.weight.detach().abs().float(), 2, 4))
+
+
+def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record for each number of queries, of a dense or a sparse backbone."""
+    shape, device = SHAPES[arguments.shape], arguments.device
+    torch.manual_seed(0)
+    model = random_model(shape, device, device).requires_grad_(False)
+    prune_by_magnitude(model)
+    if sparse:
+        to_semi_structured(model)
+    ids = torch.randint(shape.vocabulary, (arguments.batch, arguments.tokens), device=device)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "label": torch.arange(len(ids), device=device) % 2,
+    }
+    batch["option_ids"] = torch.tensor([[3], [5]], device=device)
+    batch["option_mask"] = torch.ones_like(batch["option_ids"], dtype=torch.bool)
+    steps = Steps(model, batch, arguments.chunk)
+    weights = sum(rows * columns for rows, columns in shape.linears.values())
+    # causal attention: half of the scores count
+    flop_token = shape.blocks * (2.0 * weights + 2.0 * arguments.tokens * shape.width)
+    records = []
+    for num_queries in arguments.queries:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = []
+        for step in range(arguments.steps + 1):
+            start = time.perf_counter()
+            steps.run(num_queries)
+            if step:  # the first one chooses kernels
+                seconds.append(time.perf_counter() - start)
+        speed = 2 * num_queries * ids.numel() / median(seconds)
+        share = speed * flop_token / 1e12 / arguments.peak_tflops if arguments.peak_tflops else None
+        record = {"model": arguments.shape, "num_queries": num_queries, "sparse": sparse, "batch": arguments.batch}
+        record |= {"prompt_tokens": arguments.tokens, "query_chunk_size": steps.chunk_size, "seconds": seconds}
+        record |= {"tokens_per_second": speed, "peak_share": share, "peak_gib": peak_memory(device) / 2**30}
+        records.append(record)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The records for the terminal."""
+    result = Table(title="zeroth-order steps")
+    for name in ("model", "queries", "backbone", "tokens/s", "of the peak", "GiB"):
+        result.add_column(name, justify="left" if name in ("model", "backbone") else "right")
+    for r in records:
+        share = "" if r["peak_share"] is None else f"{r['peak_share']:.1%}"
+        kind = "2:4 kernels" if r["sparse"] else "dense"
+        figures = (f"{r['tokens_per_second']:,.0f}", share, f"{r['peak_gib']:.2f}")
+        result.add_row(r["model"], str(r["num_queries"]), kind, *figures)
+    return result
+
+
+def parse() -> argparse.Namespace:
+    """The command line; ends with one line where it asks for what is not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a batch")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--chunk", type=int, default=8, help="perturbed copies in one forward")
+    parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
+    parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
+    arguments = parser.parse_args()
+    is_gpu = arguments.device.type == "cuda"
+    if is_gpu and not torch.cuda.is_available():
+        raise SystemExit(
+            "error: Expected a CUDA device, but torch finds none; `--device cpu --shape tiny` is a smoke test without"
+        )
+    if is_gpu and arguments.peak_tflops is None:
+        card = torch.cuda.get_device_name(arguments.device)
+        arguments.peak_tflops = next((peak for name, peak in PEAKS.items() if name in card), None)
+    arguments.result = arguments.result or (RESULT if is_gpu else None)
+    return arguments
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    arguments = parse()
+    records: list[dict[str, Any]] = []
+    # a CPU has no sparse kernels
+    for sparse in (False, True) if arguments.device.type == "cuda" else (False,):
+        records += measure(sparse, arguments)
+        if arguments.result is not None:
+            write(arguments.result, describe("zo_gpu", records, peak_tflops=arguments.peak_tflops))
+    console.print(table(records))
+
+
+if __name__ == "__main__":
+    main()
