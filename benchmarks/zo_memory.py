@@ -69,6 +69,8 @@ def measure(model_dir: Path, method: str, size: int, num_tokens: int, threads: i
     before = resident("VmRSS")
     kind, options = METHODS[method]
     module, batch = kind(str(model_dir), **options), make_batch(model_dir, size, num_tokens)
+    for parameter in module.parameters():
+        parameter.detach().sum()  # weights count whether or not the batch needs the page of the file that they are in
     # loading has peaks of its own
     Path("/proc/self/clear_refs").write_text("5")
     trainer = Trainer(

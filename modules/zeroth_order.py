@@ -279,8 +279,8 @@ class ZerothOrderModule(LanguageModel):
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
         stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
-        updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
+        updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         if grad is not None:
             self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
             self.schedule.observe_(schedule_states, slopes)

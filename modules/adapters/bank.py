@@ -114,7 +114,8 @@ class FlatBank(nn.Module, ABC):
             stored: Tensors that say how far training is.
             new: Their new values.
         """
-        updated.sub_(self.theta * self.decay_mask, alpha=shrink)
+        if shrink:
+            updated.sub_(self.theta * self.decay_mask, alpha=shrink)
         torch._foreach_copy_([self.theta, *stored], [updated, *new])
 
     def checked(self) -> Tensor:
