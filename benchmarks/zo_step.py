@@ -179,11 +179,12 @@ def timed_steps(module: ZerothOrderModule, batch: Batch, steps: int) -> list[flo
     return clock.seconds[2:]
 
 
-def make_batch(model_dir: Path, size: int, max_tokens: int) -> Batch:
+def make_batch(model_dir: Path, size: int, max_tokens: int, options: list[str]) -> Batch:
     """The first prompts of the training split with their padding."""
     data = PromptedClassificationDataModule(
         tokenizer=str(model_dir),
         template="{text} It was",
+        options=options,
         batch_size=size,
         num_train=64,
         max_length=max_tokens,
@@ -192,13 +193,15 @@ def make_batch(model_dir: Path, size: int, max_tokens: int) -> Batch:
     data.trainer = quiet_trainer()
     data.setup("fit")
     batch: Batch = next(iter(data.train_dataloader()))
+    if batch["option_ids"].shape[1] > 1:
+        raise SystemExit(f"error: Expected argument `options` to be single tokens of the model, but got {options}")
     return batch
 
 
 def measure(setting: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs of one setting, in turns."""
     seed_everything(0, verbose=False)
-    batch = make_batch(arguments.model, setting["batch"], setting["max_tokens"])
+    batch = make_batch(arguments.model, setting["batch"], setting["max_tokens"], arguments.options)
     num_queries, layers = setting["num_queries"], setting["layers"]
     module = ZerothOrderModule(
         str(arguments.model),
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 16], help="examples of a batch")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layers", nargs="+", default=["all", "last:10"], help="blocks with adapters")
+    parser.add_argument("--options", nargs=2, default=[" bad", " good"], help="answers of one token each")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest prompt")
     parser.add_argument("--chunk", type=int, default=16, help="perturbed copies in one forward of the step")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run, of which the median counts")

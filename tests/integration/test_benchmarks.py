@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from argparse import Namespace
@@ -72,6 +73,80 @@ def test_prune_gpu_times_all_phases(tmp_path):
         assert total["seconds"] == pytest.approx(sum(r["seconds"] for r in records.values()))
         assert all(r["seconds"] > 0 and r["peak_gib"] > 0 for r in records.values())
         assert 0 < total["mfu"] < 1
+
+
+def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
+    result = tmp_path / "zo_gpu.json"
+    sizes = ("--batch", 2, "--tokens", 16, "--queries", 1, 3, "--chunk", 2, "--steps", 2)
+    done = run("zo_gpu.py", "--device", "cpu", "--shape", "tiny", "--peak-tflops", 1, "--result", result, *sizes)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(result.read_text())["records"]
+    assert [r["num_queries"] for r in records] == [1, 3]
+    for record in records:
+        assert not record["sparse"]
+        assert record["tokens_per_second"] == pytest.approx(
+            2 * record["num_queries"] * 2 * 16 / statistics.median(record["seconds"])
+        )
+        assert 0 < record["peak_share"] < 1
+        assert record["peak_gib"] > 0
+
+
+@pytest.mark.samples
+def test_zo_step_measures_all_three_side_by_side(tmp_path):
+    model, result = tmp_path / "model", tmp_path / "zo_step.json"
+    save_tiny_lm(model)
+    sizes = (
+        "--batches",
+        2,
+        "--queries",
+        1,
+        2,
+        "--layers",
+        "all",
+        "last:1",
+        "--max-tokens",
+        12,
+        "--steps",
+        2,
+        "--options",
+        " ",
+        ".",
+    )
+    arguments = ("--model", model, "--repeats", 2, "--threads", 1, "--result", result, *sizes)
+    arguments += ("--options", " ", ".")
+    done = run("zo_step.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(result.read_text())["records"]
+    assert [(r["layers"], r["num_queries"], r["repeat"]) for r in records] == [
+        (layers, queries, repeat) for layers in ("all", "last:1") for queries in (1, 2) for repeat in (0, 1)
+    ]
+    assert all(r[name] > 0 for r in records for name in ("seconds_step", "seconds_loop", "seconds_forwards"))
+    before = result.read_bytes()
+    assert run("zo_step.py", *arguments).returncode == 0
+    assert result.read_bytes() == before, "what is finished is not measured again"
+
+
+@pytest.mark.samples
+def test_the_loop_that_steps_are_compared_with_takes_the_same_slopes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import zo_step
+
+    model_dir = tmp_path / "model"
+    save_tiny_lm(model_dir)
+    batch = zo_step.make_batch(model_dir, 2, 12, [" ", "."])
+    loop = zo_step.Loop(model_dir, "all")
+    plain = zo_step.Forwards(model_dir, batch)
+    for adapter in loop.model.modules():
+        if isinstance(adapter, zo_step.LoopedAdapter):
+            adapter.up.cores[-1].data.zero_()  # changes nothing now
+    scores = plain.scorer.option_scores(plain.prepared)
+    loss = zo_step.option_losses(scores, batch["label"])
+    with torch.no_grad():
+        assert loop._loss(batch) == pytest.approx(float(loss), rel=1e-4)
+    before = [parameter.detach().clone() for parameter in loop.trained]
+    loop.step(batch, 2)
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(before, loop.trained, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, loop.trained, strict=True))
 
 
 @pytest.mark.parametrize("arguments", [(), ("--device", "cpu")])
