@@ -47,7 +47,6 @@ class OneBlock:
         masks: Sequence[Tensor | None],
         ranks: Ranks,
     ) -> None:
-        self.index = index
         self.layers = dict(layers)
         self.options = options
         self.run = run

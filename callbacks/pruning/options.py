@@ -84,7 +84,6 @@ class PruneOptions:
     samples_per_step: int = 1
     mask_mode: MaskMode = "free"
     compute_dtype: ComputeDtype = "model"
-    apart: bool = False
     exclude_modules: tuple[str, ...] = ()
     seed: int = 0
 

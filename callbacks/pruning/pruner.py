@@ -224,9 +224,7 @@ class _Pruner:
                 targets = self.stream
             self.stream = targets
         if self.options.uses_optimisation:
-            kept = self._optimise_apart(work, samples, targets) if self.options.apart else work.optimise(
-                samples.hidden, targets
-            )
+            kept = work.optimise(samples.hidden, targets)
         else:
             kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
         # the ranks did the same arithmetic on the same sums; this makes them equal whatever their hardware
@@ -295,19 +293,6 @@ class _Pruner:
                 output = self._run(index, batch, torch.cat([hidden[sample] for sample in batch]))
                 for sample, states in zip(batch, output.split(1), strict=True):
                     hidden[sample] = states
-
-    def _optimise_apart(self, work: OneBlock, samples: Samples, targets: list[Tensor]) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
-        for attention in (True, False):
-            layers = {name: x for name, x in work.layers.items() if ("attn" in name) == attention}
-            part = OneBlock(
-                work.index, layers, work.options, work.run, work.fixed, work.samples, work.masks, work.ranks
-            )
-            part.measure(samples.hidden, keep_outputs=False)
-            kept |= part.optimise(samples.hidden, targets)
-            work.score_moments |= part.score_moments
-            work.loss_before = work.loss_before or part.loss_before
-        return kept
 
     @contextmanager
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
