@@ -8,7 +8,7 @@ A test compares the tables with what this writes.
 import json
 import re
 from collections.abc import Callable
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from records import ROOT
@@ -271,6 +271,42 @@ def zo_memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each setting: ratios of the medians over its runs, with the lowest and the highest of a run."""
+    names = ("layers", "batch", "prompt_tokens", "num_queries")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+
+    def ratio(runs: list[dict[str, Any]], over: str, under: str) -> str:
+        found = [run[over] / run[under] for run in runs]
+        middle = median(run[over] for run in runs) / median(run[under] for run in runs)
+        return f"{middle:.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    return [
+        [
+            *map(str, key),
+            f"{median(run['seconds_step'] for run in runs):.3f}",
+            ratio(runs, "seconds_step", "seconds_forwards"),
+            ratio(runs, "seconds_loop", "seconds_step"),
+        ]
+        for key, runs in groups.items()
+    ]
+
+
+STEP_HEADING = ["adapters in", "batch", "tokens", "queries", "seconds a step", "x its forwards", "faster than the loop"]
+
+
+def zo_step_table(result: dict[str, Any]) -> str:
+    """Seconds of a step beside those of its forwards and of a loop."""
+    hardware, first = result["hardware"], result["records"][0]
+    repeats = len({record["repeat"] for record in result["records"]})
+    return (
+        f"{rows(STEP_HEADING, step_rows(result['records']))}\n\n{first['model']} in float32, {hardware['cpu']}, "
+        f"{first['threads']} threads; medians of {repeats} runs, the lowest and the highest in brackets."
+    )
+
+
 # what stands between the pages' markers: the name there, the result file, and what is made of it
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo_seeds", demo_table),
@@ -283,6 +319,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "finetune": ("finetune", finetune_table),
     "epsilon": ("epsilon", epsilon_table),
     "zo_memory": ("zo_memory", zo_memory_table),
+    "zo_step": ("zo_step", zo_step_table),
 }
 
 

@@ -12,7 +12,7 @@ Per step and on the same batch of real prompts, in turns within one process:
 - `seconds_forwards`: as many forwards of the model without adapters as the step makes, scored at the option positions
   only, without gradients, in batches of the size that is fastest by the row.
 
-The bars are ratios of the medians of one setting's runs. A setting that is finished is not measured again.
+What counts is the ratio of the medians of one setting's runs. A setting that is finished is not measured again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import torch
 from demo import quiet_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from records import ROOT, describe, finished, is_finished, write
+from render import STEP_HEADING, step_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,7 +48,6 @@ LEARNING_RATE = 1e-6
 BOTTLENECK = 64
 # how many copies of the batch a plain forward may hold
 COPIES = (1, 2, 4, 8, 16)
-BARS = {"all": 1.10, "last:10": 0.5}
 
 Batch = dict[str, Tensor]
 console = Console()
@@ -225,20 +225,12 @@ def measure(setting: dict[str, Any], arguments: argparse.Namespace) -> list[dict
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """Ratios of the medians over the runs, with the spread of the single runs."""
-    result = Table(title="seconds of a zeroth-order step, and how many times the others'")
-    for name in ("layers", "batch", "tokens", "queries", "step", "/ forwards", "bar", "loop /"):
-        result.add_column(name, justify="right")
-    names = ("layers", "batch", "prompt_tokens", "num_queries")
-    for key in dict.fromkeys(tuple(record[name] for name in names) for record in records):
-        runs = [record for record in records if tuple(record[name] for name in names) == key]
-        step, loop, plain = (
-            median(run[name] for run in runs) for name in ("seconds_step", "seconds_loop", "seconds_forwards")
-        )
-        ratios = sorted(run["seconds_step"] / run["seconds_forwards"] for run in runs)
-        spread = f"{step / plain:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        bar = f"{BARS[key[0]]:.2f}" if key[0] in BARS else ""
-        result.add_row(*map(str, key), f"{step:.3f}", spread, bar, f"{loop / step:.2f}")
+    """The records for the terminal."""
+    result = Table(title="seconds of a zeroth-order step")
+    for name in STEP_HEADING:
+        result.add_column(name, justify="right", overflow="fold")
+    for row in step_rows(records):
+        result.add_row(*row)
     return result
 
 
