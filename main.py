@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
-from wandazeta.callbacks import KeepSparsity, PeakMemoryMonitor, WandaPPPruneCallback
+from wandazeta.callbacks import KeepSparsity, PeakMemoryMonitor, RequeueTogether, WandaPPPruneCallback
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
@@ -195,6 +195,7 @@ def command_line(args: ArgsType = None, run: bool = True) -> WandazetaCLI:
     _hide_known_noise()
     return WandazetaCLI(
         trainer_class=PruningTrainer,
+        trainer_defaults={"callbacks": [RequeueTogether()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -42,7 +43,7 @@ def command() -> str:
             value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         return f"{option}{equals}{value}"
 
-    return " ".join(["python", *map(portable, sys.argv)])
+    return shlex.join(["python", *map(portable, sys.argv)])
 
 
 def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:

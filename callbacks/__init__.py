@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .keep_sparsity import KeepSparsity
     from .monitors import PeakMemoryMonitor
+    from .requeue import RequeueTogether
     from .wandapp import WandaPPPruneCallback
 
-__all__ = ["KeepSparsity", "PeakMemoryMonitor", "WandaPPPruneCallback"]
+__all__ = ["KeepSparsity", "PeakMemoryMonitor", "RequeueTogether", "WandaPPPruneCallback"]
 
 _HOMES = {
     "KeepSparsity": ".keep_sparsity",
     "PeakMemoryMonitor": ".monitors",
+    "RequeueTogether": ".requeue",
     "WandaPPPruneCallback": ".wandapp",
 }
 

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -38,6 +37,7 @@ from .pruning.ranks import Ranks
 from .pruning.report import PruneReport, table
 from .pruning.run import PruneRun
 from .pruning.signals import DeferredSignals, requeue_slurm_job
+from .requeue import requeue_signal
 from .sources import calibration_loader
 
 
@@ -277,7 +277,7 @@ class WandaPPPruneCallback(Callback):
             SystemExit: If a signal asked to stop; all finished blocks are on disk.
         """
         run = self._run(pl_module)
-        with DeferredSignals(_requeue_signal(trainer)) as signals, _quiet(pl_module):
+        with DeferredSignals(requeue_signal(trainer)) as signals, _quiet(pl_module):
             report = self._make(trainer, pl_module, run, signals)
         if report is None:
             self._stop(trainer, signals)
@@ -326,7 +326,7 @@ class WandaPPPruneCallback(Callback):
     def _stop(self, trainer: Trainer, signals: DeferredSignals) -> NoReturn:
         name = signals.received.name if signals.received is not None else "a signal"
         self._exit_code = 128 + signals.received if signals.received is not None else 1
-        if trainer.is_global_zero and signals.received is not None and signals.received == _requeue_signal(trainer):
+        if trainer.is_global_zero and signals.received is not None and signals.received == requeue_signal(trainer):
             rank_zero_info(requeue_slurm_job())
         rank_zero_info(
             f"Stopped by {name} while pruning: finished blocks are in '{self.output_dir}'; start the same command "
@@ -362,13 +362,6 @@ def _explained(error: BaseException, pl_module: nn.Module) -> ValueError | None:
             f"Expected {type(pl_module).__name__} to be built before its `setup`, in `__init__` or in "
             "`configure_model`, but it has no parameters yet; move what builds it from `setup` to `configure_model`."
         )
-    return None
-
-
-def _requeue_signal(trainer: Trainer) -> Any:
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
     return None
 
 

@@ -1,0 +1,222 @@
+"""The shipped batch scripts on a real SLURM of one node: two ranks, preemption, and the same files in the end."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import slurm
+from helpers.tiny_model import save_tiny_llama
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(slurm.obstacle()), reason=slurm.obstacle() or "there is SLURM"),
+]
+SCRIPTS = Path(__file__).parents[2] / "configs" / "slurm"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm.Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
+    save_tiny_llama(folder / "model", num_blocks=4)
+    return folder
+
+
+def environment():
+    """That of a user who has activated the project's environment, and the helpers beside it."""
+    kept = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
+    """Prunes on two ranks and fine-tunes; blocks take so many seconds more."""
+    pruning = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": "pruning"}
+    checkpoint = {"dirpath": "checkpoints", "every_n_train_steps": 1, "save_top_k": 0, "save_last": True}
+    environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+    calibration = {"source": str(inputs / "text.txt"), "sequence_length": 16, "num_calibration_samples": 6}
+    config = {
+        "model": {
+            "class_path": "helpers.slow_module.SlowZerothOrderModule",
+            "init_args": {"model_name_or_path": str(inputs / "model"), "seconds": seconds},
+        },
+        "data": {
+            "class_path": "PromptedClassificationDataModule",
+            "init_args": {
+                "source": str(inputs / "reviews.jsonl"),
+                "template": "{text} is",
+                "options": [" bad", " good"],
+                "batch_size": 4,
+                "num_train": 40,
+                "num_val": 8,
+                "num_test": 8,
+                "calibration": {"class_path": "TextDataModule", "init_args": calibration},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "strategy": "ddp",
+            "max_steps": STEPS,
+            "max_epochs": -1,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": "run",
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
+            "plugins": [{"class_path": environment, "init_args": {"requeue_signal": requeue_signal}}],
+            "callbacks": [
+                {"class_path": "WandaPPPruneCallback", "init_args": pruning},
+                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+            ],
+        },
+    }
+    folder.mkdir()
+    (folder / "runs" / "slurm").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def fit(cluster, folder):
+    return cluster.submit(
+        SCRIPTS / "one_node.sbatch", "-c", "config.yaml", folder=folder, tasks=2, environment=environment()
+    )
+
+
+def log(folder):
+    (file,) = (folder / "runs" / "slurm").glob("*.out")
+    return file.read_text()
+
+
+def ended(job):
+    return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+
+
+def through(cluster, number, folder):
+    job = cluster.wait(number, ended)
+    assert job["JobState"] == "COMPLETED", log(folder)[-4000:]
+    return int(job["Restarts"])
+
+
+def blocks_of(folder):
+    files = sorted(folder.glob("block_*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def result(folder):
+    """Bytes of every pruned block, and what was trained."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    state = {name: value for name, value in checkpoint["state_dict"].items() if name != "anchor"}
+    return blocks_of(folder / "pruning"), checkpoint["global_step"], state
+
+
+def assert_equal(found, wanted):
+    assert found[0] == wanted[0]
+    assert len(found[0]) == 4
+    assert found[1] == wanted[1] == STEPS
+    assert found[2].keys() == wanted[2].keys()
+    for name, value in found[2].items():
+        assert torch.equal(value, wanted[2][name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "undisturbed"
+    fit_config(inputs, folder)
+    assert through(cluster, fit(cluster, folder), folder) == 0
+    return folder
+
+
+def test_both_tasks_are_ranks_of_one_run(undisturbed):
+    text = log(undisturbed)
+    assert set(re.findall(r"GLOBAL_RANK: (\d), MEMBER: \d/2", text)) == {"0", "1"}
+    _, steps, state = result(undisturbed)
+    assert steps == STEPS
+    # 4 queries with two sides in every step, whoever ran them
+    assert state["progress"].tolist() == [STEPS, 8 * STEPS, STEPS]
+
+
+@pytest.mark.parametrize("ranks", ["both", "the second"])
+def test_a_job_preempted_within_a_step_goes_on_to_the_same_bits(cluster, inputs, undisturbed, tmp_path, ranks):
+    folder = tmp_path / "preempted"
+    fit_config(inputs, folder, seconds=0.05)
+    number = fit(cluster, folder)
+    # a step is 4 forwards of 4 slow blocks on each rank: nearly all of the time is spent within one
+    cluster.wait(number, lambda job: (folder / "checkpoints" / "last.ckpt").exists())
+    if ranks == "both":
+        cluster.run("scancel", "--signal=USR1", number)
+    else:
+        # the other one is within the same step, and waits for this one's losses
+        lines = [line.split() for line in cluster.run("scontrol", "listpids", number).splitlines()]
+        (pid,) = (int(line[0]) for line in lines if line[2] == "0" and line[3] == "1")
+        os.kill(pid, signal.SIGUSR1)
+    assert through(cluster, number, folder) == 1
+    assert "Handling auto-requeue signal" in log(folder)
+    assert list((folder / "run").glob("hpc_ckpt_*.ckpt"))
+    assert_equal(result(folder), result(undisturbed))
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_job_preempted_while_it_prunes_goes_on_to_the_same_bytes(cluster, inputs, undisturbed, tmp_path, name):
+    folder = tmp_path / "preempted"
+    fit_config(inputs, folder, seconds=0.03, requeue_signal=f"SIG{name}")
+    number = fit(cluster, folder)
+    cluster.wait(number, lambda job: blocks_of(folder / "pruning"))
+    cluster.run("scancel", f"--signal={name}", number)
+    cluster.wait(number, lambda job: job["Restarts"] == "1")
+    assert 0 < len(blocks_of(folder / "pruning")) < 4, "it was not preempted in the middle"
+    assert not list(folder.rglob("*.ckpt"))
+    assert through(cluster, number, folder) == 1
+    assert_equal(result(folder), result(undisturbed))
+
+
+def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inputs, tmp_path):
+    (tmp_path / "runs" / "slurm").mkdir(parents=True)
+    data = {"source": str(inputs / "text.txt"), "sequence_length": 16}
+    for name, seconds in (("quick", 0.0), ("slow", 0.05)):
+        pruning = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"runs/{name}"}
+        model = {"model_name_or_path": str(inputs / "model"), "seconds": seconds}
+        config = {
+            "model": {"class_path": "helpers.slow_module.SlowLanguageModel", "init_args": model},
+            "data": {"class_path": "TextDataModule", "init_args": data},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "logger": False,
+                "enable_progress_bar": False,
+                "callbacks": [{"class_path": "WandaPPPruneCallback", "init_args": pruning}],
+            },
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    script = SCRIPTS / "prune_array.sbatch"
+    array = cluster.submit(
+        script,
+        "quick.yaml",
+        "slow.yaml",
+        folder=tmp_path,
+        tasks=1,
+        options=["--array=0-1"],
+        environment=environment(),
+    )
+    cluster.wait(f"{array}_1", lambda job: blocks_of(tmp_path / "runs" / "slow"))
+    cluster.run("scancel", "--signal=USR1", f"{array}_1")
+    jobs = [cluster.wait(f"{array}_{task}", ended) for task in (0, 1)]
+    logs = {file.name: file.read_text()[-3000:] for file in (tmp_path / "runs" / "slurm").iterdir()}
+    assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 2, logs
+    assert [job["Restarts"] for job in jobs] == ["0", "1"], logs
+    models = [tmp_path / "runs" / "pruned" / name / "model.safetensors" for name in ("quick", "slow")]
+    assert models[0].read_bytes() == models[1].read_bytes()
