@@ -113,6 +113,7 @@ def train(
 ):
     """Train; return the trainer, the module and the recorder."""
     from helpers.causal_lms import classification_batch, step_loader, text_batch
+    from helpers.encoders import labelled_batch
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -163,6 +164,8 @@ def train(
         callbacks=every,
         **(trainer_options or {}),
     )
+    if batch is None and "num_classes" in options:
+        batch = labelled_batch(num_examples, options["num_classes"])
     if batch is None:
         batch = text_batch(num_examples) if text else classification_batch(num_examples)
     seed = trainer.global_rank if shuffle_per_rank else 0

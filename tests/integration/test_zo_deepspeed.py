@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
+from helpers.encoders import save_tiny_encoder
 from helpers.processes import run
 
 pytest.importorskip("deepspeed")
@@ -21,7 +22,7 @@ def alone(settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stage_trains_as_one_process_does(settings, alone, tmp_path, stage, devices):
     # three queries on two ranks: under stage 3 both must run two forwards
     ranks = run("zo_run", settings | {"strategy": {"stage": stage}, "devices": devices}, tmp_path)
@@ -34,6 +35,16 @@ def test_stage_trains_as_one_process_does(settings, alone, tmp_path, stage, devi
         else:  # no frozen prefix: equal to rounding
             torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
         assert rank["sharded"] == (stage == 3 and devices > 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_encoder_and_its_new_head_train_as_in_one_process(tmp_path, stage):
+    model_dir = save_tiny_encoder(tmp_path / "model")
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "num_classes": 3}
+    (alone,) = run("zo_run", settings, tmp_path / "alone")
+    for rank in run("zo_run", settings | {"strategy": {"stage": stage}, "devices": 2}, tmp_path / "two"):
+        torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
+        assert rank["sharded"] == (stage == 3)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

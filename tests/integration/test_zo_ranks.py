@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
+from helpers.encoders import save_tiny_encoder
 from helpers.processes import run, start
 
 
@@ -25,10 +26,14 @@ def alone(settings, tmp_path_factory):
 TWO = {"strategy": "ddp", "devices": 2}
 
 
-@pytest.mark.parametrize("queries", [3, 1], ids=["more queries than ranks", "a rank without a query"])
-def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, queries):
-    settings = settings | {"queries": queries}
-    if queries != 3:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"queries": 1}, {"queries": 1, "estimator": "forward_mode"}],
+    ids=["more queries than ranks", "a side of the query each", "a rank without a query"],
+)
+def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, options):
+    settings = settings | options
+    if options:
         (alone,) = run("zo_run", settings, tmp_path / "alone")
     ranks = run("zo_run", settings | TWO, tmp_path / "two")
     assert len(ranks) == 2
@@ -52,6 +57,15 @@ def test_other_estimators_are_the_same_bits_as_one_process(settings, tmp_path, o
         assert torch.equal(rank["theta"], alone["theta"])
         assert rank["steps"] == alone["steps"]
         assert rank["metrics"]["zo/forwards"] == alone["metrics"]["zo/forwards"]
+
+
+def test_an_encoder_and_its_new_head_are_the_same_bits(tmp_path):
+    model_dir = save_tiny_encoder(tmp_path / "model")
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "num_classes": 3}
+    (alone,) = run("zo_run", settings, tmp_path / "alone")
+    for rank in run("zo_run", settings | TWO, tmp_path / "two"):
+        assert torch.equal(rank["theta"], alone["theta"])
+        assert rank["steps"] == alone["steps"]
 
 
 def test_the_models_own_weights_stay_the_same_bits(model_dir, tmp_path):
