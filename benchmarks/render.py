@@ -90,7 +90,26 @@ def quality_table(result: dict[str, Any]) -> str:
         body.append([f"{pattern}, {method}" if method != "dense" else method, *values, minutes, str(seeds)])
     heading = ["", *(f"perplexity, {text}" for text in texts), "minutes", "seeds"]
     hardware = result["hardware"]
-    return f"{rows(heading, body)}\n\n{hardware['cpu']}, threads: {hardware['threads']}."
+    ratios = "\n".join(quality_ratios(records, texts, patterns[1:]))
+    return f"{rows(heading, body)}\n\n{hardware['cpu']}, threads: {hardware['threads']}.\n\n{ratios}"
+
+
+def quality_ratios(records: list[dict[str, Any]], texts: list[str], patterns: list[str]) -> list[str]:
+    """What `best` has of the others' perplexities with the same seed: a line for each pattern."""
+    known = {(r["pattern"], r["method"], r["text"], r["seed"]): r["perplexity"] for r in records}
+    seeds = sorted({r["seed"] for r in records})
+    lines = []
+    for pattern in patterns:
+        parts = []
+        for method, name in (("wanda", "Wanda's perplexity"), ("sparsegpt", "SparseGPT's")):
+            for text in texts:
+                pairs = [[known.get((pattern, m, text, seed)) for m in ("best", method)] for seed in seeds]
+                found = [best / other for best, other in pairs if best is not None and other is not None]
+                if found:
+                    parts.append(f"{spread(found, '.2f')} of {name} on {text}")
+        if parts:
+            lines.append(f"- {pattern}: `best` has {', '.join(parts)}.")
+    return lines
 
 
 def spread(values: list[float], form: str) -> str:
