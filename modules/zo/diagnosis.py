@@ -75,7 +75,7 @@ def measure_epsilons(
     }
     for batch, loss_fn in enumerate(loss_fns):
         directions = directions_of_step(theta, seed, batch, draw)
-        queries, sides, forward_mode = range(num_queries), range(2 * num_queries), ForwardMode()
+        queries, forward_mode = range(num_queries), ForwardMode()
         derivatives = forward_mode.evaluate(loss_fn, theta, directions, queries, chunk_size)
         exact.append(forward_mode.slopes(derivatives.values_VP))
         # the base is the same at every distance, the perturbed losses are the plus sides
