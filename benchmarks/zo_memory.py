@@ -28,7 +28,7 @@ from wandazeta.modules.zo import ConstantSchedule
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_memory.json"
 MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
-# one query at a time, nothing kept from step to step
+# one perturbed copy at a time, nothing kept from step to step
 FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache": False}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "inference": (LanguageModel, {}),

@@ -27,9 +27,9 @@ import torch
 from demo import quiet_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from records import ROOT, describe, finished, is_finished, write
-from render import STEP_HEADING, step_rows
 from rich.console import Console
 from rich.table import Table
+from step_rows import STEP_HEADING, step_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader

@@ -70,7 +70,7 @@ def _try(evaluate: Callable[[Sequence[int]], Tensor], chunk: Sequence[int], may_
         if not _is_out_of_memory(error):
             raise
         if not may_fail:
-            error.add_note("One query at a time does not fit into memory: lower the batch size or sequence length.")
+            error.add_note("One copy at a time does not fit into memory: lower the batch size or sequence length.")
             raise
         return None
 

@@ -1,7 +1,7 @@
 """Slopes of the loss along random directions, from forward passes alone.
 
 The work of a step is cut into points, which chunks hold and ranks share out: a point is what is evaluated at once, such
-as both sides of a query. Legend: V values of a point, P points of the step, Q queries, d length of the trained vector.
+as one side of a query. Legend: V values of a point, P points of the step, Q queries, d length of the trained vector.
 """
 
 from collections.abc import Callable, Sequence
