@@ -22,6 +22,7 @@ __all__ = [
     "find_blocks",
     "nearest",
     "override_forward",
+    "whole_shape",
 ]
 
 # arguments that carry a key-value cache: replayed without, every call starts from an empty one
@@ -59,6 +60,12 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     candidates = list(candidates)
     close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
     return f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "there is none"
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, also where DeepSpeed has sharded it, which leaves no elements but a note."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def find_blocks(
@@ -115,7 +122,7 @@ def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Mo
         if not blocks or any(type(block) is not type(blocks[0]) for block in blocks):
             continue
         # a leaf (one Linear) is a part of a block, not a block
-        if all(any(True for _ in b.children()) and any(p.ndim >= 2 for p in b.parameters()) for b in blocks):
+        if all(any(True for _ in b.children()) and any(len(whole_shape(p)) >= 2 for p in b.parameters()) for b in blocks):
             found[name] = blocks
     # lists inside the members of a longer structure (experts, attention heads) are parts of its blocks
     outer = [name for name, blocks in found.items() if len(blocks) > 1]

@@ -15,6 +15,7 @@ from .adapter_card import adapter_card
 from .adapters import AdapterBank, FlatBank, LoRABank, LoRASite, Site, train_linears
 from .adapters.inject import refuse_adapted, wrap_sites
 from .adapters.lora import wrap_linears
+from .sharded import gathered
 
 _WHAT = {
     "train": "`train`",
@@ -41,12 +42,13 @@ def backbone_fingerprint(model: nn.Module, samples: int = 64) -> str:
     Enough to tell another model, another precision or another pruning; no check of integrity.
     """
     digest = sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        # odd strides, or N:M groups would always be hit at the same place
-        picked = flat[:: max(1, flat.numel() // samples) | 1][:samples]
-        digest.update(picked.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with gathered([tensor]):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().reshape(-1)
+            # odd strides, or N:M groups would always be hit at the same place
+            picked = flat[:: max(1, flat.numel() // samples) | 1][:samples]
+            digest.update(picked.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -12,9 +13,10 @@ from typing_extensions import override
 
 from wandazeta.stored import is_stored, require_whole
 
-from .encoder import HeadScorer
-from .loading import load_backbone
+from .encoder import EncoderClassifier, HeadScorer
+from .loading import check_loading, load_backbone, load_tokenizer
 from .scoring import Scorer, is_classification
+from .sharded import loading_in_shares
 
 
 class LanguageModel(LightningModule):
@@ -32,6 +34,8 @@ class LanguageModel(LightningModule):
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
         stream_weights: Leave the blocks' weights in the model's safetensors and bring in one block at a time, to prune
             a model larger than memory; for `prune` alone, from a local directory.
+        shard_on_load: Load every weight in shares, one for each rank, to use a model that one process cannot hold; for
+            DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
 
     Raises:
         ValueError: If the model cannot be loaded or an argument does not fit it.
@@ -46,16 +50,44 @@ class LanguageModel(LightningModule):
         pad_token: str | None = None,
         num_classes: int | None = None,
         stream_weights: bool = False,
+        shard_on_load: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone, self.tokenizer = load_backbone(
-            model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes, stream_weights
+        check_loading(model_name_or_path, dtype, num_classes, stream_weights, shard_on_load)
+        self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, pad_token)
+        self._dtype_name = dtype
+        self._load = partial(
+            load_backbone,
+            model_name_or_path,
+            dtype,
+            attn_implementation,
+            trust_remote_code,
+            num_classes,
+            stream_weights,
         )
-        self.scorer = Scorer(self.backbone) if num_classes is None else HeadScorer(self.backbone)
+        if not shard_on_load:
+            self._build()
         self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
+
+    def _build(self) -> None:
+        self.backbone = self._load()
+        self.scorer = HeadScorer(self.backbone) if isinstance(self.backbone, EncoderClassifier) else Scorer(self.backbone)
+
+    def _build_in_shares(self) -> bool:
+        """Load the weights that `shard_on_load` left out until the ranks know each other, and say whether it did.
+
+        In `setup` and not in `configure_model`: there Lightning's context for stage 3 would give the adapters, which
+        come next, the precision of the weights.
+        """
+        if "backbone" in self._modules:
+            return False
+        with loading_in_shares(self.trainer.strategy, self._dtype_name):
+            self._build()
+        return True
 
     @override
     def setup(self, stage: str) -> None:
+        self._build_in_shares()
         require_whole(self)
 
     @override

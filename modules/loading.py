@@ -1,5 +1,7 @@
 """Load a backbone and its tokenizer by a Hugging Face name or from a directory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +13,16 @@ from .encoder import EncoderClassifier
 from .streamed_model import build_streamed
 
 
-def load_backbone(
-    model_name_or_path: str,
-    dtype: str,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-    pad_token: str | None,
-    num_classes: int | None = None,
-    stream_weights: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Load a causal language model, or an encoder under a new head, from safetensors only; and its tokenizer.
+def load_tokenizer(model_name_or_path: str, trust_remote_code: bool, pad_token: str | None) -> Any:
+    """Load a model's tokenizer.
 
     Raises:
-        ValueError: If either cannot be loaded, the model is not of the kind asked for, or the tokenizer does not know
-            `pad_token`.
+        ValueError: If there is none, or it does not know `pad_token`.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"Expected argument `dtype` to be float32, bfloat16 or float16, but got {dtype!r}")
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}")
-    if stream_weights and num_classes is not None:
-        raise ValueError(
-            f"Expected argument `num_classes` to be null with `stream_weights`, but got {num_classes}; "
-            "an encoder fits into memory"
-        )
-    if stream_weights and not Path(model_name_or_path).is_dir():
-        raise ValueError(
-            f"Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, but "
-            f"got {str(model_name_or_path)!r}; download the model first"
-        )
-    kind = "a causal language model" if num_classes is None else "an encoder"
-    try:
+    with _explaining(model_name_or_path, "a model with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-        if stream_weights:
-            model = build_streamed(
-                Path(model_name_or_path), getattr(torch, dtype), attn_implementation, trust_remote_code
-            )
-        else:
-            if num_classes is not None:
-                _require_encoder(model_name_or_path, trust_remote_code)
-            model = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
-                model_name_or_path,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"Expected argument `model_name_or_path` to be {kind}, a Hugging Face name or a directory "
-            f"with config, tokenizer and safetensors, but got {str(model_name_or_path)!r}: {first_line}"
-        ) from error
     if pad_token is not None:
         if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
             raise ValueError(
@@ -72,7 +30,77 @@ def load_backbone(
                 f"the end-of-sequence token {tokenizer.eos_token!r} is a usual choice"
             )
         tokenizer.pad_token = pad_token
-    return (model if num_classes is None else EncoderClassifier(model, num_classes)), tokenizer
+    return tokenizer
+
+
+def check_loading(model_name_or_path: str, dtype: str, num_classes: int | None, stream: bool, shard: bool) -> None:
+    """Check what can be known before anything is loaded.
+
+    Raises:
+        ValueError: If an argument is out of range or does not go with another.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"Expected argument `dtype` to be float32, bfloat16 or float16, but got {dtype!r}")
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}")
+    if (stream or shard) and num_classes is not None:
+        raise ValueError(
+            f"Expected argument `num_classes` to be null with `{'stream_weights' if stream else 'shard_on_load'}`, but "
+            f"got {num_classes}; an encoder fits into memory"
+        )
+    if stream and shard:
+        raise ValueError(
+            "Expected one of `stream_weights` and `shard_on_load` at most, but got both; the first is for `prune`"
+        )
+    if stream and not Path(model_name_or_path).is_dir():
+        raise ValueError(
+            f"Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, but "
+            f"got {str(model_name_or_path)!r}; download the model first"
+        )
+
+
+def load_backbone(
+    model_name_or_path: str,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    num_classes: int | None = None,
+    stream_weights: bool = False,
+) -> nn.Module:
+    """Load a causal language model, or an encoder under a new head, from safetensors only.
+
+    Raises:
+        ValueError: If it cannot be loaded, or the model is not of the kind asked for.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with _explaining(model_name_or_path, "a causal language model" if num_classes is None else "an encoder"):
+        if stream_weights:
+            return build_streamed(
+                Path(model_name_or_path), getattr(torch, dtype), attn_implementation, trust_remote_code
+            )
+        if num_classes is not None:
+            _require_encoder(model_name_or_path, trust_remote_code)
+        model: nn.Module = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
+            model_name_or_path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    return model if num_classes is None else EncoderClassifier(model, num_classes)
+
+
+@contextmanager
+def _explaining(model_name_or_path: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"Expected argument `model_name_or_path` to be {kind}, a Hugging Face name or a directory "
+            f"with config, tokenizer and safetensors, but got {str(model_name_or_path)!r}: {first_line}"
+        ) from error
 
 
 def _require_encoder(model_name_or_path: str, trust_remote_code: bool) -> None:

@@ -22,6 +22,7 @@ from .language_model import LanguageModel, evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
 from .scoring import Prepared
+from .sharded import hold_two_blocks, is_sharded
 from .zo import (
     AGGREGATIONS,
     DISTRIBUTIONS,
@@ -60,6 +61,8 @@ class ZerothOrderModule(LanguageModel):
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        shard_on_load: Load every weight in shares, one for each rank, to train on a model that one process cannot hold;
+            for DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
             default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
         schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
@@ -97,6 +100,7 @@ class ZerothOrderModule(LanguageModel):
         trust_remote_code: bool = False,
         pad_token: str | None = None,
         num_classes: int | None = None,
+        shard_on_load: bool = False,
         objective: Objective | None = None,
         schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
         estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
@@ -127,7 +131,15 @@ class ZerothOrderModule(LanguageModel):
         check_objective(objective, epsilon, estimator)
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
-        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
+        super().__init__(
+            model_name_or_path,
+            dtype,
+            attn_implementation,
+            trust_remote_code,
+            pad_token,
+            num_classes,
+            shard_on_load=shard_on_load,
+        )
         if self.tokenizer.pad_token is None:
             raise ValueError(
                 f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
@@ -160,7 +172,8 @@ class ZerothOrderModule(LanguageModel):
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = 0
         self._nonfinite_steps = 0
-        self.trainable.check(self.backbone, self.update_rule.num_states)
+        if not shard_on_load:
+            self.trainable.check(self.backbone, self.update_rule.num_states)
 
     @property
     def backbone_key(self) -> str:
@@ -177,12 +190,15 @@ class ZerothOrderModule(LanguageModel):
     @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which may have been pruned by now, and put the adapters in."""
-        if self.adapters is None:
-            self._insert_adapters()
         if stage == "fit":
-            if isinstance(self.adapters, WeightBank):
+            if isinstance(self.trainable, Weights):
                 require_whole_weights(self.trainer.strategy)
             adjust_strategy(self.trainer.strategy)
+        if self._build_in_shares():
+            self.trainable.check(self.backbone, self.update_rule.num_states)
+        hold_two_blocks(self.trainer.strategy, self.backbone)
+        if self.adapters is None:
+            self._insert_adapters()
 
     def _insert_adapters(self) -> None:
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
@@ -217,7 +233,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
-        sharded = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
+        sharded = any(map(is_sharded, self.backbone.parameters()))
         if isinstance(self.adapters, WeightBank):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)

@@ -5,6 +5,8 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from wandazeta.blocks import whole_shape
+
 _GATED = ("gate_proj", "up_proj", "down_proj")
 # the first family whose modules are all there decides
 _ENCODERS = (
@@ -120,13 +122,14 @@ def _width(module: nn.Module, position: str) -> int | None:
     if isinstance(features, int):
         return features
     if is_linear(module):
-        return int(module.get_parameter("weight").shape[0 if position == "before" else 1])
+        return whole_shape(module.get_parameter("weight"))[0 if position == "before" else 1]
     return _norm_width(module)
 
 
 def _norm_width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
-    return int(weight.numel()) if weight is not None and weight.ndim == 1 else None
+    shape = () if weight is None else whole_shape(weight)
+    return shape[0] if len(shape) == 1 else None
 
 
 def _nearest(name: str, names: list[str]) -> str:

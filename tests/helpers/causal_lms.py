@@ -29,7 +29,7 @@ CONFIGS = {
 
 def tiny_lm(kind="llama", seed=0, **changes):
     """Build a model whose weights are large enough for its outputs to depend on everything."""
-    config = AutoConfig.for_model(kind, **SIZES, **CONFIGS[kind], **changes)
+    config = AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind] | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

@@ -190,9 +190,16 @@ def main():
     counter = CountBytes() if settings.pop("count_bytes", False) else None
     if counter:
         settings["callbacks"] = [counter.callback()]
+    gathers = None
+    if settings.pop("watch_gathers", False):
+        from helpers.gathers import WatchGathers
+
+        gathers = WatchGathers()
+        settings["callbacks"] = [gathers]
     trainer, module, recorder = train(**settings)
     result = {
         "theta": trained_vector(module),
+        "backbone_key": module.backbone_key,
         "steps": recorder.steps,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "update_states": module.adapters.update_states.clone(),
@@ -205,6 +212,8 @@ def main():
             p.ds_tensor.numel() < p.ds_numel for p in module.backbone.parameters() if hasattr(p, "ds_tensor")
         ),
     }
+    if gathers:
+        result["gathers"] = gathers.result()
     if counter:
         result["bytes_per_step"] = counter.bytes / settings["steps"]
     torch.save(result, Path(settings["root"]) / f"result-{trainer.global_rank}.pt")

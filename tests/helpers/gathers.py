@@ -1,0 +1,53 @@
+"""What DeepSpeed gathers of a sharded model in a step, and how much of it a rank holds at once."""
+
+from lightning.pytorch import Callback
+
+
+class WatchGathers(Callback):
+    """Counts, from the second step on (the first has no trace yet), how often each parameter is gathered."""
+
+    def __init__(self):
+        self.counts = {}
+        self.steps = 0
+        self.live = 0
+        """Most bytes of gathered weights at once."""
+        self.own = 0
+        """Bytes of this rank's shares."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 1:
+            self._watch({name: p for name, p in module.backbone.named_parameters() if hasattr(p, "ds_id")})
+        self.steps += trainer.global_step >= 1
+
+    def _watch(self, parameters):
+        names = {parameter.ds_id: name for name, parameter in parameters.items()}
+        self.counts = dict.fromkeys(parameters, 0)
+        self.own = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
+        self.block = sum(
+            p.ds_numel * p.element_size() for name, p in parameters.items() if name.startswith("model.layers.0.")
+        )
+        self.total = sum(p.ds_numel * p.element_size() for p in parameters.values())
+        self.largest_other = max(
+            p.ds_numel * p.element_size() for name, p in parameters.items() if not name.startswith("model.layers.")
+        )
+
+        def wrapped(gather):
+            def counted(group, *args, **kwargs):
+                result = gather(group, *args, **kwargs)
+                for parameter in group:
+                    self.counts[names[parameter.ds_id]] += 1
+                live = (p.ds_numel * p.element_size() for p in parameters.values() if p.ds_status.name != "NOT_AVAILABLE")
+                self.live = max(self.live, sum(live))
+                return result
+
+            return counted
+
+        for parameter in parameters.values():
+            parameter.all_gather_coalesced = wrapped(parameter.all_gather_coalesced)
+
+    def result(self):
+        """Gathers a step by parameter, and bytes."""
+        per_step = {name: count / self.steps for name, count in self.counts.items()}
+        return {name: getattr(self, name) for name in ("live", "own", "block", "total", "largest_other")} | {
+            "per_step": per_step
+        }

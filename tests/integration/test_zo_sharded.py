@@ -1,0 +1,69 @@
+"""A backbone that DeepSpeed's stage 3 shards: what a rank holds, what it gathers in a step, and loading it in shares."""
+
+import pytest
+import torch
+from helpers.causal_lms import save_tiny_lm
+from helpers.processes import run
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    model_dir = save_tiny_lm(tmp_path_factory.mktemp("model"), num_hidden_layers=6)
+    return {"model_dir": str(model_dir), "steps": 4, "queries": 3, "query_chunk_size": 16}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    (result,) = run("zo_run", settings, tmp_path_factory.mktemp("alone"))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [(2, {}), (2, {"shard_on_load": True}), (1, {"offload": True}), (2, {"shard_on_load": True, "offload": True})],
+    ids=["whole", "shares", "offload", "shares-offload"],
+)
+def test_blocks_are_gathered_once_a_step_and_two_held_at_most(settings, alone, tmp_path, devices, options):
+    strategy = {"stage": 3, "offload_parameters": options.get("offload", False)}
+    chosen = {"strategy": strategy, "devices": devices, "shard_on_load": options.get("shard_on_load", False)}
+    ranks = run("zo_run", settings | chosen | {"watch_gathers": True}, tmp_path)
+    assert len(ranks) == devices
+    for rank in ranks:
+        torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
+        assert rank["backbone_key"] == alone["backbone_key"]
+        gathers = rank["gathers"]
+        # three queries are six points; a plain loop would gather six times
+        assert set(gathers["per_step"].values()) == {1.0}
+        assert sum("layers" in name for name in gathers["per_step"]) == 6 * 9
+        assert gathers["own"] <= gathers["total"] / devices + 64 * len(gathers["per_step"])
+        # the table of tokens and the head are wider than a block of so small a model
+        assert 0 < gathers["live"] <= 2 * gathers["block"] + gathers["largest_other"] < gathers["total"] / 2
+
+
+def test_chunks_gather_once_each(settings, tmp_path):
+    chosen = {"strategy": {"stage": 3}, "devices": 2, "watch_gathers": True, "query_chunk_size": 2}
+    for rank in run("zo_run", settings | chosen, tmp_path):
+        # each rank has three of the six points
+        assert set(rank["gathers"]["per_step"].values()) == {2.0}
+
+
+def test_bfloat16_is_loaded_in_shares(settings, tmp_path):
+    chosen = {"strategy": {"stage": 3}, "devices": 2, "dtype": "bfloat16", "watch_gathers": True}
+    chosen |= {"trainer_options": {"precision": "bf16-true"}}
+    whole = run("zo_run", settings | chosen, tmp_path / "whole")
+    shares = run("zo_run", settings | chosen | {"shard_on_load": True}, tmp_path / "shares")
+    for one, other in zip(whole, shares, strict=True):
+        assert torch.equal(one["theta"], other["theta"])
+        assert one["theta"].dtype == torch.float32
+        assert other["gathers"]["total"] == one["gathers"]["total"]
+
+
+def test_goes_on_in_shares_from_a_checkpoint_of_whole_weights(settings, tmp_path):
+    settings = settings | {"strategy": {"stage": 3}, "devices": 2, "save_every": 2}
+    undisturbed = run("zo_run", settings, tmp_path / "undisturbed")
+    run("zo_run", settings | {"steps": 2}, tmp_path / "stopped")
+    for rank in run("zo_run", settings | {"resume": True, "shard_on_load": True}, tmp_path / "stopped"):
+        assert min(rank["steps"]) == 3
+        assert torch.equal(rank["theta"], undisturbed[0]["theta"])

@@ -1,0 +1,65 @@
+"""Loading in shares is refused where it cannot be, before anything is loaded; what DeepSpeed is told to hold."""
+
+import pytest
+from helpers.causal_lms import save_tiny_lm, tiny_lm
+from lightning.pytorch import Trainer
+
+from wandazeta.modules import LanguageModel, ZerothOrderModule
+from wandazeta.modules.sharded import hold_two_blocks, loading_in_shares
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return str(save_tiny_lm(tmp_path_factory.mktemp("model")))
+
+
+def deepspeed(**options):
+    pytest.importorskip("deepspeed")
+    from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
+
+    return CPUDeepSpeedStrategy(**options)
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, ZerothOrderModule])
+def test_other_strategies_are_refused(model_dir, kind, tmp_path):
+    module = kind(model_dir, shard_on_load=True)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="DeepSpeed with stage 3 for `shard_on_load`, but got SingleDeviceStrategy"):
+        trainer.validate(module, [], verbose=False)
+
+
+def test_other_stages_and_precisions_are_refused():
+    with pytest.raises(ValueError, match="stage 3"), loading_in_shares(deepspeed(stage=2), "float32"):
+        pass
+    with pytest.raises(ValueError, match=r"`dtype` to be float32, which `precision: 32-true` shards, but got 'bfloat1"):
+        with loading_in_shares(deepspeed(stage=3), "bfloat16"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 2}, "`num_classes` to be null with `shard_on_load`, but got 2"),
+        ({"stream_weights": True}, "one of `stream_weights` and `shard_on_load`"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_first(options, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModel("nowhere/at/all", shard_on_load=True, **options)
+
+
+def test_deepspeed_holds_two_blocks_unless_told_otherwise():
+    model = tiny_lm()
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    strategy = deepspeed(stage=3)
+    hold_two_blocks(strategy, model)
+    assert strategy.config["zero_optimization"]["stage3_max_live_parameters"] == 2 * block
+    assert strategy.config["zero_optimization"]["stage3_prefetch_bucket_size"] == block
+    options = {"stage": 3, "stage3_max_live_parameters": 7}
+    chosen = deepspeed(stage=3, config={"zero_optimization": options})
+    hold_two_blocks(chosen, model)
+    assert chosen.config["zero_optimization"]["stage3_max_live_parameters"] == 7
+    other = deepspeed(stage=2)
+    before = dict(other.config["zero_optimization"])
+    hold_two_blocks(other, model)
+    assert other.config["zero_optimization"] == before
