@@ -122,7 +122,7 @@ def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Mo
         if not blocks or any(type(block) is not type(blocks[0]) for block in blocks):
             continue
         # a leaf (one Linear) is a part of a block, not a block
-        if all(any(True for _ in b.children()) and any(len(whole_shape(p)) >= 2 for p in b.parameters()) for b in blocks):
+        if all(any(True for _ in b.children()) and any(map(_is_matrix, b.parameters())) for b in blocks):
             found[name] = blocks
     # lists inside the members of a longer structure (experts, attention heads) are parts of its blocks
     outer = [name for name, blocks in found.items() if len(blocks) > 1]
@@ -131,6 +131,10 @@ def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Mo
         for name, blocks in found.items()
         if not any(name.startswith(f"{other}." if other else "") and name != other for other in outer)
     }
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return len(whole_shape(parameter)) >= 2
 
 
 def _modules_that_run(forward: Callable[[], object], modules: list[nn.Module]) -> set[nn.Module]:

@@ -108,7 +108,7 @@ def cells(config: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
         cell = {"task": task, "model": model, "pattern": pattern, "method": method}
         if method == "tfidf":
             cell |= {"model": "none", "pattern": "none"}
-        elif "class_path" not in config["methods"][method] and head:
+        elif (config["methods"][method] or {}).get("only") == ("prompts" if head else "head"):
             continue
         if cell not in found:
             found.append(cell)

@@ -17,11 +17,13 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer, seed_everything
 from records import ROOT
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
 from wandazeta.modules import LanguageModel
 from wandazeta.modules.language_model import evaluating
+from wandazeta.modules.zo_options import NonFiniteLossError
 
 
 class Curve(Callback):
@@ -106,6 +108,7 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     """The module of a method, `LanguageModel` where nothing is trained."""
     method = run["method"]
     options = dict(method.get("init_args", {}))
+    options |= method.get("with_head", {}) if run["head"] else {}
     options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
     if "class_path" in method:
         # a grid names an epsilon for methods that have one
@@ -137,6 +140,27 @@ def text_baseline(data: ClassificationDataModule) -> float:
     return float(classifier.score(*read("test")))
 
 
+def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple[float, int]:
+    """Test accuracy of logistic regression on what the frozen encoder gives its head, and the forwards spent."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def read(split: Any) -> tuple[Any, Any, int]:
+        features, labels = [], []
+        with torch.no_grad(), evaluating(list(module.modules())):
+            for batch in DataLoader(data.examples(split), data.batch_size, collate_fn=data.collate):  # type: ignore[arg-type]
+                module.scorer.option_scores(module.scorer.prepare(batch))
+                features.append(module.scorer.last_features)
+                labels.append(batch["label"])
+        return torch.cat(features).numpy(), torch.cat(labels).numpy(), len(features)
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    train_features, train_labels, forwards = read("train")
+    classifier.fit(train_features, train_labels)
+    return float(classifier.score(*read("test")[:2])), forwards
+
+
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Train if there is something to train, and take the accuracy on the split that is asked for."""
     seed_everything(run["seed"], verbose=False)
@@ -145,6 +169,10 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     if run["name"] == "tfidf":
         return {"forwards": 0, "accuracy": text_baseline(data), "curve": [], "seconds": time.perf_counter() - start}
     module = module_of(run, data)
+    if run["name"] == "linear_probe":
+        found, forwards = linear_probe(module.eval(), data)
+        return {"forwards": forwards, "accuracy": found, "curve": [], "seconds": time.perf_counter() - start}
+    diverged = False
     curve = Curve(list(data.val_dataloader()), run["forwards"], run["points"], run["method"].get("forwards_per_step"))
     if "class_path" in run["method"]:
         trainer = Trainer(
@@ -158,13 +186,18 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
             enable_model_summary=False,
             callbacks=[curve],
         )
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except NonFiniteLossError:
+            # rates of a grid may be too large; what became of the module is measured like any other
+            diverged = True
     loader = data.val_dataloader() if run["split"] == "val" else data.test_dataloader()
     found = accuracy(module.eval(), list(loader))
     return {
         "forwards": curve.forwards,
         "accuracy": found,
         "curve": curve.points,
+        "diverged": diverged,
         "seconds": time.perf_counter() - start,
     }
 

@@ -78,6 +78,11 @@ class EncoderClassifier(nn.Module):
 class HeadScorer(Scorer):
     """Runs an encoder with a classification head, under the same calls as a language model over answer options."""
 
+    last_features: Tensor
+    """What the head was last given, `[P·B, D]`."""
+    last_logits: Tensor
+    """What came of it, `[P, B, C]` in fp64."""
+
     @override
     def prepare(self, batch: Mapping[str, Tensor]) -> Prepared:
         """Lay out a batch and look up its frozen prefix.
@@ -99,8 +104,15 @@ class HeadScorer(Scorer):
     @override
     def option_scores(self, prepared: Prepared, repeats: int = 1) -> Tensor:
         """Logits of the classes `[P, B, C]` in fp64."""
-        logits = self._run(prepared, repeats, self.head.forward)
-        return logits.double().view(repeats, -1, logits.shape[-1])
+
+        def noted(features: Tensor) -> Tensor:
+            self.last_features = features
+            return forward(features)
+
+        forward = self.head.forward
+        logits = self._run(prepared, repeats, noted)
+        self.last_logits = logits.double().view(repeats, -1, logits.shape[-1])
+        return self.last_logits
 
     @override
     def max_repeats(self, prepared: Prepared) -> int:

@@ -87,6 +87,21 @@ class Exchange:
         values_VP = values.view_as(values_VP)
         return values_VP / total_weight if self.parallel == "data" else values_VP
 
+    def of_base(self, values: Tensor, known: bool, batch_size: int) -> Tensor:
+        """Return what is measured at the trained vector itself, the same bits on every rank.
+
+        Args:
+            values: This rank's, of any shape; zeros where it does not know.
+            known: Whether it does: with shared queries one rank, with shared data all.
+            batch_size: Examples of this rank's batch.
+        """
+        if self.world_size == 1:
+            return values
+        weight = float(known) * (batch_size if self.parallel == "data" else 1)
+        vector = torch.cat([values.flatten() * weight, values.new_tensor([weight])])
+        vector = self.strategy.reduce(vector, reduce_op="sum")
+        return (vector[:-1] / vector[-1]).view_as(values)
+
     def _require_agreement(self, sums: Tensor, squares: Tensor) -> None:
         # by Cauchy-Schwarz these are equal only where all ranks agree; whole numbers, so without rounding
         theta, batch = (self.world_size * squares == sums**2).view(2, _NUM_PARTS).all(1).tolist()

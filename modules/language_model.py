@@ -71,7 +71,9 @@ class LanguageModel(LightningModule):
 
     def _build(self) -> None:
         self.backbone = self._load()
-        self.scorer = HeadScorer(self.backbone) if isinstance(self.backbone, EncoderClassifier) else Scorer(self.backbone)
+        self.scorer = (
+            HeadScorer(self.backbone) if isinstance(self.backbone, EncoderClassifier) else Scorer(self.backbone)
+        )
 
     def _build_in_shares(self) -> bool:
         """Load the weights that `shard_on_load` left out until the ranks know each other, and say whether it did.

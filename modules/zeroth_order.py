@@ -1,6 +1,7 @@
 """Fine-tuning with forward passes alone, as a LightningModule that stock strategies run (AdaZeta, arXiv 2406.18060)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
 from .exchange import Exchange, adjust_strategy, require_whole_weights
+from .head_gradient import HeadGradient, check_head_gradient
 from .language_model import LanguageModel, evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
@@ -29,6 +31,7 @@ from .zo import (
     AdaZetaSchedule,
     ConstantSchedule,
     Directions,
+    LossFn,
     RAdaZOUpdate,
     SGDUpdate,
     VarianceSchedule,
@@ -70,6 +73,8 @@ class ZerothOrderModule(LanguageModel):
         estimator: How slopes are measured: `two_sided` differences (2 forwards a query), `one_sided` ones that share
             their base (1 a query and 1 more) or `forward_mode` derivatives, exact (counted as 2 a query).
         directions: Distribution of the directions, `gaussian` (the paper's) or `rademacher`.
+        head_gradient: Of a new head: `estimated` along the directions like all else, or `exact`, which the base of
+            `one_sided` slopes gives in closed form.
         aggregation: How slopes become a gradient: their `mean` (the paper's), `align` (projection on the span of the
             directions) or `fzoo` (mean over the slopes' standard deviation).
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
@@ -105,6 +110,7 @@ class ZerothOrderModule(LanguageModel):
         schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
         estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
         directions: Literal["gaussian", "rademacher"] = "gaussian",
+        head_gradient: Literal["estimated", "exact"] = "estimated",
         aggregation: Literal["mean", "align", "fzoo"] = "mean",
         update: SGDUpdate | RAdaZOUpdate | None = None,
         learning_rate: float = 1e-4,
@@ -129,6 +135,9 @@ class ZerothOrderModule(LanguageModel):
         schedule = schedule or ConstantSchedule(8)
         check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
         check_objective(objective, epsilon, estimator)
+        check_head_gradient(
+            head_gradient, num_classes, objective, estimator, aggregation, isinstance(trainable, Weights)
+        )
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
         super().__init__(
@@ -150,6 +159,7 @@ class ZerothOrderModule(LanguageModel):
         self.objective = objective
         self.schedule, self.estimator = schedule, estimator
         self.directions, self.aggregation = directions, aggregation
+        self.head_gradient = head_gradient
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
         self.lr_scheduler = lr_scheduler
@@ -239,6 +249,11 @@ class ZerothOrderModule(LanguageModel):
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         dtype = self.compute_dtype
         self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
+        self._head_gradient: HeadGradient | None = None
+        if self.head_gradient == "exact":
+            assert isinstance(self.adapters, FlatBank)
+            assert isinstance(self.scorer, HeadScorer)
+            self._head_gradient = HeadGradient(self.adapters, self.scorer)
         warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
@@ -289,13 +304,21 @@ class ZerothOrderModule(LanguageModel):
         assert self.adapters is not None
         num_queries = self.num_queries(step)
         directions = self.adapters.start(self.seed, step, num_queries, DISTRIBUTIONS[self.directions])
-        theta = self.adapters.theta
+        theta, head = self.adapters.theta, self._head_gradient
+        if head is not None:
+            directions = head.directions(directions)
         values = self._estimate(batch, directions, num_queries)
         slopes = projected_gradients(self._estimator.slopes(values))
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
         stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
         grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
+        if head is not None:
+            head_grad = head.take(self._exchange, len(batch["input_ids"]))
+            if slopes.values:
+                # slopes without a deviation, as of adapters under a head of zeros, do not hold it up
+                grad = torch.zeros_like(theta) if grad is None else grad
+                head.put(grad, head_grad)
         updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         if grad is not None:
             self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
@@ -330,9 +353,10 @@ class ZerothOrderModule(LanguageModel):
         with torch.no_grad(), evaluating(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
             points = self._exchange.share(num_points)
-            evaluations = self._estimator.evaluate(
-                lambda theta_Pd: self.losses(theta_Pd, prepared), theta, directions, points, self.query_chunk_size
-            )
+            losses: LossFn = partial(self.losses, prepared=prepared)
+            if self._head_gradient is not None:
+                losses = self._head_gradient.watch(losses, batch["label"])
+            evaluations = self._estimator.evaluate(losses, theta, directions, points, self.query_chunk_size)
         self.query_chunk_size = evaluations.chunk_size
         return self._exchange.gather(evaluations, num_points, self.adapters.checked(), batch["input_ids"])
 

@@ -115,6 +115,10 @@ def compute_dtype(precision: str, backbone: nn.Module) -> torch.dtype:
     return dtype if dtype in EPSILON else torch.float32
 
 
+class NonFiniteLossError(ValueError):
+    """Training has diverged, or its data or precision make losses that are not finite."""
+
+
 def check_finite_steps(nonfinite_steps: int, most: int, step: int) -> None:
     """Stop a run whose losses are not finite for good.
 
@@ -124,10 +128,10 @@ def check_finite_steps(nonfinite_steps: int, most: int, step: int) -> None:
         step: The last of them.
 
     Raises:
-        ValueError: If there are that many.
+        NonFiniteLossError: If there are that many.
     """
     if nonfinite_steps >= most:
-        raise ValueError(
+        raise NonFiniteLossError(
             f"Expected finite losses, but for {nonfinite_steps} steps (up to step {step}) every query was "
             "nan or infinite; lower `learning_rate` or `epsilon`, and check the data and the precision"
         )

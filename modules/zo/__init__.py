@@ -3,7 +3,7 @@
 from .aggregation import AGGREGATIONS, Aggregation, aligned_gradient, mean_gradient, normalised_gradient
 from .chunks import Evaluations
 from .directions import DISTRIBUTIONS, Direction, Directions, direction, directions_of_step, rademacher
-from .estimators import Estimator, OneSided, ProjectedGradients, TwoSided, projected_gradients
+from .estimators import Estimator, LossFn, OneSided, ProjectedGradients, TwoSided, projected_gradients
 from .forward_mode import ForwardMode
 from .schedules import AdaZetaSchedule, ConstantSchedule, QuerySchedule
 from .updates import RAdaZOUpdate, SGDUpdate, Update
@@ -20,6 +20,7 @@ __all__ = [
     "Estimator",
     "Evaluations",
     "ForwardMode",
+    "LossFn",
     "OneSided",
     "ProjectedGradients",
     "QuerySchedule",

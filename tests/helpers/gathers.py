@@ -36,7 +36,9 @@ class WatchGathers(Callback):
                 result = gather(group, *args, **kwargs)
                 for parameter in group:
                     self.counts[names[parameter.ds_id]] += 1
-                live = (p.ds_numel * p.element_size() for p in parameters.values() if p.ds_status.name != "NOT_AVAILABLE")
+                live = (
+                    p.ds_numel * p.element_size() for p in parameters.values() if p.ds_status.name != "NOT_AVAILABLE"
+                )
                 self.live = max(self.live, sum(live))
                 return result
 

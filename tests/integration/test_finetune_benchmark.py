@@ -46,8 +46,9 @@ def config(tmp_path):
         "grid": {"learning_rate": [1e-3, 1e-2], "epsilon": [1e-3]},
         "methods": {
             "tfidf": {},
-            "zero_shot": {},
-            "in_context": {"shots": 1},
+            "linear_probe": {"only": "head"},
+            "zero_shot": {"only": "prompts"},
+            "in_context": {"only": "prompts", "shots": 1},
             "adazeta": ZEROTH,
             "lora": LORA,
         },
@@ -84,7 +85,7 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
     records = run()
     final = [r for r in records if r["phase"] == "final"]
     found = sorted((r["model"], r["pattern"], r["method"], r["seed"]) for r in final)
-    trained = [("encoder", "dense", m, s) for m in ("adazeta", "lora") for s in (0, 1)]
+    trained = [("encoder", "dense", m, s) for m in ("adazeta", "linear_probe", "lora") for s in (0, 1)]
     prompted = [("decoder", "dense", m, s) for m in ("adazeta", "in_context", "lora", "zero_shot") for s in (0, 1)]
     assert found == sorted([*trained, *prompted, ("none", "none", "tfidf", 0), ("none", "none", "tfidf", 1)])
     for record in final:
@@ -93,7 +94,8 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
         # four forwards a step of two queries, three of back-propagation; one more step would exceed the 14
         spent = {"adazeta": [8, 12], "lora": [9, 12]}.get(record["method"], [])
         assert [forwards for forwards, _ in record["curve"]] == spent
-        assert record["forwards"] == (spent[-1] if spent else 0)
+        probed = 5 if record["method"] == "linear_probe" else 0
+        assert record["forwards"] == (spent[-1] if spent else probed)
     # words tell these classes apart
     assert all(r["accuracy"] == 1 for r in final if r["method"] == "tfidf")
 
@@ -109,7 +111,7 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
     assert "encoder dense lora 1 final" in capsys.readouterr().err
     assert run() == records
     assert capsys.readouterr().err == ""
-    config["methods"]["zero_shot"] = {"init_args": {"dtype": "bfloat16"}}
+    config["methods"]["zero_shot"] |= {"init_args": {"dtype": "bfloat16"}}
     more = run()
     assert more[: len(records)] == records
     assert [r["method"] for r in more[len(records) :]] == ["zero_shot"] * 2
@@ -203,3 +205,21 @@ def test_the_committed_methods_can_be_built(benchmark):
         sizes = config["data"] | task
         assert all(sizes[f"num_{split}"] % len(task["options"]) == 0 for split in ("train", "val", "test"))
         assert "{text}" in task["template"]
+
+
+def test_a_rate_that_is_too_large_is_a_result_and_no_end(tmp_path, config, benchmark):
+    config["grid"] = {"learning_rate": [1e-3, 1e30], "epsilon": [1e-3]}
+    arguments = arguments_of(tmp_path, config, "--methods", "adazeta", "--models", "encoder")
+    arguments[arguments.index("6")] = "200"
+    benchmark.finetune.main(arguments)
+    records = json.loads((tmp_path / "result.json").read_text())["records"]
+    assert [r["diverged"] for r in records if r["phase"] == "grid"] == [False, True]
+    assert {r["learning_rate"] for r in records if r["phase"] == "final"} == {1e-3}
+
+
+def test_options_for_a_head_are_for_models_with_one(tmp_path, config, benchmark):
+    config["methods"]["adazeta"]["init_args"] |= {"estimator": "one_sided"}
+    config["methods"]["adazeta"]["with_head"] = {"head_gradient": "exact"}
+    benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "adazeta"))
+    records = json.loads((tmp_path / "result.json").read_text())["records"]
+    assert {r["model"] for r in records if r["phase"] == "final"} == {"encoder", "decoder"}

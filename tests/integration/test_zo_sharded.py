@@ -1,4 +1,4 @@
-"""A backbone that DeepSpeed's stage 3 shards: what a rank holds, what it gathers in a step, and loading it in shares."""
+"""A backbone that DeepSpeed's stage 3 shards: what a rank holds and gathers in a step, and loading in shares."""
 
 import pytest
 import torch
