@@ -28,9 +28,11 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the checkout, marked where files differ from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True)
-    return done.stdout.decode().strip() or "unknown"
+    """Commit of the checkout, marked where files differ from it, other than results: those are being written."""
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True)
+    differing = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    changed = subprocess.run(differing, cwd=ROOT).returncode != 0
+    return done.stdout.decode().strip() + ("-dirty" if changed else "") if done.returncode == 0 else "unknown"
 
 
 def command() -> str:
