@@ -12,10 +12,21 @@ from statistics import mean
 from typing import Any
 
 from records import ROOT
+from scaling_rows import (
+    COPIES,
+    MEASURED_HEADING,
+    MEMORY_HEADING,
+    PROJECTED_HEADING,
+    PROMPTS,
+    TOKENS,
+    measured_rows,
+    memory_rows,
+    projected_rows,
+)
 from step_rows import STEP_HEADING, step_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md", "docs/trainables.md")
+PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md", "docs/scaling.md", "docs/trainables.md")
 PICTURE = ROOT / "docs" / "demo.svg"
 CURVES = ROOT / "docs" / "finetune.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
@@ -301,6 +312,30 @@ def zo_step_table(result: dict[str, Any]) -> str:
     )
 
 
+def scaling_table(result: dict[str, Any]) -> str:
+    """Measured seconds of one, two and four processes, and what the cost model says to them."""
+    hardware = result["hardware"]
+    repeats = len(result["records"][0]["seconds"])
+    return (
+        f"{rows(MEASURED_HEADING, measured_rows(result['records']))}\n\nSmolLM2-135M in float32, gloo, one thread a "
+        f"process, {hardware['cores']} cores of {hardware['cpu']}; medians of {repeats} runs, the lowest and the "
+        "highest in brackets."
+    )
+
+
+def projection_table(result: dict[str, Any]) -> str:
+    """The cost model with figures of GPUs that nobody has measured here."""
+    return rows(PROJECTED_HEADING, projected_rows(result["records"]))
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Memory of the worked examples, by the formulas."""
+    return (
+        f"{rows(MEMORY_HEADING, memory_rows())}\n\nbfloat16, {PROMPTS} prompts of {TOKENS} tokens, {COPIES} perturbed "
+        "copies in a forward, tensor trains of rank 5 at three places of every block."
+    )
+
+
 # what stands between the pages' markers: the name there, the result file, and what is made of it
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo_seeds", demo_table),
@@ -314,6 +349,9 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "epsilon": ("epsilon", epsilon_table),
     "zo_memory": ("zo_memory", zo_memory_table),
     "zo_step": ("zo_step", zo_step_table),
+    "scaling": ("scaling", scaling_table),
+    "scaling_projection": ("scaling", projection_table),
+    "scaling_memory": ("scaling", memory_table),
 }
 
 

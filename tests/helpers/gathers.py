@@ -23,13 +23,7 @@ class WatchGathers(Callback):
         names = {parameter.ds_id: name for name, parameter in parameters.items()}
         self.counts = dict.fromkeys(parameters, 0)
         self.own = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
-        self.block = sum(
-            p.ds_numel * p.element_size() for name, p in parameters.items() if name.startswith("model.layers.0.")
-        )
         self.total = sum(p.ds_numel * p.element_size() for p in parameters.values())
-        self.largest_other = max(
-            p.ds_numel * p.element_size() for name, p in parameters.items() if not name.startswith("model.layers.")
-        )
 
         def wrapped(gather):
             def counted(group, *args, **kwargs):
@@ -50,6 +44,4 @@ class WatchGathers(Callback):
     def result(self):
         """Gathers a step by parameter, and bytes."""
         per_step = {name: count / self.steps for name, count in self.counts.items()}
-        return {name: getattr(self, name) for name in ("live", "own", "block", "total", "largest_other")} | {
-            "per_step": per_step
-        }
+        return {"live": self.live, "own": self.own, "total": self.total, "per_step": per_step}

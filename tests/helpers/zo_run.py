@@ -28,51 +28,22 @@ class Recorder:
         self.callback = _Record()
 
 
-class CountBytes:
-    """Counts what the collectives of the steps are given."""
+def count_bytes():
+    """Count the bytes of the collectives from the first step to the last; returns the counter and its callback."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from collectives import CountBytes
+    from lightning.pytorch import Callback
 
-    def __init__(self):
-        self.bytes = 0
-        self.counting = False
+    counter = CountBytes()
 
-    def callback(self):
-        """Count from the first step to the last."""
-        from lightning.pytorch import Callback
+    class Count(Callback):
+        def on_train_start(self, *_):
+            counter.counting = True
 
-        counter = self
+        def on_train_end(self, *_):
+            counter.counting = False
 
-        class _Count(Callback):
-            def on_train_start(self, *_):
-                counter.watch()
-                counter.counting = True
-
-            def on_train_end(self, *_):
-                counter.counting = False
-
-        return _Count()
-
-    def watch(self):
-        """Wrap what Python calls; the reducer of DDP adds the gradient of the anchor, one value."""
-        import torch.distributed as dist
-
-        def wrap(name, size):
-            original = getattr(dist, name)
-
-            def wrapped(tensor, *args, **kwargs):
-                self.bytes += size(tensor) if self.counting else 0
-                return original(tensor, *args, **kwargs)
-
-            setattr(dist, name, wrapped)
-
-        wrap("all_reduce", lambda tensor: tensor.numel() * tensor.element_size())
-        wrap("broadcast", lambda tensor: tensor.numel() * tensor.element_size())
-        original = dist._broadcast_coalesced
-
-        def coalesced(group, tensors, *args, **kwargs):
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors) if self.counting else 0
-            return original(group, tensors, *args, **kwargs)
-
-        dist._broadcast_coalesced = coalesced
+    return counter, Count()
 
 
 def trainable_of(options):
@@ -187,9 +158,10 @@ def main():
     for name in settings.keys() & {"schedule", "update"}:
         kind, arguments = settings[name]
         settings[name] = getattr(zo, kind)(**arguments)
-    counter = CountBytes() if settings.pop("count_bytes", False) else None
-    if counter:
-        settings["callbacks"] = [counter.callback()]
+    counter = None
+    if settings.pop("count_bytes", False):
+        counter, counting = count_bytes()
+        settings["callbacks"] = [counting]
     gathers = None
     if settings.pop("watch_gathers", False):
         from helpers.gathers import WatchGathers

@@ -17,7 +17,10 @@ SCRIPT = """
     import json, os, signal, sys
 
     sys.path.insert(0, sys.argv[1])
+    sys.path.insert(0, sys.argv[1] + "/../benchmarks")
+    from collectives import CountBytes
     from helpers.processes import leave_process_group
+    from lightning.pytorch import Callback
     from helpers.pruning import Tiny, callback, loader, trainer
     from safetensors.torch import save_file
     from wandazeta.callbacks.pruning.progress import ProgressFolder
@@ -33,15 +36,23 @@ SCRIPT = """
             save(self, index, result)
 
         ProgressFolder.save = saving
+    counter = CountBytes()
+    counter.counting = True
+
+    class StopCounting(Callback):  # what DDP sends when it is set up is no matter of the pruning
+        def setup(self, *args, **kwargs):
+            counter.counting = False
+
     module = Tiny(seed=7 if case == "other model" and rank == "1" else 0)
     seen = []
     module.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
     # the other ranks need not see the folder
     pruning = callback(folder + ("/pruned" if rank == "0" else f"/elsewhere-{rank}"), **options)
-    trainer(pruning, strategy="ddp", devices=size, limit_train_batches=1).fit(module, loader())
+    trainer(pruning, StopCounting(), strategy="ddp", devices=size, limit_train_batches=1).fit(module, loader())
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, f"{folder}/{rank}.safetensors")
     record = pruning.report.blocks[0].to_dict()
     report = {"key": pruning.key, "rows": sum(seen), "samples": record["num_samples"], "loss": record["loss_after"]}
+    report["bytes"] = counter.bytes
     open(f"{folder}/{rank}.json", "w").write(json.dumps(report))
     leave_process_group()
 """
@@ -95,6 +106,21 @@ def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_p
         torch.testing.assert_close(states[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
         assert torch.equal(states[0][name] == 0, weight == 0), name
     assert reports[0]["loss"] == pytest.approx(alone.report.blocks[0].loss_after, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_statistics_and_weights_go_over_the_wire_once_a_block(repository, tmp_path):
+    sent = {}
+    for num_samples in (8, 16):
+        folder = tmp_path / str(num_samples)
+        folder.mkdir()
+        codes, errors = run(repository, folder, method="wanda", num_calibration_samples=num_samples)
+        assert codes == [0, 0], errors
+        sent[num_samples] = json.loads((folder / "1.json").read_text())["bytes"]
+    assert sent[8] == sent[16], "however many samples there are"
+    # of three blocks: squares of the inputs in fp64, weights in fp32, and some numbers of 8 bytes
+    tensors = 3 * (8 * (8 + 16) + 4 * 2 * 8 * 16)
+    assert tensors < sent[8] < tensors + 3 * 200
 
 
 @pytest.mark.slow
