@@ -22,12 +22,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
-from wandazeta.callbacks import KeepSparsity, PeakMemoryMonitor, RequeueTogether, WandaPPPruneCallback
+from wandazeta.callbacks import (
+    EndTogether,
+    KeepSparsity,
+    PeakMemoryMonitor,
+    RequeueTogether,
+    WandaPPPruneCallback,
+)
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
 __all__ = [
     "ClassificationDataModule",
+    "EndTogether",
     "FirstOrderModule",
     "KeepSparsity",
     "LanguageModel",
@@ -153,6 +160,13 @@ class WandazetaCLI(LightningCLI):
                 "Expected a WandaPPPruneCallback in `trainer.callbacks`, but there is none; "
                 "it says what to prune and how (see configs/prune/)"
             )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        # before the one that prunes in its `setup`; LightningCLI would put it behind
+        trainer.callbacks.insert(0, EndTogether())  # type: ignore[attr-defined]
+        return trainer
 
 
 def _hide_known_noise() -> None:

@@ -4,14 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .end_together import EndTogether
     from .keep_sparsity import KeepSparsity
     from .monitors import PeakMemoryMonitor
     from .requeue import RequeueTogether
     from .wandapp import WandaPPPruneCallback
 
-__all__ = ["KeepSparsity", "PeakMemoryMonitor", "RequeueTogether", "WandaPPPruneCallback"]
+__all__ = [
+    "EndTogether",
+    "KeepSparsity",
+    "PeakMemoryMonitor",
+    "RequeueTogether",
+    "WandaPPPruneCallback",
+]
 
 _HOMES = {
+    "EndTogether": ".end_together",
     "KeepSparsity": ".keep_sparsity",
     "PeakMemoryMonitor": ".monitors",
     "RequeueTogether": ".requeue",
