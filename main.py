@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout") from None
 
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +29,7 @@ from wandazeta.callbacks import (
     PeakMemoryMonitor,
     RequeueTogether,
     WandaPPPruneCallback,
+    WholeFileCheckpointIO,
 )
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
@@ -166,6 +168,8 @@ class WandazetaCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         # before the one that prunes in its `setup`; LightningCLI would put it behind
         trainer.callbacks.insert(0, EndTogether())  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
         return trainer
 
 

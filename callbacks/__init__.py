@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .monitors import PeakMemoryMonitor
     from .requeue import RequeueTogether
     from .wandapp import WandaPPPruneCallback
+    from .whole_files import WholeFileCheckpointIO
 
 __all__ = [
     "EndTogether",
@@ -16,6 +17,7 @@ __all__ = [
     "PeakMemoryMonitor",
     "RequeueTogether",
     "WandaPPPruneCallback",
+    "WholeFileCheckpointIO",
 ]
 
 _HOMES = {
@@ -24,6 +26,7 @@ _HOMES = {
     "PeakMemoryMonitor": ".monitors",
     "RequeueTogether": ".requeue",
     "WandaPPPruneCallback": ".wandapp",
+    "WholeFileCheckpointIO": ".whole_files",
 }
 
 

@@ -118,8 +118,8 @@ def prune_model(
         for index in range(len(blocks)):
             if index in missing:
                 result = pruner.prune(index)
-                if progress is not None:
-                    progress.save(index, result)
+                # on a full disk rank 0 would end alone, and the others would wait for it
+                ranks.together(partial(_save, progress, index, result))
                 record = result.record
             else:
                 record = pruner.load(index, progress.load(index) if progress is not None else None)
@@ -130,6 +130,11 @@ def prune_model(
             if index < len(blocks) - 1 and ranks.total(float(stops)):
                 raise PruningInterrupted(index)
     return PruneReport(options.to_dict(), name, tuple(records))
+
+
+def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
+    if progress is not None:
+        progress.save(index, result)
 
 
 class _Pruner:

@@ -105,8 +105,7 @@ class PruneRun:
                 )
             except PruningInterrupted:
                 return None
-        if ranks.rank == 0:
-            self.folder.finish(report)
+        ranks.together(lambda: self.folder.finish(report) if ranks.rank == 0 else None)
         self.folder.lend_weights(blocks, report)
         return report
 
