@@ -28,6 +28,7 @@ from wandazeta.callbacks import (
     KeepSparsity,
     PeakMemoryMonitor,
     RequeueTogether,
+    StartAlike,
     WandaPPPruneCallback,
     WholeFileCheckpointIO,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "PeakMemoryMonitor",
     "PromptedClassificationDataModule",
     "PruningTrainer",
+    "StartAlike",
     "TextDataModule",
     "WandaPPPruneCallback",
     "WandazetaCLI",
@@ -166,8 +168,8 @@ class WandazetaCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        # before the one that prunes in its `setup`; LightningCLI would put it behind
-        trainer.callbacks.insert(0, EndTogether())  # type: ignore[attr-defined]
+        # before the one that prunes in its `setup`; LightningCLI would put them behind
+        trainer.callbacks[:0] = [EndTogether(), StartAlike()]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
         return trainer

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .keep_sparsity import KeepSparsity
     from .monitors import PeakMemoryMonitor
     from .requeue import RequeueTogether
+    from .start_alike import StartAlike
     from .wandapp import WandaPPPruneCallback
     from .whole_files import WholeFileCheckpointIO
 
@@ -16,6 +17,7 @@ __all__ = [
     "KeepSparsity",
     "PeakMemoryMonitor",
     "RequeueTogether",
+    "StartAlike",
     "WandaPPPruneCallback",
     "WholeFileCheckpointIO",
 ]
@@ -25,6 +27,7 @@ _HOMES = {
     "KeepSparsity": ".keep_sparsity",
     "PeakMemoryMonitor": ".monitors",
     "RequeueTogether": ".requeue",
+    "StartAlike": ".start_alike",
     "WandaPPPruneCallback": ".wandapp",
     "WholeFileCheckpointIO": ".whole_files",
 }

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -190,6 +191,13 @@ class ClassificationDataModule(LightningDataModule):
         """Return the texts and labels of a split as they are in the source, for baselines on the same data."""
         chosen = self._choose()[split]
         return [text for text, _ in chosen], [label for _, label in chosen]
+
+    def fingerprint(self) -> str:
+        """Digest the training examples, for ranks to find out whether they have the same."""
+        digest = sha256()
+        for example in self.examples("train"):
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
 
     def collate(self, examples: list[Example], to_longest: bool = False) -> Batch:
         """Pad examples into a batch, as `padding` says or `to_longest` of them."""

@@ -1,5 +1,6 @@
 """Windows of running text: calibration of a pruning, training and perplexity of language models."""
 
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -119,6 +120,10 @@ class TextDataModule(LightningDataModule):
             bos = [load_tokenizer(self.tokenizer, None).bos_token_id] if self.add_bos else []
             self._windows[split] = [torch.tensor(bos + window, dtype=torch.int64) for window in windows]
         return self._windows[split]
+
+    def fingerprint(self) -> str:
+        """Digest the training windows, for ranks to find out whether they have the same."""
+        return sha256(torch.stack(self.windows("train")).numpy().tobytes()).hexdigest()
 
     def calibration_dataloader(self) -> DataLoader[Batch]:
         """Return the calibration windows, drawn from the training split without replacement.

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from wandazeta.stored import is_stored, require_whole
 
+from .adapter_files import backbone_fingerprint
 from .encoder import EncoderClassifier, HeadScorer
 from .loading import check_loading, load_backbone, load_tokenizer
 from .scoring import Scorer, is_classification
@@ -86,6 +87,20 @@ class LanguageModel(LightningModule):
         with loading_in_shares(self.trainer.strategy, self._dtype_name):
             self._build()
         return True
+
+    def fingerprint(self) -> str:
+        """Digest some values of every tensor of the model, for ranks to find out whether they have the same.
+
+        It tells another model, revision, precision or pruning without reading gigabytes; no check of integrity. Weights
+        that are still to be loaded in shares are those of rank 0 on all, so there is nothing to tell.
+
+        Raises:
+            ValueError: If the weights are streamed from their files.
+        """
+        if "backbone" not in self._modules:
+            return ""
+        require_whole(self)
+        return backbone_fingerprint(self.backbone)
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,13 @@ def test_evaluation_sees_neighbours_of_one_length_and_predictions_keep_their_ord
 def test_the_seed_decides_the_choice(source):
     first, again, other = (build(source, seed=seed).texts("train") for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_the_fingerprint_is_that_of_the_training_examples(source, tmp_path):
+    assert build(source).fingerprint() == build(source, batch_size=4, num_val=20).fingerprint()
+    rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    changed = [row | {"text": row["text"].replace("xxxxxxxx", "xxxxxxxy")} for row in rows]
+    assert build(write(tmp_path / "changed.jsonl", changed)).fingerprint() != build(source).fingerprint()
 
 
 def test_label_names(tmp_path):
