@@ -1,5 +1,6 @@
 """Two processes on gloo against one: DDP here, DeepSpeed in its own file."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,46 @@ def test_disagreement_is_noticed(settings, tmp_path, settings_changed, message):
     process = start("zo_run", settings | TWO | settings_changed, tmp_path)
     assert process.wait(120) != 0
     assert message in (tmp_path / "log.txt").read_text()
+
+
+RESUMED = {"queries": 8, "query_chunk_size": 2}
+
+
+def on_ranks(number):
+    return {"strategy": "ddp", "devices": number} if number > 1 else {}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory):
+    (result,) = run("zo_run", settings | RESUMED, tmp_path_factory.mktemp("undisturbed"))
+    return result
+
+
+@pytest.fixture(scope="module")
+def half_way(settings, tmp_path_factory):
+    """Make a folder with the checkpoint that so many ranks wrote half-way, once."""
+    made = {}
+
+    def make(number):
+        if number not in made:
+            made[number] = tmp_path_factory.mktemp("half-way")
+            half = {"steps": settings["steps"] // 2, "save_every": settings["steps"] // 2}
+            run("zo_run", settings | RESUMED | half | on_ranks(number), made[number])
+        return made[number] / "last.ckpt"
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (4, 2), (2, 4)])
+def test_another_number_of_ranks_goes_on_with_the_same_bits(settings, undisturbed, half_way, tmp_path, before, after):
+    """Chunks of two queries, at most the share of each of four ranks."""
+    shutil.copy(half_way(before), tmp_path / "last.ckpt")
+    resume = {"save_every": settings["steps"], "resume": True}
+    ranks = run("zo_run", settings | RESUMED | resume | on_ranks(after), tmp_path)
+    assert len(ranks) == after
+    for rank in ranks:
+        assert torch.equal(rank["theta"], undisturbed["theta"])
+        later = {step: seen for step, seen in undisturbed["steps"].items() if step > settings["steps"] // 2}
+        assert rank["steps"] == later, "the same batches, losses and queries"
+        assert rank["metrics"] == undisturbed["metrics"]
