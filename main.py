@@ -18,7 +18,9 @@ except ModuleNotFoundError as error:
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -34,6 +36,7 @@ from wandazeta.callbacks import (
 )
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
+from wandazeta.run_record import RankLog, RunRecord
 
 __all__ = [
     "ClassificationDataModule",
@@ -87,6 +90,10 @@ class PruningTrainer(Trainer):
                 f"Expected one WandaPPPruneCallback in `trainer.callbacks`, but got {len(callbacks)}; "
                 "it says what to prune and how"
             )
+        for callback in self.callbacks:
+            if isinstance(callback, RunRecord):
+                # the only other callback with a part in this
+                callback.setup(self, model, "fit")
         prune_and_export(self, model, datamodule, callbacks[0], output_dir, pack=pack)
         sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
 
@@ -123,15 +130,6 @@ class PruningTrainer(Trainer):
         report(diagnosis, output_dir)
 
 
-class SaveConfigBesideLog(SaveConfigCallback):
-    """Saves the configuration in the logger's folder; without a logger it would litter the working directory."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
-
-
 class WandazetaCLI(LightningCLI):
     """LightningCLI with `prune` and `diagnose`; all others go on from the last checkpoint unless told otherwise."""
 
@@ -153,6 +151,19 @@ class WandazetaCLI(LightningCLI):
         if subcommand not in ("prune", "diagnose"):
             parser.set_defaults({"ckpt_path": "last"})
         return parser
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self._get(self.config_init, "trainer")
+        if given.logger in (None, True):
+            # Lightning's default, but for tensorboard, which it would choose where that happens to be installed
+            root = given.default_root_dir or "."
+            kwargs["logger"] = CSVLogger(root, version=SLURMEnvironment.job_id())  # type: ignore[arg-type]
+        trainer = super().instantiate_trainer(**kwargs)
+        # before the pruning, which may take hours
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RunRecord))
+        return trainer
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -202,12 +213,13 @@ def _explained(error: BaseException) -> BaseException:
     return error
 
 
-def command_line(args: ArgsType = None, run: bool = True) -> WandazetaCLI:
+def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = None) -> WandazetaCLI:
     """Build the command line and run it.
 
     Args:
         args: The arguments; those of the process by default.
         run: Whether to expect a subcommand and run it; without, `model`, `datamodule` and `trainer` are only made.
+        log: Where this process logs to; it is opened once the folder of the run is known.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -219,8 +231,8 @@ def command_line(args: ArgsType = None, run: bool = True) -> WandazetaCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        save_config_callback=SaveConfigBesideLog,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=RunRecord,
+        save_config_kwargs={"overwrite": True, "log": log},
         # modules bring their own; checkpoints hold no hyperparameters that would have to be code
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
@@ -243,7 +255,8 @@ def main(args: ArgsType = None) -> None:
         args: The arguments; those of the process by default.
     """
     try:
-        command_line(args)
+        with RankLog() as log:
+            command_line(args, log=log)
     except (ValueError, MisconfigurationException) as error:
         if os.environ.get("WANDAZETA_DEBUG"):
             raise

@@ -1,51 +1,13 @@
 """The common form of the files under `benchmarks/results/`."""
 
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from wandazeta.environment import command, commit, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("wandazeta", "torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors")
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def commit() -> str:
-    """Commit of the checkout, marked where files differ from it, other than results: those are being written."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True)
-    differing = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
-    changed = subprocess.run(differing, cwd=ROOT).returncode != 0
-    return done.stdout.decode().strip() + ("-dirty" if changed else "") if done.returncode == 0 else "unknown"
-
-
-def command() -> str:
-    """The command line; of a path outside the checkout only the name, the rest says nothing elsewhere."""
-
-    def portable(argument: str) -> str:
-        option, equals, value = argument.rpartition("=")
-        path = Path(value)
-        if path.is_absolute():
-            value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        return f"{option}{equals}{value}"
-
-    return shlex.join(["python", *map(portable, sys.argv)])
 
 
 def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
@@ -55,7 +17,7 @@ def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
         "command": command(),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+        "versions": versions(),
         "hardware": hardware(),
         **more,
         "records": records,

@@ -1,10 +1,9 @@
 import csv
-import json
 
 import pytest
 import torch
 import yaml
-from helpers.tiny_model import save_tiny_llama
+from helpers.fit_config import write_fit_config
 
 from wandazeta.main import main
 
@@ -16,67 +15,7 @@ def config(tmp_path, monkeypatch):
     """A run that prunes a tiny model and fine-tunes it, as a YAML file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["wandazeta"])
-    rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
-    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
-    settings = {
-        "model": {
-            "class_path": "ZerothOrderModule",
-            "init_args": {
-                "model_name_or_path": str(save_tiny_llama(tmp_path / "model")),
-                "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
-                "trainable": {"class_path": "TensorTrainAdapters", "init_args": {"bottleneck": 8}},
-            },
-        },
-        "data": {
-            "class_path": "PromptedClassificationDataModule",
-            "init_args": {
-                "source": "reviews.jsonl",
-                "template": "{text} is",
-                "options": [" bad", " good"],
-                "batch_size": 4,
-                "num_train": 40,
-                "num_val": 8,
-                "num_test": 8,
-                "calibration": {
-                    "class_path": "TextDataModule",
-                    "init_args": {"source": "text.txt", "sequence_length": 16, "num_calibration_samples": 6},
-                },
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 6,
-            "max_epochs": -1,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
-            "callbacks": [
-                {
-                    "class_path": "WandaPPPruneCallback",
-                    "init_args": {
-                        "rounds": 1,
-                        "samples_per_round": 4,
-                        "num_calibration_samples": 6,
-                        "output_dir": "run/pruning",
-                    },
-                },
-                {
-                    "class_path": "ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": "run/checkpoints",
-                        "every_n_train_steps": 2,
-                        "save_top_k": 0,
-                        "save_last": True,
-                    },
-                },
-            ],
-        },
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return write_fit_config(tmp_path)
 
 
 def theta(path):
@@ -145,7 +84,7 @@ def test_prune_writes_a_model_that_transformers_reads(config, tmp_path, capsys):
     config.unlink()
     main(["validate", "-c", "validate.yaml"])
     assert "perplexity" in capsys.readouterr().out
-    assert not config.exists(), "without a logger no configuration is saved"
+    assert not config.exists(), "without a logger the configuration does not go into the working directory"
 
 
 def test_pack_writes_an_extra_file_and_is_for_2of4_alone(config, tmp_path, capsys):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny_model import save_tiny_llama
+from lightning.pytorch.loggers import CSVLogger
 
 from wandazeta import __version__
 from wandazeta.callbacks import WandaPPPruneCallback
@@ -105,6 +106,17 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("given", ["null", "true"])
+def test_the_default_logger_is_csv_even_beside_tensorboard(tmp_path, monkeypatch, given):
+    connector = "lightning.pytorch.trainer.connectors.logger_connector.logger_connector"
+    monkeypatch.setattr(f"{connector}._TENSORBOARD_AVAILABLE", True)
+    model = save_tiny_llama(tmp_path / "model")
+    arguments = ["--model", "LanguageModel", "--model.model_name_or_path", str(model), "--trainer.accelerator", "cpu"]
+    cli = command_line([*arguments, *("--trainer.logger", given, "--trainer.default_root_dir", "here")], run=False)
+    assert type(cli.trainer.logger) is CSVLogger
+    assert cli.trainer.logger.log_dir == "here/lightning_logs/version_0"
+
+
 def run(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
 
@@ -127,7 +139,7 @@ def test_the_checkout_says_when_the_package_is_not_installed():
 def test_the_process_group_is_left_however_the_run_ends(tmp_path, monkeypatch):
     import torch.distributed as dist
 
-    def joining(args):
+    def joining(args, log):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
         raise ValueError("something does not fit")
 

@@ -1,0 +1,94 @@
+"""A tiny model, data for it, and the configuration of `wandazeta fit` for them; and the command line as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from .tiny_model import save_tiny_llama
+
+
+def write_fit_config(root, **trainer):
+    """Write `model/`, data and `config.yaml`, which prunes and fine-tunes in folders below `run`; to be run in root."""
+    rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
+    (root / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
+    save_tiny_llama(root / "model")
+    settings = {
+        "model": {
+            "class_path": "ZerothOrderModule",
+            "init_args": {
+                "model_name_or_path": "model",
+                "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
+                "trainable": {"class_path": "TensorTrainAdapters", "init_args": {"bottleneck": 8}},
+            },
+        },
+        "data": {
+            "class_path": "PromptedClassificationDataModule",
+            "init_args": {
+                "source": "reviews.jsonl",
+                "template": "{text} is",
+                "options": [" bad", " good"],
+                "batch_size": 4,
+                "num_train": 40,
+                "num_val": 8,
+                "num_test": 8,
+                "calibration": {
+                    "class_path": "TextDataModule",
+                    "init_args": {"source": "text.txt", "sequence_length": 16, "num_calibration_samples": 6},
+                },
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
+            "callbacks": [
+                {
+                    "class_path": "WandaPPPruneCallback",
+                    "init_args": {
+                        "rounds": 1,
+                        "samples_per_round": 4,
+                        "num_calibration_samples": 6,
+                        "output_dir": "run/pruning",
+                    },
+                },
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {
+                        "dirpath": "run/checkpoints",
+                        "every_n_train_steps": 2,
+                        "save_top_k": 0,
+                        "save_last": True,
+                    },
+                },
+            ],
+        },
+    }
+    path = root / "config.yaml"
+    settings["trainer"] |= trainer
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def wandazeta(folder, *arguments, timeout=300):
+    """Run the command line in a folder, with the helpers at hand; it starts its other ranks itself."""
+    ranks = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_PORT", "MASTER_ADDR")
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-m", "wandazeta.main", *arguments],
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
