@@ -213,6 +213,15 @@ def _explained(error: BaseException) -> BaseException:
     return error
 
 
+def _remedy(error: OSError) -> str | None:
+    """What to do about a file or folder that could not be used, where that is known."""
+    if error.errno in _DISK_ERRORS:
+        return "make room and start again, what is finished is kept"
+    if error.errno == errno.EISDIR and any(Path(error.filename).glob("checkpoint/*_model_states.pt")):
+        return "DeepSpeed wrote this checkpoint and alone reads it: use its strategy again, or give another `ckpt_path`"
+    return None
+
+
 def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = None) -> WandazetaCLI:
     """Build the command line and run it.
 
@@ -249,7 +258,7 @@ def _leave_process_group() -> None:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command line; what a user got wrong is told in a line, with exit code 2, and a full disk with 1.
+    """Run the command line; what a user got wrong is told in a line, exit code 2, and files that cannot be used with 1.
 
     Args:
         args: The arguments; those of the process by default.
@@ -263,10 +272,11 @@ def main(args: ArgsType = None) -> None:
         sys.stderr.write(f"error: {_explained(error)}\n")
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in _DISK_ERRORS or os.environ.get("WANDAZETA_DEBUG"):
+        remedy = _remedy(error)
+        if remedy is None or os.environ.get("WANDAZETA_DEBUG"):
             raise
         where = f": '{error.filename}'" if error.filename else ""
-        sys.stderr.write(f"error: {error.strerror}{where}; make room and start again, what is finished is kept\n")
+        sys.stderr.write(f"error: {error.strerror}{where}; {remedy}\n")
         raise SystemExit(1) from None
     finally:
         _leave_process_group()

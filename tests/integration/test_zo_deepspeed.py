@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
 from helpers.encoders import save_tiny_encoder
+from helpers.fit_config import wandazeta, write_fit_config
 from helpers.processes import run
 
 pytest.importorskip("deepspeed")
@@ -63,3 +64,18 @@ def test_checkpoint_holds_adapters_only_and_resumes(settings, alone, tmp_path, s
     for rank in ranks:
         assert min(rank["steps"]) == 4
         assert torch.equal(rank["theta"], whole)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_deepspeed_is_refused_by_other_strategies_in_one_line(tmp_path):
+    write_fit_config(tmp_path, strategy={"class_path": "helpers.cpu_deepspeed.CPUDeepSpeedStrategy"}, devices=1)
+    done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert last.is_dir()
+    done = wandazeta(tmp_path, "fit", "-c", "config.yaml", "--trainer.strategy", "auto")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: Is a directory: '{last}'; DeepSpeed wrote this checkpoint and alone reads it: use its strategy again, "
+        "or give another `ckpt_path`"
+    )
