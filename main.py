@@ -158,7 +158,7 @@ class WandazetaCLI(LightningCLI):
         if given.logger in (None, True):
             # Lightning's default, but for tensorboard, which it would choose where that happens to be installed
             root = given.default_root_dir or "."
-            kwargs["logger"] = CSVLogger(root, version=SLURMEnvironment.job_id())  # type: ignore[arg-type]
+            kwargs["logger"] = CSVLogger(root, version=SLURMEnvironment.job_id())
         trainer = super().instantiate_trainer(**kwargs)
         # before the pruning, which may take hours
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -241,7 +241,7 @@ def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = 
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=RunRecord,
-        save_config_kwargs={"overwrite": True, "log": log},
+        save_config_kwargs={"log": log},
         # modules bring their own; checkpoints hold no hyperparameters that would have to be code
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

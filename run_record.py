@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
@@ -47,7 +48,7 @@ class RankLog:
     def __enter__(self) -> "RankLog":
         logging.captureWarnings(True)
         logging.getLogger().addHandler(self._terminal)
-        self._listen(rank_zero_only.rank or 0)
+        self._listen(getattr(rank_zero_only, "rank", None) or 0)
         return self
 
     def open(self, folder: Path, rank: int, world_size: int) -> None:
@@ -154,13 +155,13 @@ class RunRecord(SaveConfigCallback):
     The folder is that of the first logger, and `lightning_logs` in `default_root_dir` where there is none.
 
     Args:
-        *args: As of `SaveConfigCallback`.
+        parser: The parser of the command.
+        config: What it has read.
         log: The log of this rank, if it keeps one.
-        **kwargs: As of `SaveConfigCallback`.
     """
 
-    def __init__(self, *args: Any, log: RankLog | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, log: RankLog | None = None) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
         self._log = log
         self._folder = Path()
 
@@ -176,8 +177,8 @@ class RunRecord(SaveConfigCallback):
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        config = self._folder / self.config_filename
-        self.parser.save(self.config, str(config), skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+        config = str(self._folder / self.config_filename)
+        self.parser.save(self.config, config, skip_none=False, overwrite=True, multifile=False)
         content = json.dumps(run_environment(trainer), indent=2)
         (self._folder / "environment.json").write_text(content + "\n")
         rank_zero_info(f"Configuration, environment and logs of this run: {self._folder}")
