@@ -160,9 +160,13 @@ class WandazetaCLI(LightningCLI):
             root = given.default_root_dir or "."
             kwargs["logger"] = CSVLogger(root, version=SLURMEnvironment.job_id())
         trainer = super().instantiate_trainer(**kwargs)
-        # before the pruning, which may take hours
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: not isinstance(callback, RunRecord))
+        records = [callback for callback in callbacks if isinstance(callback, RunRecord)]
+        others = [callback for callback in callbacks if not isinstance(callback, RunRecord)]
+        # before the one that prunes in its `setup`, for hours; LightningCLI would put them behind
+        callbacks[:] = [EndTogether(), *records, StartAlike(), *others]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
         return trainer
 
     @override
@@ -175,15 +179,6 @@ class WandazetaCLI(LightningCLI):
                 "Expected a WandaPPPruneCallback in `trainer.callbacks`, but there is none; "
                 "it says what to prune and how (see configs/prune/)"
             )
-
-    @override
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        # before the one that prunes in its `setup`; LightningCLI would put them behind
-        trainer.callbacks[:0] = [EndTogether(), StartAlike()]  # type: ignore[attr-defined]
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
-        return trainer
 
 
 def _hide_known_noise() -> None:
