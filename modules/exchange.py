@@ -11,10 +11,15 @@ from .zo import Evaluations
 _NUM_PARTS = 3
 
 
-def adjust_strategy(strategy: Any) -> None:
-    """Tell DeepSpeed to leave frozen weights out of checkpoints, and what it would ask the loader for."""
+def adjust_strategy(strategy: Any, save_frozen: bool = False) -> None:
+    """Tell DeepSpeed to leave frozen weights out of checkpoints, and what it would ask the loader for.
+
+    Args:
+        strategy: The strategy; any but DeepSpeed's is left as it is.
+        save_frozen: Leave DeepSpeed's checkpoints as they are, frozen weights included.
+    """
     if hasattr(strategy, "exclude_frozen_parameters"):
-        strategy.exclude_frozen_parameters = True
+        strategy.exclude_frozen_parameters |= not save_frozen
         # only logged; Lightning would ask the loader's batch sampler, and loaders of whole batches have none
         (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
 

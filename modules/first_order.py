@@ -13,11 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.blocks import find_blocks, nearest
+from wandazeta.sharded import gathered, is_shared_out
 
 from .adapter_files import describe_backbone, require_same, save_adapter_files
 from .adapters import FlatBank, TensorTrainAdapters, train_linears
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
+from .exchange import adjust_strategy
 from .language_model import LanguageModel
 from .objectives import objective_losses
 
@@ -126,6 +128,7 @@ class FirstOrderModule(LanguageModel):
             self._require_adapters("train")
             # models come from their files in evaluation mode, without dropout
             self.backbone.train()
+            adjust_strategy(self.trainer.strategy, save_frozen=self.train_mode == "full")
 
     def _check_target_modules(self) -> None:
         known = {name for name, module in self.backbone.named_modules() if name and not any(module.children())}
@@ -208,7 +211,8 @@ class FirstOrderModule(LanguageModel):
         if saved is None:
             raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
         require_same(saved, self._description())
-        if self.train_mode != "full" and set(checkpoint["state_dict"]) != self.adapter_names:
+        # DeepSpeed has loaded files of its own by now
+        if self.train_mode != "full" and set(checkpoint.get("state_dict", self.adapter_names)) != self.adapter_names:
             difference = set(checkpoint["state_dict"]) ^ self.adapter_names
             raise ValueError(
                 f"Expected a checkpoint with exactly the adapters of this run, but {len(difference)} are in one only, "
@@ -218,7 +222,8 @@ class FirstOrderModule(LanguageModel):
     def save_adapter(self, directory: str | Path) -> None:
         """Write the adapters as peft does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        They belong on the backbone that they were trained on, pruned where that was pruned.
+        They belong on the backbone that they were trained on, pruned where that was pruned. All ranks have to call it,
+        as DeepSpeed's stage 3 shares adapters out, too; rank 0 writes.
 
         Args:
             directory: Where to write.
@@ -233,16 +238,18 @@ class FirstOrderModule(LanguageModel):
             self._save_tensor_trains(Path(directory))
             return
         self._require_adapters("save")
-        # `save_embedding_layers` would ask a hub about the vocabulary
-        self.__dict__["_peft_model"].save_pretrained(
-            str(directory), save_embedding_layers=False, is_main_process=self.global_rank == 0
-        )
+        with gathered(map(self.get_parameter, self.adapter_names)):
+            # `save_embedding_layers` would ask a hub about the vocabulary
+            self.__dict__["_peft_model"].save_pretrained(
+                str(directory), save_embedding_layers=False, is_main_process=self.global_rank == 0
+            )
 
     def _save_tensor_trains(self, directory: Path) -> None:
         if self.adapters is None:
             raise ValueError("Expected adapters to save, but there are none: they are put in by `setup`")
-        if self.global_rank == 0:
-            save_adapter_files(directory, self.adapters, self.adapters.description() | self._backbone_description)
+        with gathered(self.adapters.parameters()):
+            if self.global_rank == 0:
+                save_adapter_files(directory, self.adapters, self.adapters.description() | self._backbone_description)
 
     @torch.no_grad()
     def merge(self, keep_mask: bool = False) -> None:
@@ -256,12 +263,18 @@ class FirstOrderModule(LanguageModel):
             keep_mask: Set the weights that were zero before to zero after the merge.
 
         Raises:
-            ValueError: If there are no adapters, or the backbone is pruned and its masks are not to be kept.
+            ValueError: If there are no adapters, the backbone is pruned and its masks are not to be kept, or its
+                weights are shared out over ranks.
         """
         from peft.tuners.lora import LoraLayer
 
         check_range("train", self.train_mode, self.train_mode == "lora", "lora to have adapters to merge")
         self._require_adapters("merge")
+        if any(map(is_shared_out, self.parameters())):
+            raise ValueError(
+                "Expected whole weights to merge adapters into, but DeepSpeed's stage 3 has shared them out; write the "
+                "adapters (`save_adapter`), and merge them in one process"
+            )
         layers: dict[str, Any] = {name: m for name, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
         zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items() if _is_pruned(layer)}
         if zeros and not keep_mask:

@@ -130,8 +130,8 @@ class FlatBank(nn.Module, ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable values."""
-        return self.theta.numel()
+        """Number of trainable values, of a vector that is shared out over ranks, too."""
+        return self.layout.num_parameters + sum((columns + 1) * rows for rows, columns in self.linear_shapes.values())
 
     @property
     def decay_mask(self) -> Tensor:
@@ -211,9 +211,10 @@ class FlatBank(nn.Module, ABC):
     def _plain(self, site: int) -> Matrices:
         """Merged adapter of `theta` itself, kept for all sites until `theta` changes."""
         theta = self.theta
-        graph = theta.requires_grad and torch.is_grad_enabled()
-        if graph or theta.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(theta):
-            # a graph is freed by its backward, a transform's tensors live no longer than the transform
+        trained = isinstance(theta, nn.Parameter) or (theta.requires_grad and torch.is_grad_enabled())
+        if trained or theta.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(theta):
+            # a graph is freed by its backward, a transform's tensors live no longer than the transform, and what
+            # DeepSpeed writes to a parameter leaves its version as it was
             return self.layout.merge_site(theta, site)
         # tensors made under inference mode cannot take part in a later graph
         state = (theta._version, torch.is_inference_mode_enabled())

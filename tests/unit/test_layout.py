@@ -35,14 +35,17 @@ def test_siblings_do_not_import_each_other(layer):
         for name in imported_names(path):
             parts = name.split(".")
             if parts[0] == "wandazeta" and len(parts) > 1:
-                assert parts[1] in (layer, "blocks", "stored"), f"{path.relative_to(ROOT)} imports {name}"
+                assert parts[1] in (layer, "blocks", "sharded", "stored"), f"{path.relative_to(ROOT)} imports {name}"
             assert parts[0] not in LAYERS, f"{path.relative_to(ROOT)} imports {name}, which is called wandazeta.{name}"
 
 
 @pytest.mark.parametrize("core", CORES)
 def test_cores_import_without_lightning_and_transformers(core, tmp_path):
     names = [".".join(("wandazeta", *path.relative_to(ROOT).with_suffix("").parts)) for path in python_files(core)]
-    names = [name.removesuffix(".__init__") for name in [*names, "wandazeta.blocks", "wandazeta.stored", *PLAIN]]
+    names = [
+        name.removesuffix(".__init__")
+        for name in [*names, "wandazeta.blocks", "wandazeta.sharded", "wandazeta.stored", *PLAIN]
+    ]
     program = f"""
 import importlib, sys
 
