@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wandazeta.sharded import full_shape
+
 __all__ = [
     "BlockCall",
     "CallCapture",
@@ -22,7 +24,6 @@ __all__ = [
     "find_blocks",
     "nearest",
     "override_forward",
-    "whole_shape",
 ]
 
 # arguments that carry a key-value cache: replayed without, every call starts from an empty one
@@ -60,12 +61,6 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     candidates = list(candidates)
     close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
     return f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "there is none"
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """Shape of a parameter, also where DeepSpeed has sharded it, which leaves no elements but a note."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def find_blocks(
@@ -134,7 +129,7 @@ def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Mo
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    return len(whole_shape(parameter)) >= 2
+    return len(full_shape(parameter)) >= 2
 
 
 def _modules_that_run(forward: Callable[[], object], modules: list[nn.Module]) -> set[nn.Module]:

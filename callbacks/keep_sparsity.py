@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from wandazeta.sharded import full_shape
+
 from .pruning.mask_files import match_masks, read_masks
 from .pruning.sparsity import HeldSparsity, pack_mask, unpack_mask, zero_masks
 
@@ -21,6 +23,10 @@ class KeepSparsity(Callback):
     back leave no trace. At the end of the fit sparsity is checked. Automatic and manual optimization, any number of
     optimizers, one device or DDP, any precision; the masks are kept in checkpoints, one bit a weight.
 
+    DeepSpeed, whatever the stage, keeps copies of weights and optimizer state that masks cannot reach. There gradients
+    alone are masked, which is enough for SGD, Adam and all that move a value by its own gradient; sparsity is checked
+    after the first step, too. Every rank holds whole masks, a byte for each weight.
+
     Masked full fine-tuning is this callback beside `FirstOrderModule(train="full")`. In a list of callbacks its place
     does not matter.
 
@@ -30,8 +36,8 @@ class KeepSparsity(Callback):
         blocks: Dotted name of the list of blocks in the module; found where it is not given. For masks without a file.
 
     Raises:
-        ValueError: Before training, if the strategy shards weights, nothing is pruned or masks do not fit; after it,
-            if something else has written to pruned weights.
+        ValueError: Before training, if the strategy shards weights (FSDP), nothing is pruned or masks do not fit;
+            after it, if something else has written to pruned weights.
 
     Example:
         >>> from wandazeta.callbacks import KeepSparsity
@@ -49,6 +55,7 @@ class KeepSparsity(Callback):
         self.blocks = blocks
         self.held: HeldSparsity | None = None
         """The weights and masks in force, while fitting and after it."""
+        self._first_step: int | None = None
         self._read: dict[str, Tensor] | None = None
         self._restored: dict[str, Tensor] | None = None
 
@@ -57,18 +64,18 @@ class KeepSparsity(Callback):
         if stage != "fit":
             return
         self._restored = None
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
-                f"Expected a strategy that leaves weights and optimizer state whole, but got "
-                f"{type(trainer.strategy).__name__}, which keeps flat or sharded copies that masks cannot reach; "
-                "use one device or DDP"
+                f"Expected a strategy that leaves gradients whole, but got {type(trainer.strategy).__name__}, which "
+                "keeps flat or sharded ones that masks cannot reach; use one device, DDP or DeepSpeed"
             )
         if self.masks is not None:
             # what is wrong with the file shows before the module is pruned or trained
             self._read = read_masks(self.masks)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # by now DeepSpeed, too, has loaded the checkpoint, and the optimizers are the final ones
         parameters = dict(pl_module.named_parameters())
         masks = None if self._read is None else match_masks(pl_module, self._read)
         if self._restored is not None:
@@ -80,17 +87,32 @@ class KeepSparsity(Callback):
             f"Holding {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {len(self.held.masks)} layers "
             "at zero"
         )
+        if _trains_copies(trainer):
+            self.held.hold_gradients()
+            self._first_step = trainer.global_step + 1
+        else:
+            self.held.hold(trainer.optimizers)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # by now the optimizers are the final ones and have the state of the checkpoint
-        assert self.held is not None
-        self.held.hold(trainer.optimizers)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.held is not None and self._first_step is not None and trainer.global_step >= self._first_step:
+            # an optimizer that moves weights without gradients is found now, not after hours
+            self._first_step = None
+            self.held.check(signs=False)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # before the strategy is torn down, after which shares cannot be gathered
+        if self.held is not None and _trains_copies(trainer):
+            self.held.check(signs=False)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.held is not None
-        self.held.check()
+        # none where a checkpoint was of a finished run
+        if self.held is not None and not _trains_copies(trainer):
+            self.held.check()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -118,7 +140,7 @@ class KeepSparsity(Callback):
                 f"Expected a checkpoint of the same module, but its masks are of `{unknown[0]}` and others that this "
                 "one does not have; start without it"
             )
-        masks = {name: unpack_mask(packed, parameters[name].shape) for name, packed in self._restored.items()}
+        masks = {name: unpack_mask(packed, full_shape(parameters[name])) for name, packed in self._restored.items()}
         if given is not None and not (
             given.keys() == masks.keys() and all(torch.equal(given[name], mask) for name, mask in masks.items())
         ):
@@ -131,3 +153,8 @@ class KeepSparsity(Callback):
     def _release(self) -> None:
         if self.held is not None:
             self.held.release()
+
+
+def _trains_copies(trainer: Trainer) -> bool:
+    """Whether optimizers step on something else than the module's parameters."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wandazeta.blocks import find_blocks
+from wandazeta.sharded import gathered
 
 from .adapter_card import adapter_card
 from .adapters import AdapterBank, FlatBank, LoRABank, LoRASite, Site, train_linears
 from .adapters.inject import refuse_adapted, wrap_sites
 from .adapters.lora import wrap_linears
-from .sharded import gathered
 
 _WHAT = {
     "train": "`train`",

@@ -17,7 +17,7 @@ from .adapter_files import backbone_fingerprint
 from .encoder import EncoderClassifier, HeadScorer
 from .loading import check_loading, load_backbone, load_tokenizer
 from .scoring import Scorer, is_classification
-from .sharded import loading_in_shares
+from .shares import loading_in_shares
 
 
 class LanguageModel(LightningModule):

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.blocks import find_blocks
+from wandazeta.sharded import is_shared_out
 
 from .adapter_files import describe_backbone, load_adapter_files, require_same, save_adapter_files
 from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights, train_linears
@@ -24,7 +25,7 @@ from .language_model import LanguageModel, evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
 from .scoring import Prepared
-from .sharded import hold_two_blocks, is_sharded
+from .shares import hold_two_blocks
 from .zo import (
     AGGREGATIONS,
     DISTRIBUTIONS,
@@ -243,7 +244,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
-        sharded = any(map(is_sharded, self.backbone.parameters()))
+        sharded = any(map(is_shared_out, self.backbone.parameters()))
         if isinstance(self.adapters, WeightBank):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wandazeta.blocks import nearest
+from wandazeta.sharded import full_shape
 
 from .export import find_pretrained, names_on_disk
 from .packed import MASKS_FILE
@@ -79,7 +80,7 @@ def _names_in_memory(module: nn.Module) -> dict[str, str]:
         prefix, model = find_pretrained(module)
     except ValueError:
         return {}
-    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+    names = [name for name, parameter in model.named_parameters() if len(full_shape(parameter)) == 2]
     # numbered, to see under which name in the files each comes out
     numbered = {name: torch.tensor([index]) for index, name in enumerate(names)}
     return {on_disk: f"{prefix}{names[int(number)]}" for on_disk, number in names_on_disk(model, numbered).items()}

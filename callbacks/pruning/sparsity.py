@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from wandazeta.blocks import find_blocks
+from wandazeta.sharded import gathered
 
 from .layers import prunable_layers
 from .options import PruneOptions
@@ -38,9 +39,10 @@ def zero_masks(module: nn.Module, block_name: str | None = None) -> dict[str, Te
     }
     masks = {}
     for weight_name, layer in layers.items():
-        weight = layer.weight.detach()
-        check_whole(weight_name, weight)
-        kept = weight != 0
+        with gathered([layer.weight]):
+            weight = layer.weight.detach()
+            check_whole(weight_name, weight)
+            kept = weight != 0
         if not bool(kept.all()) and bool(kept.any()):
             masks[weight_name] = kept
     if not masks:
@@ -76,6 +78,10 @@ class HeldSparsity:
     weights and optimizer state once an optimizer has stepped. State is masked where it is of floating point and has
     the shape of its weight: momenta are, step counters and factored moments are not.
 
+    DeepSpeed trains flat copies of the weights, shared out over the ranks, which masks cannot reach; there gradients
+    alone are masked (`hold_gradients`). Copies and momenta that start at zero stay so under every rule that works value
+    by value and moves nothing without a gradient but towards zero, as weight decay does; `check` tells any other.
+
     Args:
         weights: The weights by name.
         masks: Bool masks of the same names and shapes, True where a weight is kept.
@@ -92,14 +98,15 @@ class HeldSparsity:
         self._handles: list[Any] = []
         for name, mask in masks.items():
             weight = self._weights[name]
-            check_whole(name, weight)
-            if mask.dtype != torch.bool or mask.shape != weight.shape:
-                raise ValueError(
-                    f"Expected a bool mask of shape {tuple(weight.shape)} for `{name}`, but got {mask.dtype} of shape "
-                    f"{tuple(mask.shape)}; take the masks that were written with this model"
-                )
-            pruned = ~mask.to(weight.device)
-            num_dense = int(torch.count_nonzero(weight.detach()[pruned]))
+            with gathered([weight]):
+                check_whole(name, weight)
+                if mask.dtype != torch.bool or mask.shape != weight.shape:
+                    raise ValueError(
+                        f"Expected a bool mask of shape {tuple(weight.shape)} for `{name}`, but got {mask.dtype} of "
+                        f"shape {tuple(mask.shape)}; take the masks that were written with this model"
+                    )
+                pruned = ~mask.to(weight.device)
+                num_dense = int(torch.count_nonzero(weight.detach()[pruned]))
             if num_dense:
                 raise ValueError(
                     f"Expected weights that are zero where their masks prune, but {num_dense} of `{name}` are not; "
@@ -137,12 +144,8 @@ class HeldSparsity:
                 raise ValueError(
                     f"Expected optimizers of torch, but got {type(optimizer).__name__}, whose state cannot be held"
                 )
+        self.hold_gradients()
         for weight, pruned in self._pruned.items():
-            # torch hooks only what requires a gradient; a weight that is frozen now may be thawed later
-            frozen = not weight.requires_grad
-            weight.requires_grad_(True)
-            self._handles.append(weight.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0.0)))
-            weight.requires_grad_(not frozen)
             for tensor in (weight.detach(), weight.grad):
                 if tensor is not None:
                     tensor.masked_fill_(pruned, 0.0)
@@ -152,22 +155,35 @@ class HeldSparsity:
                 optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._mask_after_step(optimizer))
             )
 
+    def hold_gradients(self) -> None:
+        """Begins to mask gradients alone, until `release`; for weights that are trained in copies of them."""
+        for weight, pruned in self._pruned.items():
+            # torch hooks only what requires a gradient; a weight that is frozen now may be thawed later
+            frozen = not weight.requires_grad
+            weight.requires_grad_(True)
+            self._handles.append(weight.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0.0)))
+            weight.requires_grad_(not frozen)
+
     def release(self) -> None:
         """Ceases to hold; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def check(self) -> None:
-        """Checks that every pruned place is +0.0, bit for bit.
+    def check(self, signs: bool = True) -> None:
+        """Checks that every pruned place is zero.
+
+        Args:
+            signs: Whether it has to be +0.0, bit for bit: a -0.0 of before stays one where gradients alone are held.
 
         Raises:
             ValueError: If one is not; the message names the weights.
         """
         broken = {}
         for name, weight in self._weights.items():
-            values = weight.detach()[self._pruned[weight]]
-            count = int(((values != 0) | values.signbit()).sum())
+            with gathered([weight]):
+                values = weight.detach()[self._pruned[weight].to(weight.device)]
+            count = int(((values != 0) | (values.signbit() & signs)).sum())
             if count:
                 broken[name] = count
         if broken:
@@ -175,7 +191,8 @@ class HeldSparsity:
             raise ValueError(
                 f"Expected pruned weights to be zero, but {sum(broken.values())} are not, in {len(broken)} weights, "
                 f"first {broken[name]} of `{name}`; something beside the optimizers writes to them: check callbacks "
-                "that average, swap or load weights"
+                "that average, swap or load weights, and under DeepSpeed the optimizer, which must not move what has "
+                "no gradient"
             )
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from wandazeta.blocks import nearest, whole_shape
+from wandazeta.blocks import nearest
+from wandazeta.sharded import full_shape
 
 from .bank import FlatBank
 from .inject import AdaptedModule, refuse_adapted
@@ -232,5 +233,5 @@ def _is_named(name: str, target: str) -> bool:
 
 def _widths(linear: nn.Module) -> tuple[int, int]:
     # transformers' Conv1D is transposed and knows its widths by its weight only
-    rows, columns = whole_shape(linear.get_parameter("weight"))
+    rows, columns = full_shape(linear.get_parameter("weight"))
     return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from wandazeta.blocks import whole_shape
+from wandazeta.sharded import full_shape
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 # the first family whose modules are all there decides
@@ -122,13 +122,13 @@ def _width(module: nn.Module, position: str) -> int | None:
     if isinstance(features, int):
         return features
     if is_linear(module):
-        return whole_shape(module.get_parameter("weight"))[0 if position == "before" else 1]
+        return full_shape(module.get_parameter("weight"))[0 if position == "before" else 1]
     return _norm_width(module)
 
 
 def _norm_width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
-    shape = () if weight is None else whole_shape(weight)
+    shape = () if weight is None else full_shape(weight)
     return shape[0] if len(shape) == 1 else None
 
 

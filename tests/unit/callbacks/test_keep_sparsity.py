@@ -264,6 +264,11 @@ def test_resuming_is_bit_identical(tmp_path):
     assert same(resumed, whole)
 
 
+def test_a_finished_run_that_is_started_again_has_nothing_to_do(tmp_path):
+    path = saved(tmp_path)
+    fit(sparse_tiny(), OPTIMIZERS["adamw"], steps=4, ckpt_path=path)
+
+
 def test_a_checkpoint_of_other_masks_is_refused(tmp_path):
     path = saved(tmp_path)
     others = {name: ~pruned for name, pruned in pruned_places(sparse_tiny(seed=1)).items()}
@@ -329,18 +334,11 @@ def test_files_that_are_no_masks(tmp_path):
         fit(sparse_tiny(), OPTIMIZERS["sgd"], keep=KeepSparsity(masks=str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
-def test_strategies_that_shard_are_refused(name):
+def test_strategies_that_flatten_gradients_are_refused():
     keep, run = KeepSparsity(), trainer()
-    if name == "deepspeed":
-        pytest.importorskip("deepspeed")
-        from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
-
-        run.strategy_ = CPUDeepSpeedStrategy(stage=3)
-    else:
-        run.strategy_ = FSDPStrategy()
+    run.strategy_ = FSDPStrategy()
     run._accelerator_connector.strategy = run.strategy_
-    with pytest.raises(ValueError, match="leaves weights and optimizer state whole"):
+    with pytest.raises(ValueError, match="a strategy that leaves gradients whole"):
         keep.setup(run, sparse_tiny(), "fit")
     keep.setup(run, sparse_tiny(), "validate")
 
@@ -349,7 +347,7 @@ def test_sharded_weights_are_refused_whatever_the_strategy():
     module = sparse_tiny()
     module.layers[0].up.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"whole floating-point weights on every rank, but `layers\.0\.up\.weight`"):
-        KeepSparsity().on_fit_start(None, module)
+        KeepSparsity().on_train_start(None, module)
 
 
 def test_a_file_and_blocks_contradict_each_other():

@@ -5,7 +5,7 @@ from helpers.causal_lms import save_tiny_lm, tiny_lm
 from lightning.pytorch import Trainer
 
 from wandazeta.modules import LanguageModel, ZerothOrderModule
-from wandazeta.modules.sharded import hold_two_blocks, loading_in_shares
+from wandazeta.modules.shares import hold_two_blocks, loading_in_shares
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,14 @@
 """A model whose weights are sharded over the ranks: DeepSpeed's ZeRO stage 3."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor, nn
+from torch import nn
 
-from wandazeta.blocks import find_blocks, whole_shape
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether DeepSpeed keeps a parameter in shares; where none is gathered it has no elements."""
-    return hasattr(parameter, "ds_id")
-
-
-def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Make sharded parameters whole for a while, on all ranks together; others are left as they are."""
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded)
-    return context
+from wandazeta.blocks import find_blocks
+from wandazeta.sharded import full_shape
 
 
 @contextmanager
@@ -73,7 +58,7 @@ def hold_two_blocks(strategy: Any, model: nn.Module) -> None:
     if not shards_weights(strategy):
         return
     _, blocks = find_blocks(model)
-    largest = max(sum(whole_shape(p).numel() for p in block.parameters()) for block in blocks)
+    largest = max(sum(full_shape(p).numel() for p in block.parameters()) for block in blocks)
     options = _zero_options(strategy)
     options.setdefault("stage3_max_live_parameters", 2 * largest)
     options.setdefault("stage3_prefetch_bucket_size", largest)
