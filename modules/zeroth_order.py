@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,13 +14,13 @@ from typing_extensions import override
 from wandazeta.blocks import find_blocks
 from wandazeta.sharded import is_shared_out
 
-from .adapter_files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from .adapter_files import describe_backbone
 from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights, train_linears
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
 from .exchange import Exchange, adjust_strategy, require_whole_weights
 from .head_gradient import HeadGradient, check_head_gradient
-from .language_model import LanguageModel, evaluating
+from .language_model import evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
 from .scoring import Prepared
@@ -38,6 +37,7 @@ from .zo import (
     VarianceSchedule,
     projected_gradients,
 )
+from .zo_checkpoint import TrainedByForwards
 from .zo_options import (
     EPSILON,
     check_finite_steps,
@@ -49,7 +49,7 @@ from .zo_options import (
 )
 
 
-class ZerothOrderModule(LanguageModel):
+class ZerothOrderModule(TrainedByForwards):
     """A language model trained by forward passes alone: adapters (and a new head, if it has one), or its weights.
 
     The backbone is frozen. Every step draws Q directions from (seed, step, query), measures the slope of the loss along
@@ -95,8 +95,6 @@ class ZerothOrderModule(LanguageModel):
     Raises:
         ValueError: If an argument is out of range, or does not fit the model or the trainer.
     """
-
-    progress: Tensor
 
     def __init__(
         self,
@@ -175,21 +173,15 @@ class ZerothOrderModule(LanguageModel):
         self.max_nonfinite_steps = max_nonfinite_steps
         self.seed = seed
 
-        self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
-        self._backbone_description: dict[str, Any] = {}
-        self.adapters: FlatBank | WeightBank | None = None
+        self.pruned_backbone_key = None
+        self._backbone_description = {}
+        self.adapters = None
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
         # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
-        self._updates = 0
-        self._nonfinite_steps = 0
+        self._updates = self._nonfinite_steps = 0
         if not shard_on_load:
             self.trainable.check(self.backbone, self.update_rule.num_states)
-
-    @property
-    def backbone_key(self) -> str:
-        """Key of the backbone, pruned or not, that the adapters belong to."""
-        return str(self._backbone_description.get("backbone_key", ""))
 
     @property
     def data_sharding(self) -> tuple[int, int]:
@@ -369,73 +361,3 @@ class ZerothOrderModule(LanguageModel):
             with self.adapters.use(part):
                 losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
         return torch.cat(losses)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
-        checkpoint["zeroth_order"] = {
-            **self._description(),
-            **self._rules(),
-            "query_chunk_size": self.query_chunk_size,
-            "nonfinite_steps": self._nonfinite_steps,
-            "theta_sum": self._theta_sum(),
-        }
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("zeroth_order")
-        if saved is None:
-            raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
-        require_same(saved, self._description() | self._rules())
-        if "state_dict" in checkpoint:
-            expected = {name for name in self.state_dict() if self._is_trained(name)}
-            found = set(checkpoint["state_dict"])
-            if expected != found:
-                raise ValueError(
-                    f"Expected a checkpoint with exactly {sorted(expected)}, but it lacks {sorted(expected - found)} "
-                    f"and has {sorted(found - expected)} too"
-                )
-        elif self._theta_sum() != saved["theta_sum"]:  # DeepSpeed has loaded its own file by now
-            raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
-        self.query_chunk_size = saved["query_chunk_size"]
-        self._nonfinite_steps = saved["nonfinite_steps"]
-
-    def save_adapters(self, directory: str | Path) -> None:
-        """Write the adapters, LoRA's as peft does, what they fit (`adapters.json`) and a model card.
-
-        Raises:
-            ValueError: If there are none, as the model's own weights are trained.
-        """
-        if not isinstance(self.adapters, FlatBank):
-            raise ValueError("Expected adapters to save, but got none; `backbone.save_pretrained` saves the weights")
-        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
-
-    def load_adapters(self, directory: str | Path) -> None:
-        """Load adapters that `save_adapters` wrote for the same backbone and sites.
-
-        Raises:
-            ValueError: If they are for another backbone or other sites.
-        """
-        if self.adapters is None:
-            self._insert_adapters()
-        if not isinstance(self.adapters, FlatBank):
-            raise ValueError("Expected adapters to load into, but got none; train from the directory of the weights")
-        load_adapter_files(Path(directory), self.adapters, self._description())
-
-    def _description(self) -> dict[str, Any]:
-        assert self.adapters is not None
-        return {**self.adapters.description(), "backbone_key": self.backbone_key}
-
-    def _rules(self) -> dict[str, Any]:
-        return {"update": type(self.update_rule).__name__, "schedule_states": self.schedule.num_states}
-
-    def _theta_sum(self) -> float:
-        assert self.adapters is not None
-        return float(self.adapters.checked().double().sum())
-
-    def _is_trained(self, name: str) -> bool:
-        """Whether an entry of the state belongs into checkpoints."""
-        assert self.adapters is not None
-        inner = name.removeprefix("backbone.")
-        return inner == name or inner in self.adapters.model_names

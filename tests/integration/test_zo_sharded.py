@@ -75,3 +75,12 @@ def test_goes_on_in_shares_from_a_checkpoint_of_whole_weights(settings, tmp_path
     for rank in run("zo_run", settings | {"resume": True, "shard_on_load": True}, tmp_path / "stopped"):
         assert min(rank["steps"]) == 3
         assert torch.equal(rank["theta"], undisturbed[0]["theta"])
+
+
+def test_a_model_in_shares_is_validated_as_a_whole_one(settings, tmp_path):
+    settings = {"model_dir": settings["model_dir"]}
+    (alone,) = run("validate_run", settings | {"devices": 1, "shard": False}, tmp_path / "alone")
+    assert alone["whole_values"] > 0
+    for rank in run("validate_run", settings | {"devices": 2, "shard": True}, tmp_path / "two"):
+        torch.testing.assert_close(rank["loss"], alone["loss"])
+        assert rank["whole_values"] == 0
