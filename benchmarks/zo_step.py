@@ -238,7 +238,7 @@ def main() -> None:
     """Measure what is missing and write the result file after each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="directory of a LLaMA-like model")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 16], help="examples of a batch")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="examples of a batch")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layers", nargs="+", default=["all", "last:10"], help="blocks with adapters")
     parser.add_argument("--options", nargs=2, default=[" bad", " good"], help="answers of one token each")

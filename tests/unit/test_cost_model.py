@@ -1,10 +1,14 @@
 """The formulas of docs/scaling.md against real models."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.causal_lms import SIZES, tiny_lm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +67,43 @@ def test_the_result_says_what_is_projected(cost_model):
         pytest.skip("benchmarks/scaling.py has not been run")
     for record in json.loads(result.read_text())["records"]:
         assert record["projected"] == (record["gpus"] > 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of tensors that were made in this context and are alive at once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage):
+        key = storage.data_ptr()
+        if key == 0 or key in self.alive or key in self.known:
+            return
+        self.alive[key] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone():
+            self.now -= self.alive.pop(key)
+
+        weakref.finalize(storage, gone)
+
+
+def test_activations_of_a_forward(cost_model):
+    """The estimate is right to a third for a model of usual proportions, without the logits."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_lm(num_hidden_layers=3, **sizes).model
+    shape = cost_model.Shape(128, 3, 384, SIZES["vocab_size"], 64)
+    tokens = torch.randint(SIZES["vocab_size"], (16, 64))
+    with torch.no_grad(), LiveBytes(model) as live:
+        model(input_ids=tokens, use_cache=False)
+    assert live.peak == pytest.approx(cost_model.activation_bytes(shape, tokens.numel(), 4), rel=1 / 3)
