@@ -11,6 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from wandazeta.sharded import is_shared_out
+
 from .scoring import Prepared, Scorer, option_losses, token_losses
 
 
@@ -68,7 +70,7 @@ class GeneratedText:
         Raises:
             ValueError: If the batch has none, or the model's weights are sharded.
         """
-        if any(hasattr(parameter, "ds_id") for parameter in scorer.model.parameters()):
+        if any(map(is_shared_out, scorer.model.parameters())):
             # each rank would stop at its own end of text, and the others wait for its share of the weights
             raise ValueError(
                 "Expected whole weights on every rank for an objective over generated text, but ZeRO stage 3 shards "
