@@ -199,7 +199,8 @@ class ZerothOrderModule(TrainedByForwards):
             adjust_strategy(self.trainer.strategy)
         if self._build_in_shares():
             self.trainable.check(self.backbone, self.update_rule.num_states)
-        hold_two_blocks(self.trainer.strategy, self.backbone)
+        if self._trainer is not None:
+            hold_two_blocks(self._trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
