@@ -26,7 +26,10 @@ from scaling_rows import (
 from step_rows import STEP_HEADING, step_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/ablation.md", "docs/estimators.md", "docs/scaling.md", "docs/trainables.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("ablation", "estimators", "finetune", "scaling", "trainables")),
+)
 PICTURE = ROOT / "docs" / "demo.svg"
 CURVES = ROOT / "docs" / "finetune.svg"
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
