@@ -162,6 +162,12 @@ def main():
     if settings.pop("count_bytes", False):
         counter, counting = count_bytes()
         settings["callbacks"] = [counting]
+    folder = settings.pop("prune", None)
+    if folder:
+        from wandazeta.callbacks import WandaPPPruneCallback
+
+        pruning = WandaPPPruneCallback(method="wanda", num_calibration_samples=8, output_dir=folder)
+        settings["callbacks"] = [*settings.get("callbacks", ()), pruning]
     gathers = None
     if settings.pop("watch_gathers", False):
         from helpers.gathers import WatchGathers

@@ -38,6 +38,25 @@ def test_stage_trains_as_one_process_does(settings, alone, tmp_path, stage, devi
         assert rank["sharded"] == (stage == 3 and devices > 1)
 
 
+@pytest.fixture(scope="module")
+def pruned_alone(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    (result,) = run("zo_run", settings | {"prune": str(folder / "pruning")}, folder)
+    return result
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_model_is_pruned_first_and_then_trained(settings, alone, pruned_alone, tmp_path, stage):
+    chosen = {"strategy": {"stage": stage}, "devices": 2, "prune": str(tmp_path / "pruning")}
+    assert pruned_alone["backbone_key"] != alone["backbone_key"]
+    for rank in run("zo_run", settings | chosen, tmp_path):
+        # each rank pruned with its half of the samples, whose sums round otherwise than those of one process
+        assert rank["updates"] == 6
+        assert rank["sharded"] == (stage == 3)
+        torch.testing.assert_close(rank["theta"], pruned_alone["theta"], atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(pruned_alone["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_encoder_and_its_new_head_train_as_in_one_process(tmp_path, stage):
     model_dir = save_tiny_encoder(tmp_path / "model")
