@@ -36,7 +36,7 @@ from wandazeta.callbacks import (
 )
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
-from wandazeta.run_record import RankLog, RunRecord
+from wandazeta.run_record import RankLog, RunRecord, keep_metrics
 
 __all__ = [
     "ClassificationDataModule",
@@ -160,6 +160,7 @@ class WandazetaCLI(LightningCLI):
             root = given.default_root_dir or "."
             kwargs["logger"] = CSVLogger(root, version=SLURMEnvironment.job_id())
         trainer = super().instantiate_trainer(**kwargs)
+        keep_metrics(trainer.loggers)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         records = [callback for callback in callbacks if isinstance(callback, RunRecord)]
         others = [callback for callback in callbacks if not isinstance(callback, RunRecord)]

@@ -6,8 +6,10 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import count
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
@@ -25,6 +28,23 @@ from wandazeta import environment
 _logger = logging.getLogger(__name__)
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _NEVER = sys.maxsize
+
+
+@rank_zero_only
+def keep_metrics(loggers: Sequence[Logger]) -> None:
+    """Move metrics of an earlier run in the same folder aside: CSVLogger would delete them.
+
+    A requeued job has the folder that it had, and so has a run with a fixed version. `metrics-1.csv` are the oldest.
+
+    Args:
+        loggers: The loggers of the run.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            metrics = Path(logger.log_dir) / "metrics.csv"
+            if metrics.is_file():
+                others = (metrics.with_name(f"metrics-{number}.csv") for number in count(1))
+                metrics.rename(next(other for other in others if not other.exists()))
 
 
 class RankLog:

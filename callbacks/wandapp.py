@@ -326,8 +326,12 @@ class WandaPPPruneCallback(Callback):
     def _stop(self, trainer: Trainer, signals: DeferredSignals) -> NoReturn:
         name = signals.received.name if signals.received is not None else "a signal"
         self._exit_code = 128 + signals.received if signals.received is not None else 1
+        requeued = None
         if trainer.is_global_zero and signals.received is not None and signals.received == requeue_signal(trainer):
-            rank_zero_info(requeue_slurm_job())
+            requeued = requeue_slurm_job()
+            rank_zero_info(requeued)
+        # no rank ends before the job is back in the queue: the others would take that for an error
+        Ranks.of_process_group(trainer.strategy.root_device).first(requeued)
         rank_zero_info(
             f"Stopped by {name} while pruning: finished blocks are in '{self.output_dir}'; start the same command "
             "again to go on."

@@ -11,17 +11,24 @@ import yaml
 from .tiny_model import save_tiny_llama
 
 
-def write_fit_config(root, **trainer):
-    """Write `model/`, data and `config.yaml`, which prunes and fine-tunes in folders below `run`; to be run in root."""
+def write_inputs(root, num_blocks=2):
+    """Write `model/`, `reviews.jsonl` and `text.txt`."""
     rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
     (root / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
-    save_tiny_llama(root / "model")
-    settings = {
+    save_tiny_llama(root / "model", num_blocks=num_blocks)
+
+
+def fit_settings(inputs, outputs):
+    """Settings of `wandazeta fit` that prune the model of one folder and fine-tune it for six steps in another."""
+    calibration = {"source": f"{inputs}/text.txt", "sequence_length": 16, "num_calibration_samples": 6}
+    pruning = {"rounds": 1, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"{outputs}/pruning"}
+    checkpoint = {"dirpath": f"{outputs}/checkpoints", "every_n_train_steps": 2, "save_top_k": 0, "save_last": True}
+    return {
         "model": {
             "class_path": "ZerothOrderModule",
             "init_args": {
-                "model_name_or_path": "model",
+                "model_name_or_path": f"{inputs}/model",
                 "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
                 "trainable": {"class_path": "TensorTrainAdapters", "init_args": {"bottleneck": 8}},
             },
@@ -29,17 +36,14 @@ def write_fit_config(root, **trainer):
         "data": {
             "class_path": "PromptedClassificationDataModule",
             "init_args": {
-                "source": "reviews.jsonl",
+                "source": f"{inputs}/reviews.jsonl",
                 "template": "{text} is",
                 "options": [" bad", " good"],
                 "batch_size": 4,
                 "num_train": 40,
                 "num_val": 8,
                 "num_test": 8,
-                "calibration": {
-                    "class_path": "TextDataModule",
-                    "init_args": {"source": "text.txt", "sequence_length": 16, "num_calibration_samples": 6},
-                },
+                "calibration": {"class_path": "TextDataModule", "init_args": calibration},
             },
         },
         "trainer": {
@@ -51,29 +55,19 @@ def write_fit_config(root, **trainer):
             "enable_model_summary": False,
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
             "callbacks": [
-                {
-                    "class_path": "WandaPPPruneCallback",
-                    "init_args": {
-                        "rounds": 1,
-                        "samples_per_round": 4,
-                        "num_calibration_samples": 6,
-                        "output_dir": "run/pruning",
-                    },
-                },
-                {
-                    "class_path": "ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": "run/checkpoints",
-                        "every_n_train_steps": 2,
-                        "save_top_k": 0,
-                        "save_last": True,
-                    },
-                },
+                {"class_path": "WandaPPPruneCallback", "init_args": pruning},
+                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
             ],
         },
     }
-    path = root / "config.yaml"
+
+
+def write_fit_config(root, **trainer):
+    """Write the inputs and `config.yaml`, which writes to folders below `run`; to be run in root."""
+    write_inputs(root)
+    settings = fit_settings(".", "run")
     settings["trainer"] |= trainer
+    path = root / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
 

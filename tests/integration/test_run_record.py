@@ -92,6 +92,21 @@ def test_each_logger_has_the_metrics_once(two_ranks):
 
 
 @pytest.mark.slow
+def test_metrics_of_the_same_folder_are_kept_when_it_runs_again(two_ranks, tmp_path):
+    shutil.copytree(two_ranks[0], tmp_path, dirs_exist_ok=True)
+    first = (tmp_path / "run/log/metrics.csv").read_text()
+    for number in (1, 2):
+        done = wandazeta(tmp_path, "fit", "-c", "config.yaml", "--trainer.max_steps", str(STEPS + number))
+        assert done.returncode == 0, done.stderr
+        for name in ("log", "second"):
+            files = sorted(path.name for path in (tmp_path / "run" / name).glob("metrics*.csv"))
+            assert files == [*(f"metrics-{earlier + 1}.csv" for earlier in range(number)), "metrics.csv"]
+    assert (tmp_path / "run/log/metrics-1.csv").read_text() == first
+    rows = list(csv.DictReader((tmp_path / "run/log/metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [STEPS + 1]
+
+
+@pytest.mark.slow
 def test_configuration_and_environment_are_those_of_all_ranks(two_ranks):
     folder, _ = two_ranks
     environment = json.loads((folder / "run/log/environment.json").read_text())

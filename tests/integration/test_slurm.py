@@ -1,8 +1,9 @@
 """The shipped batch scripts on a real SLURM of one node: two ranks, preemption, and the same files in the end."""
 
+import csv
 import hashlib
-import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers import slurm
-from helpers.tiny_model import save_tiny_llama
+from helpers.fit_config import fit_settings, write_inputs
 
 pytestmark = [
     pytest.mark.slurm,
@@ -31,10 +32,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    rows = [{"text": f"{index} {'fine' if index % 2 else 'poor'}", "label": index % 2} for index in range(200)]
-    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
-    save_tiny_llama(folder / "model", num_blocks=4)
+    write_inputs(folder, num_blocks=4)
     return folder
 
 
@@ -46,45 +44,24 @@ def environment():
 
 def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     """Prunes on two ranks and fine-tunes; blocks take so many seconds more."""
-    pruning = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": "pruning"}
-    checkpoint = {"dirpath": "checkpoints", "every_n_train_steps": 1, "save_top_k": 0, "save_last": True}
-    environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
-    calibration = {"source": str(inputs / "text.txt"), "sequence_length": 16, "num_calibration_samples": 6}
-    config = {
-        "model": {
-            "class_path": "helpers.slow_module.SlowZerothOrderModule",
-            "init_args": {"model_name_or_path": str(inputs / "model"), "seconds": seconds},
-        },
-        "data": {
-            "class_path": "PromptedClassificationDataModule",
-            "init_args": {
-                "source": str(inputs / "reviews.jsonl"),
-                "template": "{text} is",
-                "options": [" bad", " good"],
-                "batch_size": 4,
-                "num_train": 40,
-                "num_val": 8,
-                "num_test": 8,
-                "calibration": {"class_path": "TextDataModule", "init_args": calibration},
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "strategy": "ddp",
-            "max_steps": STEPS,
-            "max_epochs": -1,
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": "run",
-            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
-            "plugins": [{"class_path": environment, "init_args": {"requeue_signal": requeue_signal}}],
-            "callbacks": [
-                {"class_path": "WandaPPPruneCallback", "init_args": pruning},
-                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
-            ],
-        },
+    config = fit_settings(inputs, ".")
+    config["model"] = {
+        "class_path": "helpers.slow_module.SlowZerothOrderModule",
+        "init_args": {"model_name_or_path": str(inputs / "model"), "seconds": seconds},
     }
+    environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+    config["trainer"] |= {
+        "strategy": "ddp",
+        "max_steps": STEPS,
+        "limit_val_batches": 0,
+        "default_root_dir": "run",
+        "plugins": [{"class_path": environment, "init_args": {"requeue_signal": requeue_signal}}],
+    }
+    config["trainer"]["logger"]["init_args"]["flush_logs_every_n_steps"] = 1
+    pruning, checkpoint = (callback["init_args"] for callback in config["trainer"]["callbacks"])
+    pruning["rounds"] = 2
+    # nothing is written before the end, but for what a preempted job writes itself
+    checkpoint["every_n_train_steps"] = STEPS
     folder.mkdir()
     (folder / "runs" / "slurm").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -109,6 +86,12 @@ def through(cluster, number, folder):
     job = cluster.wait(number, ended)
     assert job["JobState"] == "COMPLETED", log(folder)[-4000:]
     return int(job["Restarts"])
+
+
+def logged(folder):
+    """Steps whose loss each file of metrics has, the oldest file first."""
+    files = [*sorted(folder.glob("run/log/metrics-*.csv")), *folder.glob("run/log/metrics.csv")]
+    return [[int(row["step"]) for row in csv.DictReader(file.open()) if row["train/loss"]] for file in files]
 
 
 def blocks_of(folder):
@@ -157,7 +140,7 @@ def test_a_job_preempted_within_a_step_goes_on_to_the_same_bits(cluster, inputs,
     fit_config(inputs, folder, seconds=0.05)
     number = fit(cluster, folder)
     # a step is 4 forwards of 4 slow blocks on each rank: nearly all of the time is spent within one
-    cluster.wait(number, lambda job: (folder / "checkpoints" / "last.ckpt").exists())
+    cluster.wait(number, lambda job: sum(map(len, logged(folder))) >= 2)
     if ranks == "both":
         cluster.run("scancel", "--signal=USR1", number)
     else:
@@ -166,8 +149,15 @@ def test_a_job_preempted_within_a_step_goes_on_to_the_same_bits(cluster, inputs,
         (pid,) = (int(line[0]) for line in lines if line[2] == "0" and line[3] == "1")
         os.kill(pid, signal.SIGUSR1)
     assert through(cluster, number, folder) == 1
-    assert "Handling auto-requeue signal" in log(folder)
-    assert list((folder / "run").glob("hpc_ckpt_*.ckpt"))
+    (step,) = (int(found) for found in re.findall(r"Preempted after step (\d+): ", log(folder)))
+    assert 0 < step < STEPS
+    assert re.findall(r"Restored all states from the checkpoint at .*/checkpoints/last\.ckpt", log(folder))
+    # a requeued job trains on until SLURM ends it
+    first, second = logged(folder)
+    assert first == list(range(len(first)))
+    assert len(first) >= step
+    assert second == list(range(step, STEPS))
+    assert [path.name for path in folder.rglob("*.ckpt")] == ["last.ckpt"]
     assert_equal(result(folder), result(undisturbed))
 
 
