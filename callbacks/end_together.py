@@ -114,18 +114,23 @@ class _Watch:
         """Say that this rank has come to its end; rank 0, which may hold the store, waits for the others'."""
         self._say_left()
         with contextlib.suppress(dist.DistError):
-            while self._rank == 0 and self._store.add("left", 0) < self._size:
-                time.sleep(0.05)
+            before = self._beats()
+            while self._rank == 0 and not self._all_left(_LOOKS * _PERIOD_S):
+                after = self._beats()
+                silent = self._silent(before, after)
+                if silent is not None:
+                    self.end(self._judge(_lost(silent)))
+                before = after
         self._stop()
 
     def fail(self) -> None:
         """Say that this rank ends with an error of its own; rank 0 waits until the others know."""
-        self._judge(f"rank {self._rank} ended with an error, which it has told where it ran; {_AGAIN}")
-        self._say_left()
-        deadline = time.monotonic() + 2 * _PERIOD_S
         with contextlib.suppress(dist.DistError):
-            while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < deadline:
-                time.sleep(0.05)
+            self._judge(f"rank {self._rank} ended with an error, which it has told where it ran; {_AGAIN}")
+        self._say_left()
+        with contextlib.suppress(dist.DistError):
+            if self._rank == 0:
+                self._all_left(2 * _PERIOD_S)
         self._stop()
 
     def find(self) -> str | None:
@@ -141,9 +146,16 @@ class _Watch:
                 self._verdict = self._judge(self._killed_child())
                 time.sleep(0.05)
             after = self._beats()
-            others = (rank for rank in range(self._size) if rank != self._rank)
-            silent = next((rank for rank in others if before[rank] == after[rank] < _LEFT), None)
-            return self._verdict or (self._judge(_lost(silent)) if silent is not None else None)
+            silent = self._silent(before, after)
+            waiting = [rank for rank in range(self._size) if after[rank] == 0]
+            if silent is None and len(waiting) == 1:
+                silent = waiting[0]
+            if silent is not None:
+                return self._verdict or self._judge(_lost(silent))
+            if waiting:
+                # most of them are still loading, and one is lost
+                return self._verdict or self._judge(f"one of the ranks {waiting} is lost before it began; {_AGAIN}")
+            return self._verdict or None
         except dist.DistError:
             return self._verdict or _lost(0)
 
@@ -160,6 +172,19 @@ class _Watch:
         for child in self._children:
             child.kill()
         os._exit(1)
+
+    def _silent(self, before: list[int], after: list[int]) -> int | None:
+        """The first other rank that has begun, has not left and has not beaten in between."""
+        others = (rank for rank in range(self._size) if rank != self._rank)
+        return next((rank for rank in others if 0 < before[rank] == after[rank] < _LEFT), None)
+
+    def _all_left(self, seconds: float) -> bool:
+        """Wait for all ranks to leave, at most so long; looks are counted, as a whole job may be stopped meanwhile."""
+        for _ in range(int(seconds / 0.05)):
+            if self._store.add("left", 0) >= self._size:
+                return True
+            time.sleep(0.05)
+        return False
 
     def _say_left(self) -> None:
         with contextlib.suppress(dist.DistError):
