@@ -128,7 +128,8 @@ class FirstOrderModule(LanguageModel):
             self._require_adapters("train")
             # models come from their files in evaluation mode, without dropout
             self.backbone.train()
-            adjust_strategy(self.trainer.strategy, save_frozen=self.train_mode == "full")
+        if self._trainer is not None:
+            adjust_strategy(self._trainer.strategy, save_frozen=self.train_mode == "full")
 
     def _check_target_modules(self) -> None:
         known = {name for name, module in self.backbone.named_modules() if name and not any(module.children())}

@@ -15,6 +15,7 @@ from wandazeta.stored import is_stored, require_whole
 
 from .adapter_files import backbone_fingerprint
 from .encoder import EncoderClassifier, HeadScorer
+from .exchange import adjust_strategy
 from .loading import check_loading, load_backbone, load_tokenizer
 from .scoring import Scorer, is_classification
 from .shares import loading_in_shares
@@ -104,6 +105,8 @@ class LanguageModel(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if self._trainer is not None:
+            adjust_strategy(self._trainer.strategy)
         self._build_in_shares()
         require_whole(self)
 

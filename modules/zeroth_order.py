@@ -193,10 +193,10 @@ class ZerothOrderModule(TrainedByForwards):
     @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which may have been pruned by now, and put the adapters in."""
-        if stage == "fit":
-            if isinstance(self.trainable, Weights):
-                require_whole_weights(self.trainer.strategy)
-            adjust_strategy(self.trainer.strategy)
+        if stage == "fit" and isinstance(self.trainable, Weights):
+            require_whole_weights(self.trainer.strategy)
+        if self._trainer is not None:
+            adjust_strategy(self._trainer.strategy)
         if self._build_in_shares():
             self.trainable.check(self.backbone, self.update_rule.num_states)
         if self._trainer is not None:

@@ -1,4 +1,4 @@
-"""Validates a causal language model as a program of its own, or as several ranks."""
+"""Validates and tests causal language models as a program of its own, or as several ranks."""
 
 import json
 import os
@@ -9,22 +9,30 @@ import torch
 
 
 def main():
-    """Validate as the JSON file given says; every rank writes its loss."""
-    from helpers.causal_lms import step_loader, text_batch
+    """Validate and test every kind of module as the JSON file given says; every rank writes its losses."""
     from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
     from helpers.processes import leave_process_group
     from lightning.pytorch import Trainer
 
-    from wandazeta.modules import LanguageModel
+    from wandazeta.datamodules import TextDataModule
+    from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    strategy = CPUDeepSpeedStrategy(stage=3) if settings["shard"] else "auto"
-    trainer = Trainer(accelerator="cpu", devices=settings["devices"], strategy=strategy, **quiet)
-    module = LanguageModel(settings["model_dir"], shard_on_load=settings["shard"])
-    (metrics,) = trainer.validate(module, step_loader(text_batch(8), 4, trainer, 0), verbose=False)
-    held = sum(parameter.numel() for parameter in module.backbone.parameters())
-    result = {"loss": torch.tensor(metrics["val/loss"]), "whole_values": torch.tensor(held)}
+    result = {}
+    for kind in (LanguageModel, ZerothOrderModule, FirstOrderModule):
+        strategy = CPUDeepSpeedStrategy(stage=settings["stage"]) if settings["stage"] else "auto"
+        trainer = Trainer(accelerator="cpu", devices=settings["devices"], strategy=strategy, **quiet)
+        shares = {"shard_on_load": True} if settings["shard"] and kind is not FirstOrderModule else {}
+        module = kind(settings["model_dir"], **shares)
+        data = TextDataModule(settings["text"], sequence_length=16, batch_size=2, eval_windows=8)
+        losses = []
+        for verb in (trainer.validate, trainer.test):
+            (metrics,) = verb(module, data, verbose=False)
+            losses += [value for name, value in sorted(metrics.items()) if name.endswith("/loss")]
+        result[kind.__name__] = torch.tensor(losses)
+        if kind is LanguageModel:
+            result["whole_values"] = torch.tensor(sum(weight.numel() for weight in module.backbone.parameters()))
     torch.save(result, Path(settings["root"]) / f"result-{trainer.global_rank}.pt")
     leave_process_group()
 

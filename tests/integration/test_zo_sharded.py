@@ -77,10 +77,20 @@ def test_goes_on_in_shares_from_a_checkpoint_of_whole_weights(settings, tmp_path
         assert torch.equal(rank["theta"], undisturbed[0]["theta"])
 
 
-def test_a_model_in_shares_is_validated_as_a_whole_one(settings, tmp_path):
-    settings = {"model_dir": settings["model_dir"]}
-    (alone,) = run("validate_run", settings | {"devices": 1, "shard": False}, tmp_path / "alone")
-    assert alone["whole_values"] > 0
-    for rank in run("validate_run", settings | {"devices": 2, "shard": True}, tmp_path / "two"):
-        torch.testing.assert_close(rank["loss"], alone["loss"])
-        assert rank["whole_values"] == 0
+@pytest.mark.parametrize(("stage", "shard"), [(2, False), (3, False), (3, True)], ids=["2", "3", "3-shares"])
+def test_modules_validate_and_test_with_data_modules_as_without_deepspeed(evaluated, tmp_path, stage, shard):
+    settings, alone = evaluated
+    for rank in run("validate_run", settings | {"devices": 2, "stage": stage, "shard": shard}, tmp_path):
+        assert (int(rank.pop("whole_values")) == 0) == (stage == 3)
+        for kind, losses in rank.items():
+            assert len(losses) == 2
+            torch.testing.assert_close(losses, alone[kind])
+
+
+@pytest.fixture(scope="module")
+def evaluated(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(200)))
+    settings = {"model_dir": settings["model_dir"], "text": str(folder / "text.txt")}
+    (alone,) = run("validate_run", settings | {"devices": 1, "stage": 0, "shard": False}, folder / "alone")
+    return settings, alone
