@@ -88,14 +88,17 @@ def gathered_weights(shape: Shape, value_bytes: int) -> int:
 
 
 def adapter_bytes(num_parameters: int, copies: int, states: int = 0) -> int:
-    """Bytes of a step's vectors: the trained one, its copies, a gradient, a direction and the update's states.
+    """Most bytes of a step's vectors: the trained one and the update's states, and what comes and goes beside them.
+
+    While losses are evaluated these are the perturbed copies and a direction; while the vector is moved, the
+    gradient, and the new vector and states, which take the old ones' place in one go.
 
     Args:
-        num_parameters: Trained values.
+        num_parameters: Trained values, in float32.
         copies: Perturbed copies in one forward, `query_chunk_size` at most.
         states: States of the update, 2 of `RAdaZOUpdate`.
     """
-    return 4 * num_parameters * (1 + copies + 2 + states)
+    return 4 * num_parameters * (1 + states + max(copies + 1, 2 + states))
 
 
 def activation_bytes(shape: Shape, tokens: int, value_bytes: int) -> int:

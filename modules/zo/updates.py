@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -64,7 +65,7 @@ class RAdaZOUpdate:
         """Move `theta` and both moments in place, as `Update.step_` says."""
         mean, square = states_Sd
         mean.lerp_(grad, 1 - self.beta1)
-        square.lerp_(mean.square(), 1 - self.beta2)
-        corrected_mean = mean / (1 - self.beta1 ** (num_updates + 1))
-        corrected_square = square / (1 - self.beta2 ** (num_updates + 1))
-        theta.sub_(corrected_mean / corrected_square.sqrt_().add_(self.eps), alpha=lr)
+        square.mul_(self.beta2).addcmul_(mean, mean, value=1 - self.beta2)
+        # in the gradient's place: a trained vector may be as long as the model
+        root = torch.div(square, 1 - self.beta2 ** (num_updates + 1), out=grad).sqrt_().add_(self.eps)
+        theta.addcdiv_(mean, root, value=-lr / (1 - self.beta1 ** (num_updates + 1)))
