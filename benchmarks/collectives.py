@@ -15,7 +15,6 @@ class CountBytes:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.calls = 0
         self.counting = False
         for name in ("all_reduce", "broadcast"):
             self._wrap(name, lambda tensor: [tensor])
@@ -27,7 +26,6 @@ class CountBytes:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self.counting:
-                self.calls += 1
                 self.bytes += sum(t.numel() * t.element_size() for t in tensors_of(*args[:take]))
             return original(*args, **kwargs)
 

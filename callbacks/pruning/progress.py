@@ -42,7 +42,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written, as on a full disk; the error names the file, and nothing is left of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # the same for all files of a folder: what a kill leaves is written over, and no pattern of a name finds it
+    temporary = path.with_name(".writing.tmp")
     with removed_if_unwritten(temporary, path):
         with temporary.open("wb") as file:
             file.write(content)

@@ -1,13 +1,12 @@
 """A disk that fills up under rank 0: both ranks end with a line, nothing is half written, and the next run goes on."""
 
 import contextlib
-import os
 import shutil
-import subprocess
 import time
 
 import pytest
 import torch
+from helpers.small_disk import small_disk as small_disk_at
 from helpers.two_ranks import SOON_S, assert_same, run, start, trained, write_fit_config
 
 from wandazeta.callbacks import WholeFileCheckpointIO
@@ -19,14 +18,8 @@ pytestmark = pytest.mark.slow
 def root(tmp_path_factory):
     """A folder with a file system of a few megabytes at `small`."""
     root = tmp_path_factory.mktemp("full_disk")
-    small = root / "small"
-    small.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
-    if not mounted or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("needs root and the right to mount a file system")
-    yield root
-    subprocess.run(["umount", "--lazy", str(small)], check=True)
+    with small_disk_at(root / "small", 16):
+        yield root
 
 
 @pytest.fixture(scope="module")

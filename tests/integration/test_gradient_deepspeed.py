@@ -136,9 +136,8 @@ def interrupted(settings, alone, tmp_path_factory):
     return root, ranks
 
 
+@pytest.mark.parametrize("spread", [2], indirect=True, ids=["two ranks"])
 def test_resuming_is_what_a_run_without_a_stop_is(interrupted, spread, alone):
-    if len(spread) == 1:
-        pytest.skip("checkpoints are of two ranks")
     _, ranks = interrupted
     for name in (n for n in ranks[0] if n in spread[0]):
         for rank, whole in zip(ranks, spread, strict=True):

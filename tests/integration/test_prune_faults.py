@@ -3,12 +3,12 @@
 import os
 import resource
 import shutil
-import subprocess
 from contextlib import contextmanager
 
 import pytest
 from helpers.prune_config import write_prune_config
 from helpers.pruning import Tiny, callback, loader, same, trainer
+from helpers.small_disk import small_disk as small_disk_at
 from safetensors.torch import load_file, save_file
 
 from wandazeta.callbacks.pruning import export, progress
@@ -47,14 +47,10 @@ def inputs(prepared, tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(inputs):
     """A file system of a few megabytes at `run`."""
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(inputs / "run")]
-    if not mounted or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("needs root and the right to mount a file system")
-    os.chdir(inputs / "run")
-    yield inputs / "run"
-    os.chdir("/")
-    subprocess.run(["umount", "--lazy", str(inputs / "run")], check=True)
+    with small_disk_at(inputs / "run", 4) as disk:
+        os.chdir(disk)
+        yield disk
+        os.chdir("/")
 
 
 def fill(disk, left):
