@@ -13,10 +13,12 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.causal_lms import save_tiny_lm
+from helpers.prune_config import write_prune_config
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from wandazeta.callbacks.pruning.options import PruneOptions
+from wandazeta.main import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}
@@ -217,6 +219,46 @@ def test_memory_is_measured_for_all_that_can_be_trained(tmp_path):
     assert all(record["peak_gib"] > 0 and record["inference_gib"] > 0 for record in content["records"])
     again = run("zo_memory.py", *setting)
     assert (again.returncode, again.stdout) == (0, ""), "measured again"
+
+
+def test_recovery_runs_every_rate_and_shows_the_one_that_validation_chose(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import prune_tables
+    import recovery
+
+    write_prune_config(tmp_path)
+    (tmp_path / "progress").mkdir()
+    monkeypatch.chdir(tmp_path / "progress")
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+    main(["prune", "-c", "../config.yaml", "--output_dir", str(tmp_path / "pruned")])
+    lines = (json.dumps({"text": f"{index} is not {index + 1}. " * 80}) + "\n" for index in range(60))
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(recovery, "SOURCE", str(tmp_path / "text.jsonl"))
+    monkeypatch.setattr(recovery, "RESULT", tmp_path / "recovery.json")
+    setting = ["--models", str(tmp_path / "pruned"), "--steps", "2", "--batch-size", "2", "--eval-windows", "2"]
+    monkeypatch.setattr("sys.argv", ["recovery.py", *setting, "--learning-rates", "1e-3", "1e1"])
+    recovery.main()
+    content = json.loads((tmp_path / "recovery.json").read_text())
+    records = content["records"]
+    assert [(r["method"], r["learning_rate"]) for r in records] == [
+        (method, rate) for method in ("lora", "masked_full") for rate in (1e-3, 10.0)
+    ]
+    for r in records:
+        assert (r["pruned_by"], r["pattern"], r["model"]) == ("wanda++", "2:4", "pruned")
+        assert all(r["perplexity_before"][split] > 1 for split in ("val", "test"))
+    good = [r for r in records if r["learning_rate"] == 1e-3]
+    assert all(r["perplexity_after"]["val"] < r["perplexity_before"]["val"] for r in good)
+    rows = prune_tables.recovery_table(content).splitlines()[2:4]
+    for row, r in zip(rows, good, strict=True):
+        assert f"| {r['perplexity_before']['test']:.1f} | {r['perplexity_after']['test']:.1f} |" in row
+        assert "| 0.001 | 2 |" in row
+
+    monkeypatch.setattr(recovery, "recover", None)
+    recovery.main()
+    monkeypatch.setattr("sys.argv", ["recovery.py", "--models", str(tmp_path)])
+    with pytest.raises(SystemExit, match="directories that `wandazeta prune` wrote"):
+        recovery.main()
 
 
 def arguments(**changes):
