@@ -29,10 +29,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from records import ROOT, describe, finished, is_finished, write
 from rich.console import Console
 from rich.table import Table
-from step_rows import STEP_HEADING, step_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from zo_tables import STEP_HEADING, step_rows
 
 from wandazeta.datamodules import PromptedClassificationDataModule
 from wandazeta.modules import LanguageModel, ZerothOrderModule
