@@ -108,7 +108,8 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     """The module of a method, `LanguageModel` where nothing is trained."""
     method = run["method"]
     options = dict(method.get("init_args", {}))
-    options |= method.get("with_head", {}) if run["head"] else {}
+    if "with_head" in method:
+        options |= method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
     options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
     if "class_path" in method:
         # a grid names an epsilon for methods that have one

@@ -47,8 +47,7 @@ tags: [{kind.replace("_", "-")}, wandazeta]
 They fit the weights that they were trained on, pruned as they were then: loading them onto others is refused.
 {_PRUNED if description["backbone_key"] != description["backbone_fingerprint"] else ""}
 ```python
-{_model(name, description)}
-load_adapters(model, "path/to/this/directory")
+{_usage(name, description)}
 ```
 {_PEFT if kind == "lora" else ""}"""
 
@@ -61,8 +60,20 @@ peft reads the same files (without a look at the weights): `PeftModel.from_pretr
 """
 
 
+def _usage(name: str, description: dict[str, Any]) -> str:
+    """The lines that load the base model and the adapters; an encoder's has a new head of as many classes."""
+    directory = '"path/to/this/directory"'
+    linear, *_, outputs = (description["linears"] or [":"])[0].split(":")
+    if linear == "answers":
+        return f"""from wandazeta.modules import ZerothOrderModule
+
+model = ZerothOrderModule("{name}", dtype="{description["dtype"]}", num_answers={outputs})
+model.load_adapters({directory})"""
+    return f"""{_model(name, description)}
+load_adapters(model, {directory})"""
+
+
 def _model(name: str, description: dict[str, Any]) -> str:
-    """The lines that load the base model; an encoder's has a new head of as many classes."""
     load = f'from_pretrained("{name}", dtype="{description["dtype"]}")'
     if not description["linears"]:
         return f"""from transformers import AutoModelForCausalLM

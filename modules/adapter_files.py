@@ -26,7 +26,7 @@ _WHAT = {
     "bottleneck": "`bottleneck`",
     "alpha": "`alpha`",
     "sites": "what carries adapters (`sites`, `target_modules`, `layers`)",
-    "linears": "what is trained in full, such as a new head (`num_classes`)",
+    "linears": "what is trained in full, a new head (`num_classes`) or answers (`num_answers`)",
     "update": "`update`",
     "schedule_states": "what `schedule` remembers",
     "lora_rank": "`lora_rank`",
@@ -138,9 +138,12 @@ def load_adapters(model: nn.Module, directory: str | Path) -> FlatBank:
         The adapters, on the device of the model's first parameter.
 
     Raises:
-        ValueError: If a file is missing, the model is another or it has adapters already.
+        ValueError: If a file is missing, the model is another or it has adapters already, or there are answers among
+            what was trained, which `ZerothOrderModule.load_adapters` alone has a place for.
     """
     saved = _read_description(Path(directory))
+    if any(text.startswith("answers:") for text in saved["linears"]):
+        raise ValueError("Expected adapters alone, but got answers too; load them by ZerothOrderModule.load_adapters")
     refuse_adapted(model)
     require_same(saved, {"backbone_fingerprint": backbone_fingerprint(model)})
     sites = [text.split(":") for text in saved["sites"]]

@@ -78,11 +78,6 @@ class EncoderClassifier(nn.Module):
 class HeadScorer(Scorer):
     """Runs an encoder with a classification head, under the same calls as a language model over answer options."""
 
-    last_features: Tensor
-    """What the head was last given, `[P·B, D]`."""
-    last_logits: Tensor
-    """What came of it, `[P, B, C]` in fp64."""
-
     @override
     def prepare(self, batch: Mapping[str, Tensor]) -> Prepared:
         """Lay out a batch and look up its frozen prefix.
@@ -111,8 +106,8 @@ class HeadScorer(Scorer):
 
         forward = self.head.forward
         logits = self._run(prepared, repeats, noted)
-        self.last_logits = logits.double().view(repeats, -1, logits.shape[-1])
-        return self.last_logits
+        self.last_scores = logits.double().view(repeats, -1, logits.shape[-1])
+        return self.last_scores
 
     @override
     def max_repeats(self, prepared: Prepared) -> int:

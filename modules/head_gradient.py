@@ -1,4 +1,4 @@
-"""The gradient of a new head in closed form, from a forward that is made anyway (ElasticZO, arXiv 2501.04287).
+"""The gradient of what comes last in closed form, from a forward that is made anyway (ElasticZO, arXiv 2501.04287).
 
 Legend: B examples, C classes, D hidden size, P perturbed copies, d length of the trained vector.
 """
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapters import FlatBank
+from .adapters import FlatBank, TensorTrainAdapters
 from .arguments import check_range
-from .encoder import HeadScorer
+from .scoring import Scorer
 from .zo import Directions
 
 
 class HeadGradient:
-    """Takes the gradient of the cross-entropy by the head of an encoder from the base of one-sided slopes.
+    """Takes the gradient of the cross-entropy by a new head, or by the answers, from the base of one-sided slopes.
 
     The head is the last thing that a forward computes, so its gradient is `(softmax(logits) - onehot)ᵀ features`: there
     is nothing to propagate back. It is exact where a slope would tell one number about its C·(D + 1) coordinates, and
@@ -26,13 +26,13 @@ class HeadGradient:
     Args:
         bank: Holds the adapters and, at the end of its vector, the head.
         scorer: Runs the model.
-        name: Name of the head in the bank.
     """
 
-    def __init__(self, bank: FlatBank, scorer: HeadScorer, name: str = "head") -> None:
+    def __init__(self, bank: FlatBank, scorer: Scorer) -> None:
         self.bank = bank
         self.scorer = scorer
-        self.name = name
+        # the only Linear that is trained in full
+        ((self._classes, self._width),) = bank.linear_shapes.values()
         self._found: Tensor | None = None
 
     def directions(self, directions: Directions) -> Directions:
@@ -77,21 +77,54 @@ class HeadGradient:
         self._head(grad).copy_(head_grad)
 
     def _of_first(self, num_copies: int, labels: Tensor) -> Tensor:
-        features_PBD, logits_PBC = self.scorer.last_features.unflatten(0, (num_copies, -1)), self.scorer.last_logits
-        wrong_BC = logits_PBC[0].softmax(-1) - F.one_hot(labels, logits_PBC.shape[-1])
+        features_PBD, scores_PBC = self.scorer.last_features.unflatten(0, (num_copies, -1)), self.scorer.last_scores
+        wrong_BC = scores_PBC[0].softmax(-1) - F.one_hot(labels, scores_PBC.shape[-1])
         grad_CD = wrong_BC.mT @ features_PBD[0].to(wrong_BC) / len(labels)
         return torch.cat([grad_CD.flatten(), wrong_BC.mean(0)]).to(self.bank.theta)
 
     def _head(self, vector: Tensor) -> Tensor:
-        rows, columns = self.bank.linear_shapes[self.name]
-        # the only Linear that is trained in full
-        return vector[-rows * (columns + 1) :]
+        return vector[-self._classes * (self._width + 1) :]
+
+
+def answers_head(width: int, num_answers: int) -> nn.Linear:
+    """A Linear of zeros, which leaves a model its own answers to begin with."""
+    with torch.inference_mode(False):
+        answers = nn.Linear(width, num_answers)
+        for parameter in answers.parameters():
+            nn.init.zeros_(parameter)
+    return answers
+
+
+def check_num_answers(num_answers: int | None, num_classes: int | None, trainable: Any) -> None:
+    """Check what goes with trained answers.
+
+    Raises:
+        ValueError: If there are fewer than two, a new head is there instead, or no tensor trains are beside them.
+    """
+    if num_answers is None:
+        return
+    check_range("num_answers", num_answers, num_answers >= 2, "at least 2")
+    if num_classes is not None:
+        raise ValueError("Expected either `num_classes`, for an encoder, or `num_answers`, for a language model")
+    if trainable is not None and not isinstance(trainable, TensorTrainAdapters):
+        raise ValueError(
+            f"Expected `trainable` to be TensorTrainAdapters beside `num_answers`, but got {type(trainable).__name__}; "
+            "other formats have no place for the answers"
+        )
 
 
 def check_head_gradient(
-    head_gradient: str, num_classes: int | None, objective: Any, estimator: str, aggregation: str, weights: bool
+    head_gradient: str, num_trained: int | None, objective: Any, estimator: str, aggregation: str, weights: bool
 ) -> None:
     """Check what goes with the head's exact gradient.
+
+    Args:
+        head_gradient: As it was given.
+        num_trained: Classes of a new head, or answers.
+        objective: What is lowered instead of the cross-entropy, if anything.
+        estimator: How slopes are measured.
+        aggregation: How slopes become a gradient.
+        weights: Whether the model's own weights are trained.
 
     Raises:
         ValueError: If there is no head, its loss has no gradient, or no forward is made at the trained vector itself.
@@ -100,7 +133,7 @@ def check_head_gradient(
     if head_gradient == "estimated":
         return
     for what, fits, remedy in (
-        ("a model with `num_classes`", num_classes is not None, "there is no new head"),
+        ("`num_classes` or `num_answers`", num_trained is not None, "there is neither a new head nor answers"),
         ("no `objective`", objective is None, "a metric has no gradient"),
         ("adapters in `trainable`", not weights, "`Weights` are moved one by one"),
         ('`estimator="one_sided"`', estimator == "one_sided", "two sides have no forward at the vector itself"),

@@ -93,12 +93,19 @@ class Scorer:
         ValueError: If the model has no output embeddings.
     """
 
+    last_features: Tensor
+    """What the head was last given where the answer begins, `[P·B, D]`; noted where something is trained on it."""
+    last_scores: Tensor
+    """Scores that came of it, `[P, B, C]` in fp64."""
+
     def __init__(self, model: nn.Module, prefix: FrozenPrefix | None = None, max_logits: int = 2**28) -> None:
         self.model = model
         self.prefix = prefix
         self.max_logits = max_logits
         self.head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] = _rows
         """Gives rows of the head's weight and bias; whoever moves weights has others to give."""
+        self.answers: Callable[[Tensor], Tensor] | None = None
+        """Adds to the scores of the options, from the features `[P·B, D]`; what is trained of the answers."""
         self._prefix_checked = False
         if self.head is None:
             raise ValueError(f"Expected a language model with output embeddings, but got {type(model).__name__}")
@@ -135,16 +142,33 @@ class Scorer:
 
         Returns:
             Scores `[P, B, C]` in fp64.
+
+        Raises:
+            ValueError: If another number of answers is trained than there are options.
         """
+        scores_PBC = self._prompted_scores(prepared, repeats)
+        if self.answers is None:
+            return scores_PBC
+        num_options = scores_PBC.shape[-1]
+        if len(self.last_features) != scores_PBC.shape[:2].numel():
+            # a row for each option, all with the same prompt
+            self.last_features = self.last_features.unflatten(0, (-1, num_options))[:, 0]
+        added = self.answers(self.last_features)
+        if added.shape[-1] != num_options:
+            raise ValueError(f"Expected batches of `num_answers` = {added.shape[-1]} options, but got {num_options}")
+        self.last_scores = scores_PBC + added.double().view_as(scores_PBC)
+        return self.last_scores
+
+    def _prompted_scores(self, prepared: Prepared, repeats: int) -> Tensor:
         options_CL, mask_CL = prepared.option_ids, prepared.option_mask
         assert options_CL is not None
         assert mask_CL is not None
         num_options, longest = options_CL.shape
         if longest == 1:
             # the log-softmax over the vocabulary cancels in the cross-entropy over the options
-            logits = self._run(prepared, repeats, self._option_head(options_CL[:, 0]))
+            logits = self._run(prepared, repeats, self._noting(self._option_head(options_CL[:, 0])))
             return logits.double().view(repeats, -1, num_options)
-        logits_RLV = self._run(prepared, repeats, self.head.forward).float()
+        logits_RLV = self._run(prepared, repeats, self._noting(self.head.forward)).float()
         logprobs_RLV = logits_RLV.view(-1, num_options, longest, logits_RLV.shape[-1]).log_softmax(-1)
         tokens = options_CL.expand(len(logprobs_RLV), -1, -1)[..., None]
         logprobs = logprobs_RLV.gather(-1, tokens)[..., 0].double() * mask_CL
@@ -180,6 +204,16 @@ class Scorer:
                 return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
         return options_only
+
+    def _noting(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        if self.answers is None:
+            return head
+
+        def noted(hidden: Tensor) -> Tensor:
+            self.last_features = hidden[:, 0]
+            return head(hidden)
+
+        return noted
 
     def _run(self, prepared: Prepared, repeats: int, head: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the output of the model whose output embeddings see the scored positions only: `[P·R, S, …]`."""

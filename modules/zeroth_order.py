@@ -19,7 +19,7 @@ from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
 from .exchange import Exchange, adjust_strategy, require_whole_weights
-from .head_gradient import HeadGradient, check_head_gradient
+from .head_gradient import HeadGradient, answers_head, check_head_gradient, check_num_answers
 from .language_model import evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
@@ -65,6 +65,8 @@ class ZerothOrderModule(TrainedByForwards):
         trust_remote_code: Run code that comes with the model; only for sources that you trust.
         pad_token: Token to pad with, for tokenizers that have none.
         num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        num_answers: Answer options of a language model to train a matrix and a bias for, which add to their scores from
+            the state that the answer begins at; zero at first, so that training begins with the prompt's own answers.
         shard_on_load: Load every weight in shares, one for each rank, to train on a model that one process cannot hold;
             for DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
@@ -74,8 +76,8 @@ class ZerothOrderModule(TrainedByForwards):
         estimator: How slopes are measured: `two_sided` differences (2 forwards a query), `one_sided` ones that share
             their base (1 a query and 1 more) or `forward_mode` derivatives, exact (counted as 2 a query).
         directions: Distribution of the directions, `gaussian` (the paper's) or `rademacher`.
-        head_gradient: Of a new head: `estimated` along the directions like all else, or `exact`, which the base of
-            `one_sided` slopes gives in closed form.
+        head_gradient: Of a new head, or of answers: `estimated` along the directions like all else, or `exact`, which
+            the base of `one_sided` slopes gives in closed form.
         aggregation: How slopes become a gradient: their `mean` (the paper's), `align` (projection on the span of the
             directions) or `fzoo` (mean over the slopes' standard deviation).
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
@@ -104,6 +106,7 @@ class ZerothOrderModule(TrainedByForwards):
         trust_remote_code: bool = False,
         pad_token: str | None = None,
         num_classes: int | None = None,
+        num_answers: int | None = None,
         shard_on_load: bool = False,
         objective: Objective | None = None,
         schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
@@ -134,8 +137,10 @@ class ZerothOrderModule(TrainedByForwards):
         schedule = schedule or ConstantSchedule(8)
         check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
         check_objective(objective, epsilon, estimator)
+        check_num_answers(num_answers, num_classes, trainable)
+        num_trained = num_classes if num_answers is None else num_answers
         check_head_gradient(
-            head_gradient, num_classes, objective, estimator, aggregation, isinstance(trainable, Weights)
+            head_gradient, num_trained, objective, estimator, aggregation, isinstance(trainable, Weights)
         )
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
@@ -158,6 +163,7 @@ class ZerothOrderModule(TrainedByForwards):
         self.objective = objective
         self.schedule, self.estimator = schedule, estimator
         self.directions, self.aggregation = directions, aggregation
+        self.num_answers = num_answers
         self.head_gradient = head_gradient
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
@@ -210,6 +216,10 @@ class ZerothOrderModule(TrainedByForwards):
         self.adapters = self.trainable.insert(self.backbone, self.seed)
         if isinstance(self.adapters, FlatBank) and isinstance(self.scorer, HeadScorer):
             train_linears(self.backbone, self.adapters, ["head"])
+        if isinstance(self.adapters, FlatBank) and self.num_answers is not None:
+            width = self.backbone.config.get_text_config().hidden_size
+            self.adapters.append({"answers": answers_head(width, self.num_answers)})
+            self.scorer.answers = partial(self.adapters.linear, "answers")
         states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
@@ -246,7 +256,6 @@ class ZerothOrderModule(TrainedByForwards):
         self._head_gradient: HeadGradient | None = None
         if self.head_gradient == "exact":
             assert isinstance(self.adapters, FlatBank)
-            assert isinstance(self.scorer, HeadScorer)
             self._head_gradient = HeadGradient(self.adapters, self.scorer)
         warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:

@@ -216,9 +216,18 @@ def test_a_rate_that_is_too_large_is_a_result_and_no_end(tmp_path, config, bench
     assert {r["learning_rate"] for r in records if r["phase"] == "final"} == {1e-3}
 
 
-def test_options_for_a_head_are_for_models_with_one(tmp_path, config, benchmark):
+def test_what_is_in_closed_form_is_a_new_head_or_the_prompts_answers(tmp_path, config, benchmark, monkeypatch):
+    trained, original = [], benchmark.finetune_run.module_of
+
+    def noted(run, data):
+        module = original(run, data)
+        trained.append((run["head"], module.num_answers, module.head_gradient))
+        return module
+
+    monkeypatch.setattr(benchmark.finetune_run, "module_of", noted)
     config["methods"]["adazeta"]["init_args"] |= {"estimator": "one_sided"}
     config["methods"]["adazeta"]["with_head"] = {"head_gradient": "exact"}
     benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "adazeta"))
     records = json.loads((tmp_path / "result.json").read_text())["records"]
     assert {r["model"] for r in records if r["phase"] == "final"} == {"encoder", "decoder"}
+    assert set(trained) == {(True, None, "exact"), (False, 2, "exact")}

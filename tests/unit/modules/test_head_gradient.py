@@ -108,7 +108,7 @@ def test_two_ranks_train_as_one(model_dir, tmp_path, parallel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": None}, "a model with `num_classes`"),
+        ({"num_classes": None}, "`num_classes` or `num_answers`"),
         ({"estimator": "two_sided"}, '`estimator="one_sided"`'),
         ({"aggregation": "align"}, "`aggregation` mean or fzoo"),
         ({"objective": MulticlassAccuracy(3), "epsilon": 0.1}, "no `objective`"),
