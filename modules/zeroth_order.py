@@ -217,8 +217,9 @@ class ZerothOrderModule(TrainedByForwards):
         if isinstance(self.adapters, FlatBank) and isinstance(self.scorer, HeadScorer):
             train_linears(self.backbone, self.adapters, ["head"])
         if isinstance(self.adapters, FlatBank) and self.num_answers is not None:
-            width = self.backbone.config.get_text_config().hidden_size
-            self.adapters.append({"answers": answers_head(width, self.num_answers)})
+            config: Any = self.backbone.config
+            answers = answers_head(config.get_text_config().hidden_size, self.num_answers)
+            self.adapters.append({"answers": answers})
             self.scorer.answers = partial(self.adapters.linear, "answers")
         states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
