@@ -75,13 +75,16 @@ def test_the_defaults_of_epsilon_are_as_good_as_any_that_was_measured():
 
 def test_the_recommended_settings_get_further_by_the_forward_pass():
     final = [record for record in load("finetune")["records"] if record["phase"] == "final"]
-    for task in {record["task"] for record in final if record["method"] == "adazeta"}:
-        runs = {m: [r for r in final if (r["task"], r["method"]) == (task, m)] for m in ("best", "adazeta", "lora")}
-        assert len(runs["best"]) == len(runs["adazeta"]) == 3
+    within = []
+    for where in {(r["model"], r["task"]) for r in final if r["method"] == "adazeta"}:
+        found = [r for r in final if (r["model"], r["task"]) == where]
+        runs = {method: [r for r in found if r["method"] == method] for method in ("best", "adazeta", "lora")}
+        assert [len(of_method) for of_method in runs.values()] == [3, 3, 3]
         # by validation, after a third of the forwards as good as the paper's settings in the end
         third = max(r["forwards"] for r in runs["adazeta"]) / 3
         early = fmean([value for at, value in r["curve"] if at <= third][-1] for r in runs["best"])
         assert early >= fmean(r["curve"][-1][1] for r in runs["adazeta"])
-        if runs["lora"]:
-            accuracy = {method: fmean(r["accuracy"] for r in found) for method, found in runs.items()}
-            assert accuracy["best"] >= accuracy["lora"] - 0.03
+        accuracy = {method: fmean(r["accuracy"] for r in of_method) for method, of_method in runs.items()}
+        within.append(accuracy["best"] >= accuracy["lora"] - 0.03)
+    # on most of them
+    assert sum(within) > len(within) / 2
