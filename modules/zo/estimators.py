@@ -6,9 +6,7 @@ as one side of a query. Legend: V values of a point, P points of the step, Q que
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from math import isfinite
-from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -180,12 +178,13 @@ class OneSided:
 def _moved(theta: Tensor, directions: Directions, moves: Sequence[tuple[int, float]]) -> Tensor:
     """Copies of a vector `(N, d)`, each moved along the direction of a query by a length; none for query -1."""
     copies = theta.repeat(len(moves), 1)
-    ends = [(copy, *move) for copy, move in zip(copies, moves, strict=True) if move[0] >= 0]
-    for query, group in groupby(ends, key=itemgetter(1)):
-        z = directions(query)
-        for copy, _, length in group:
+    drawn, z = -1, theta
+    for copy, (query, length) in zip(copies, moves, strict=True):
+        if query != drawn:
+            z = theta  # the last direction goes before the next one comes
+            drawn, z = query, directions(query)
+        if query >= 0:
             copy.add_(z, alpha=length)
-        del z  # the next one takes its place
     return copies
 
 

@@ -58,7 +58,7 @@ def answers_gradient(model, batch, options):
     [
         ("llama", OPTIONS, True),
         ("llama", OPTIONS, False),
-        ("llama", ((7,), (9, 3), (11, 4, 5)), True),
+        ("llama", ((9, 3), (7,), (11, 4, 5)), True),
         # scales its logits, caps them, has a head with a bias
         ("granite", OPTIONS, True),
         ("gemma2", OPTIONS, True),
