@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,13 +55,19 @@ def fork_ranks(work, folder, size=2):
     Back-propagation is not for forks: torch refuses it where this process has done any.
     """
     store = Path(folder) / f"store-{os.urandom(4).hex()}"
+    # also of a key that is waited for: where a rank failed, the others follow
+    limit = timedelta(seconds=120)
     children = []
     for rank in range(size):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit
+                )
+                # one that had nothing to wait for would leave while others still connect to it
+                dist.barrier()
                 torch.save(work(rank, size), store.with_suffix(f".{rank}"))
                 leave_process_group()
                 code = 0
