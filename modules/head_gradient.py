@@ -141,3 +141,24 @@ def check_head_gradient(
     ):
         if not fits:
             raise ValueError(f'Expected {what} for `head_gradient="exact"`, but {remedy}; change either')
+
+
+def check_head_learning_rate(rate: float | None, num_trained: int | None, weights: bool) -> None:
+    """Check a learning rate of the head's own.
+
+    Args:
+        rate: As it was given.
+        num_trained: Classes of a new head, or answers.
+        weights: Whether the model's own weights are trained.
+
+    Raises:
+        ValueError: If it is not above 0, or there is no head beside adapters.
+    """
+    if rate is None:
+        return
+    check_range("head_learning_rate", rate, rate > 0, "above 0")
+    if num_trained is None or weights:
+        raise ValueError(
+            "Expected `num_classes` or `num_answers` and adapters in `trainable` for `head_learning_rate`, but "
+            + ("`Weights` have one rate" if weights else "there is neither a new head nor answers")
+        )

@@ -19,7 +19,13 @@ from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters
 from .arguments import check_range, stepped
 from .encoder import HeadScorer
 from .exchange import Exchange, adjust_strategy, require_whole_weights
-from .head_gradient import HeadGradient, answers_head, check_head_gradient, check_num_answers
+from .head_gradient import (
+    HeadGradient,
+    answers_head,
+    check_head_gradient,
+    check_head_learning_rate,
+    check_num_answers,
+)
 from .language_model import evaluating
 from .objectives import GeneratedText, Objective, check_objective, objective_losses
 from .prefix import FrozenPrefix
@@ -82,8 +88,10 @@ class ZerothOrderModule(TrainedByForwards):
             directions) or `fzoo` (mean over the slopes' standard deviation).
         update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
+        head_learning_rate: Another for a new head or for answers, which a scheduler moves alike; zeros have to travel
+            further than adapters that begin at the model itself. By default the same.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
-        weight_decay: Weight decay of the adapters' matrices; biases have none.
+        weight_decay: Weight decay of the matrices, at `learning_rate`; biases have none.
         epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
         query_chunk_size: Perturbed copies folded into one forward; halved when memory runs out.
         trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
@@ -116,6 +124,7 @@ class ZerothOrderModule(TrainedByForwards):
         aggregation: Literal["mean", "align", "fzoo"] = "mean",
         update: SGDUpdate | RAdaZOUpdate | None = None,
         learning_rate: float = 1e-4,
+        head_learning_rate: float | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         weight_decay: float = 0.0,
         epsilon: float | None = None,
@@ -139,9 +148,9 @@ class ZerothOrderModule(TrainedByForwards):
         check_objective(objective, epsilon, estimator)
         check_num_answers(num_answers, num_classes, trainable)
         num_trained = num_classes if num_answers is None else num_answers
-        check_head_gradient(
-            head_gradient, num_trained, objective, estimator, aggregation, isinstance(trainable, Weights)
-        )
+        weights = isinstance(trainable, Weights)
+        check_head_gradient(head_gradient, num_trained, objective, estimator, aggregation, weights)
+        check_head_learning_rate(head_learning_rate, num_trained, weights)
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
         super().__init__(
@@ -167,6 +176,7 @@ class ZerothOrderModule(TrainedByForwards):
         self.head_gradient = head_gradient
         self.update_rule = update or SGDUpdate()
         self.learning_rate = learning_rate
+        self.head_learning_rate = head_learning_rate
         self.lr_scheduler = lr_scheduler
         self.weight_decay = weight_decay
         self.epsilon = epsilon
@@ -325,7 +335,8 @@ class ZerothOrderModule(TrainedByForwards):
                 head.put(grad, head_grad)
         updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         if grad is not None:
-            self.update_rule.step_(updated, grad, update_states, int(self.progress[2]), learning_rate)
+            for part, rate in self._rates(learning_rate):
+                self.update_rule.step_(updated[part], grad[part], update_states[:, part], int(self.progress[2]), rate)
             self.schedule.observe_(schedule_states, slopes)
         # decoupled from the moments, and the same as in the gradient where there are none
         shrink = 0.0 if grad is None else learning_rate * self.weight_decay
@@ -350,6 +361,17 @@ class ZerothOrderModule(TrainedByForwards):
             )
         self._nonfinite_steps = 0 if slopes.values else self._nonfinite_steps + 1
         check_finite_steps(self._nonfinite_steps, self.max_nonfinite_steps, step)
+
+    def _rates(self, learning_rate: float) -> list[tuple[slice, float]]:
+        """Parts of the trained vector, each with its learning rate."""
+        if self.head_learning_rate is None:
+            return [(slice(None), learning_rate)]
+        assert isinstance(self.adapters, FlatBank)
+        end = self.adapters.layout.num_parameters
+        return [
+            (slice(end), learning_rate),
+            (slice(end, None), learning_rate * self.head_learning_rate / self.learning_rate),
+        ]
 
     def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None

@@ -4,12 +4,13 @@ import pytest
 import torch
 from helpers.encoders import SIZES, labelled_batch, save_tiny_encoder, tiny_encoder
 from helpers.processes import run
-from helpers.zo_run import train
+from helpers.zo_run import train, trainable_of
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.modules.adapters import Weights
+from wandazeta.modules.zo import RAdaZOUpdate, SGDUpdate
 
 NUM_CLASSES, WIDTH = 3, SIZES["hidden_size"]
 HEAD = NUM_CLASSES * (WIDTH + 1)
@@ -47,6 +48,36 @@ def test_first_step_moves_the_head_by_the_gradient_of_autograd(model_dir, tmp_pa
     start = ZerothOrderModule(model_dir, num_classes=NUM_CLASSES, trainable=module.trainable)
     start._insert_adapters()
     assert torch.equal(theta[:-HEAD], start.adapters.theta[:-HEAD])
+
+
+@pytest.mark.parametrize("kind", ["estimated", "exact"])
+@pytest.mark.parametrize("update", [SGDUpdate, RAdaZOUpdate])
+def test_the_head_moves_at_a_rate_of_its_own(model_dir, tmp_path, kind, update):
+    # from a head of zeros, a first step: the rates cannot change what is measured
+    chosen = EXACT | {"head_gradient": kind, "batch": labelled_batch(4), "batch_size": 4, "steps": 1}
+    plain, faster = (
+        train(model_dir, tmp_path / str(rate), update=update(), head_learning_rate=rate, **chosen)[1].adapters.theta
+        for rate in (None, 3e-2)
+    )
+    start = ZerothOrderModule(model_dir, num_classes=NUM_CLASSES, trainable=trainable_of({}))
+    start._insert_adapters()
+    torch.testing.assert_close(faster[-HEAD:], 10 * plain[-HEAD:])
+    assert plain[-HEAD:].norm() > 1e-4
+    assert torch.equal(faster[:-HEAD], plain[:-HEAD])
+    if kind == "estimated":
+        assert not torch.equal(plain[:-HEAD], start.adapters.theta[:-HEAD])
+
+
+def test_a_scheduler_moves_the_heads_rate_too(model_dir, tmp_path):
+    def halved(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+
+    chosen = EXACT | {"batch": labelled_batch(4), "batch_size": 4, "steps": 1, "head_learning_rate": 3e-2}
+    plain, half = (
+        train(model_dir, tmp_path / str(index), lr_scheduler=scheduler, **chosen)[1].adapters.theta
+        for index, scheduler in enumerate((None, halved))
+    )
+    torch.testing.assert_close(half[-HEAD:], plain[-HEAD:] / 2)
 
 
 def test_directions_leave_the_head_alone(model_dir, tmp_path):
@@ -114,6 +145,9 @@ def test_two_ranks_train_as_one(model_dir, tmp_path, parallel):
         ({"objective": MulticlassAccuracy(3), "epsilon": 0.1}, "no `objective`"),
         ({"trainable": Weights(), "directions": "gaussian"}, "adapters in `trainable`"),
         ({"head_gradient": "closed"}, "estimated or exact"),
+        ({"head_learning_rate": 0.0}, "above 0"),
+        ({"head_learning_rate": 0.1, "head_gradient": "estimated", "num_classes": None}, "neither a new head nor"),
+        ({"head_learning_rate": 0.1, "head_gradient": "estimated", "trainable": Weights()}, "`Weights` have one rate"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_loading(change, message):
