@@ -2,9 +2,13 @@ import os
 import signal
 import stat
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers.processes import fork_ranks
 
+from wandazeta.callbacks import WandaPPPruneCallback, wandapp
 from wandazeta.callbacks.pruning.signals import DeferredSignals, requeue_slurm_job
 
 
@@ -41,6 +45,31 @@ def test_other_threads_change_no_handlers():
     assert not errors
 
 
+def scontrol(folder, before="true"):
+    command = folder / "scontrol"
+    command.write_text(f'#!/bin/sh\n{before}\necho "$@" > {folder}/asked\n')
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+
+
+def test_no_rank_of_a_preempted_pruning_ends_before_its_job_is_requeued(tmp_path, monkeypatch):
+    scontrol(tmp_path, "sleep 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setattr(wandapp, "requeue_signal", lambda _: signal.SIGUSR1)
+
+    def work(rank, size):
+        callback = WandaPPPruneCallback(output_dir=str(tmp_path / "progress"))
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
+        # the signal came to one of them only
+        with pytest.raises(SystemExit):
+            callback._stop(trainer, SimpleNamespace(received=signal.SIGUSR1 if rank == 0 else None))
+        return (tmp_path / "asked").exists()
+
+    assert fork_ranks(work, tmp_path, 3) == [True, True, True]
+
+
 def test_slurm_is_asked_to_run_the_job_again(tmp_path, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -48,9 +77,7 @@ def test_slurm_is_asked_to_run_the_job_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "could not be run" in requeue_slurm_job()
-    command = tmp_path / "scontrol"
-    command.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    scontrol(tmp_path)
     assert requeue_slurm_job().endswith("done")
     assert (tmp_path / "asked").read_text() == "requeue 12\n"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
