@@ -7,7 +7,7 @@ Tasks, models and methods are in `benchmarks/finetune.yaml`. Of every method wit
 and epsilon come from one grid: each pair spends `--grid-forwards` with the first seed, the best on validation is taken
 for all seeds. Then every seed spends `--forwards` and is tested at the end; its curve is the accuracy on validation on
 the way. A forward is one of a training batch; a step of back-propagation counts three. Patterns other than `dense`
-are pruned once, with the settings of `configs/prune/best.yaml`.
+are pruned once, as `best` is in `benchmarks/prune_quality.py`.
 
 Each run is a process of its own with one thread. One that is finished is not made again: its record names all that
 decides it, and is written at its end.
@@ -26,7 +26,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
-from prune_quality import pattern_options
+from prune_quality import options_of
 from records import ROOT, commit, describe, finished, is_finished, write
 
 RESULT = ROOT / "benchmarks" / "results" / "finetune.json"
@@ -44,7 +44,7 @@ def pruned(path: str, head: bool, pattern: str) -> str:
     if not (target / "prune_report.json").exists():
         config = yaml.safe_load(PRUNE.read_text())
         options = config["trainer"]["callbacks"][0]["init_args"]
-        options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | pattern_options(pattern)
+        options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | options_of("best", pattern, 0)
         config["model"]["init_args"] = {"model_name_or_path": path, "num_classes": 2 if head else None}
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")

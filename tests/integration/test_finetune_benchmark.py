@@ -156,7 +156,8 @@ def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
         (command,) = commands
         written = yaml.safe_load(Path(command[command.index("-c") + 1]).read_text())
         options = written["trainer"]["callbacks"][0]["init_args"]
-        assert (options["sparsity_pattern"], options["sparsity"]) == ("unstructured", 0.5)
+        chosen = ("sparsity_pattern", "sparsity", "sparsity_slope", "num_calibration_samples")
+        assert [options[name] for name in chosen] == ["unstructured", 0.5, 0.2, 64]
         assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "num_classes": 2}
     finally:
         shutil.rmtree(benchmark.finetune.FOLDER)
