@@ -23,7 +23,7 @@ from typing_extensions import override
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
 from wandazeta.modules import LanguageModel
 from wandazeta.modules.language_model import evaluating
-from wandazeta.modules.zo_options import NonFiniteLossError
+from wandazeta.modules.zo_options import NonFiniteLossError, make_estimator
 
 
 class Curve(Callback):
@@ -104,6 +104,15 @@ def module_parser() -> ArgumentParser:
     return parser
 
 
+def forwards_per_step(method: dict[str, Any]) -> int:
+    """What a step costs; of zeroth order for as many queries in every step."""
+    if "forwards_per_step" in method:
+        return int(method["forwards_per_step"])
+    options = method["init_args"]
+    estimator = make_estimator(options.get("estimator", "two_sided"), 1.0)
+    return estimator.num_forwards(options["schedule"]["init_args"]["num_queries"])
+
+
 def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageModel:
     """The module of a method, `LanguageModel` where nothing is trained."""
     method = run["method"]
@@ -116,6 +125,9 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
         options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
         if "forwards_per_step" not in method:
             options["max_forwards"] = run["forwards"]
+        if method.get("decay", False):
+            steps = {"total_iters": run["forwards"] // forwards_per_step(method)}
+            options["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.PolynomialLR", "init_args": steps}
     parser = module_parser()
     class_path = method.get("class_path", "wandazeta.modules.LanguageModel")
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})

@@ -217,6 +217,23 @@ def test_a_rate_that_is_too_large_is_a_result_and_no_end(tmp_path, config, bench
     assert {r["learning_rate"] for r in records if r["phase"] == "final"} == {1e-3}
 
 
+def test_a_rate_that_falls_is_zero_after_the_budgets_last_step(tmp_path, config, benchmark, monkeypatch):
+    pytest.importorskip("peft")
+    rates, original = [], benchmark.finetune_run.Curve.on_train_batch_end
+
+    def noted(curve, trainer, module, *more):
+        original(curve, trainer, module, *more)
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"] / module.learning_rate)
+
+    monkeypatch.setattr(benchmark.finetune_run.Curve, "on_train_batch_end", noted)
+    for name, steps in (("adazeta", 3), ("lora", 4)):
+        config["methods"][name] = config["methods"][name] | {"decay": True}
+        more = ("--methods", name, "--models", "decoder", "--seeds", "0")
+        benchmark.finetune.main(arguments_of(tmp_path, config, *more))
+        # the run of the whole budget is the last
+        assert rates[-steps:] == pytest.approx([1 - (step + 1) / steps for step in range(steps)])
+
+
 def test_what_is_in_closed_form_is_a_new_head_or_the_prompts_answers(tmp_path, config, benchmark, monkeypatch):
     trained, original = [], benchmark.finetune_run.module_of
 
