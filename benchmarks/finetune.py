@@ -10,7 +10,7 @@ the way. A forward is one of a training batch; a step of back-propagation counts
 are pruned once, as `best` is in `benchmarks/prune_quality.py`.
 
 Each run is a process of its own with one thread. One that is finished is not made again: its record names all that
-decides it, and is written at its end.
+decides it, and is written at its end. Where the settings of a method or task changed, its records are replaced.
 """
 
 import argparse
@@ -94,6 +94,14 @@ class Records:
         print(f"{what}: {record['accuracy']:.3f} after {record['forwards']:,} forwards", file=sys.stderr, flush=True)
         return record
 
+    def drop_others(self, cell: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Drop what a method made of its cell with other settings: a table would mix them."""
+        with self.lock:
+            others = [r for r in self.records if is_finished(cell, [r]) and not is_finished(settings, [r])]
+            if others:
+                self.records = [record for record in self.records if record not in others]
+                write(self.path, describe("finetune", self.records))
+
 
 def cells(config: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What is to be measured: one entry for each task, model, pattern and method; TF-IDF once a task."""
@@ -145,6 +153,7 @@ def run_cell(cell: dict[str, Any], config: dict[str, Any], arguments: argparse.N
         rates = pairs[max(range(len(pairs)), key=lambda index: (tried[index]["accuracy"], -index))]
     for seed in arguments.seeds:
         measure("final", seed, arguments.forwards, rates)
+    records.drop_others(cell, settings)
 
 
 def main(args: list[str] | None = None) -> None:
