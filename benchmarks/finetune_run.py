@@ -130,6 +130,10 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
             options["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.PolynomialLR", "init_args": steps}
     parser = module_parser()
     class_path = method.get("class_path", "wandazeta.modules.LanguageModel")
+    if run["name"] == "linear_probe" and not run["head"]:
+        # notes the states that answers begin at; adapters that change nothing are left as they are
+        class_path = "wandazeta.modules.ZerothOrderModule"
+        options["num_answers"] = data.num_classes
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
     module: LanguageModel = parser.instantiate_classes(config).module
     return module
@@ -154,7 +158,7 @@ def text_baseline(data: ClassificationDataModule) -> float:
 
 
 def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple[float, int]:
-    """Test accuracy of logistic regression on what the frozen encoder gives its head, and the forwards spent."""
+    """Test accuracy of logistic regression on what the frozen model gives a head or answers, and the forwards spent."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -169,6 +173,7 @@ def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple
         return torch.cat(features).numpy(), torch.cat(labels).numpy(), len(features)
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    module.setup("predict")
     train_features, train_labels, forwards = read("train")
     classifier.fit(train_features, train_labels)
     return float(classifier.score(*read("test")[:2])), forwards

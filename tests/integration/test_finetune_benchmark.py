@@ -46,7 +46,7 @@ def config(tmp_path):
         "grid": {"learning_rate": [1e-3, 1e-2], "epsilon": [1e-3]},
         "methods": {
             "tfidf": {},
-            "linear_probe": {"only": "head"},
+            "linear_probe": {},
             "zero_shot": {"only": "prompts"},
             "in_context": {"only": "prompts", "shots": 1},
             "adazeta": ZEROTH,
@@ -86,7 +86,8 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
     final = [r for r in records if r["phase"] == "final"]
     found = sorted((r["model"], r["pattern"], r["method"], r["seed"]) for r in final)
     trained = [("encoder", "dense", m, s) for m in ("adazeta", "linear_probe", "lora") for s in (0, 1)]
-    prompted = [("decoder", "dense", m, s) for m in ("adazeta", "in_context", "lora", "zero_shot") for s in (0, 1)]
+    methods = ("adazeta", "in_context", "linear_probe", "lora", "zero_shot")
+    prompted = [("decoder", "dense", m, s) for m in methods for s in (0, 1)]
     assert found == sorted([*trained, *prompted, ("none", "none", "tfidf", 0), ("none", "none", "tfidf", 1)])
     for record in final:
         assert {"task", "forwards", "accuracy", "curve", "seconds", "commit", "options"} <= record.keys()
