@@ -28,7 +28,7 @@ from zo_tables import epsilon_table, finetune_table, zo_memory_table, zo_step_ta
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("ablation", "estimators", "finetune", "scaling", "trainables")),
+    *(f"docs/{name}.md" for name in ("ablation", "estimators", "finetune", "recovery", "scaling", "trainables")),
 )
 
 # what stands between the pages' markers: the name there, the result file, and what is made of it

@@ -76,8 +76,8 @@ def test_the_defaults_of_epsilon_are_as_good_as_any_that_was_measured():
 def test_the_recommended_settings_get_further_by_the_forward_pass():
     final = [record for record in load("finetune")["records"] if record["phase"] == "final"]
     within = []
-    for where in {(r["model"], r["task"]) for r in final if r["method"] == "adazeta"}:
-        found = [r for r in final if (r["model"], r["task"]) == where]
+    for where in {(r["model"], r["task"], r["pattern"]) for r in final if r["method"] == "adazeta"}:
+        found = [r for r in final if (r["model"], r["task"], r["pattern"]) == where]
         runs = {method: [r for r in found if r["method"] == method] for method in ("best", "adazeta", "lora")}
         assert [len(of_method) for of_method in runs.values()] == [3, 3, 3]
         # by validation, after a third of the forwards as good as the paper's settings in the end
@@ -88,3 +88,51 @@ def test_the_recommended_settings_get_further_by_the_forward_pass():
         within.append(accuracy["best"] >= accuracy["lora"] - 0.03)
     # on most of them
     assert sum(within) > len(within) / 2
+
+
+def test_a_model_pruned_by_half_is_fine_tuned_nearly_as_far_as_the_dense_one():
+    final = [r for r in load("finetune")["records"] if (r["phase"], r["model"]) == ("final", "smollm2-135m")]
+
+    def mean(method, pattern):
+        found = [r["accuracy"] for r in final if (r["method"], r["task"], r["pattern"]) == (method, "topics", pattern)]
+        assert len(found) == 3
+        return fmean(found)
+
+    dense = mean("best", "dense")
+    # says something only where there was something to learn
+    assert dense >= mean("zero_shot", "dense") + 0.10
+    assert mean("best", "50%") >= dense - 0.03
+
+
+def test_the_recommended_configuration_is_the_one_that_was_measured():
+    shipped = yaml.safe_load((ROOT / "configs" / "finetune" / "best.yaml").read_text())["model"]["init_args"]
+    best = yaml.safe_load((ROOT / "benchmarks" / "finetune.yaml").read_text())["methods"]["best"]
+    measured = best["init_args"] | best["with_head"]
+    assert {name: shipped[name] for name in measured if name != "query_chunk_size"} == {
+        name: value for name, value in measured.items() if name != "query_chunk_size"
+    }
+    # one query and the base; the last step is the last that the budget allows
+    assert shipped["max_forwards"] == 2 * shipped["lr_scheduler"]["init_args"]["total_iters"]
+    (record, *_) = (
+        r
+        for r in load("finetune")["records"]
+        if (r["phase"], r["model"], r["task"], r["method"]) == ("final", "smollm2-135m", "topics", "best")
+    )
+    assert record["options"] == best
+    assert shipped["learning_rate"] == record["learning_rate"]
+
+
+def test_training_after_pruning_keeps_the_order_of_the_methods():
+    after, before = {}, {}
+    for record in load("recovery")["records"]:
+        where = record["method"], record["pruned_by"]
+        before[record["pruned_by"]] = record["perplexity_before"]["test"]
+        after[where] = min(after.get(where, float("inf")), record["perplexity_after"]["test"])
+        if record["method"] == "lora":
+            assert record["perplexity_after"]["test"] < record["perplexity_merged"]["test"]
+            assert record["perplexity_merged"]["test"] < record["perplexity_before"]["test"]
+    for method in ("lora", "masked_full"):
+        assert after[method, "wanda++"] < after[method, "sparsegpt"] < after[method, "wanda"]
+        assert after[method, "wanda++"] < before["wanda++"] < after[method, "wanda"]
+    for pruned_by in ("wanda++", "sparsegpt", "wanda"):
+        assert after["lora", pruned_by] < after["masked_full", pruned_by]
