@@ -142,5 +142,7 @@ class Cluster:
                 return job
             assert time.monotonic() < deadline, job
             if job["JobState"] == "PENDING" and job["Restarts"] != "0":
+                # SLURM refuses a start within the second of the kill: the new credential would be no newer than that
+                time.sleep(1.1)
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             time.sleep(0.2)
