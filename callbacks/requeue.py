@@ -31,9 +31,9 @@ class RequeueTogether(Callback):
     Lightning's handler writes a checkpoint of its own name, which "last" passes by; and it does so wherever the signal
     finds each rank, though all must take part: one that is just waiting for the others' gradients or losses then waits
     for ever. Here the signal is noted down, the ranks tell each other at the end of every training step, one number
-    each, and all write `last.ckpt` of the run's ModelCheckpoint. A signal during a validation is answered after the
-    next step, so the grace time has to be longer than a validation. Without SLURM nothing is changed. `wandazeta` adds
-    this callback to every run.
+    each, and all write `last.ckpt` of the run's ModelCheckpoint. A step of several accumulated batches ends with the
+    last of them. A signal during a validation is answered after the next step, so the grace time has to be longer than
+    a validation. Without SLURM nothing is changed. `wandazeta` adds this callback to every run.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,8 @@ class RequeueTogether(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._signal is None:
+        # the gradients of half a step are in no checkpoint
+        if self._signal is None or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         received = torch.tensor(float(self._received), device=pl_module.device)
         if float(trainer.strategy.reduce(received, reduce_op="sum")) == 0:
