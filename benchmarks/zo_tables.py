@@ -93,5 +93,5 @@ def step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
             ratio(runs, "seconds_step", "seconds_forwards"),
             ratio(runs, "seconds_loop", "seconds_step"),
         ]
-        for key, runs in groups.items()
+        for key, runs in sorted(groups.items())
     ]
