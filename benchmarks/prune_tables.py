@@ -158,22 +158,25 @@ def speed_table(result: dict[str, Any]) -> str:
 
 
 def bf16_table(result: dict[str, Any]) -> str:
-    """What computing in bfloat16 changes, by method."""
+    """What computing in bfloat16 changes, by size of the calibration and method; means over the seeds."""
+    names = ("num_blocks_pruned", "num_samples", "sequence_length", "method")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in result["records"]:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
     body = [
         [
-            r["method"],
-            *(f"{r['perplexity'][precision]:.2f}" for precision in ("fp32", "bf16")),
-            f"{r['perplexity_change']:+.2%}",
-            f"{r['differing_mask_share']:.2%}",
+            method,
+            str(num_blocks),
+            f"{num_samples} x {length}",
+            *(f"{mean(r['perplexity'][precision] for r in found):.2f}" for precision in ("fp32", "bf16")),
+            spread([r["perplexity_change"] for r in found], "+.1%"),
+            f"{mean(r['differing_mask_share'] for r in found):.2%}",
+            str(len(found)),
         ]
-        for r in result["records"]
+        for (num_blocks, num_samples, length, method), found in groups.items()
     ]
-    heading = ["", "perplexity, fp32", "bf16 compute", "change", "places of the mask that differ"]
-    first = result["records"][0]
-    return (
-        f"{rows(heading, body)}\n\nSmolLM2-135M, its first {first['num_blocks_pruned']} blocks at {first['pattern']}, "
-        f"{first['num_samples']} x {first['sequence_length']} tokens."
-    )
+    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "places that differ", "seeds"]
+    return f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}."
 
 
 def recovery_table(result: dict[str, Any]) -> str:
