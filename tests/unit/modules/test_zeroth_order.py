@@ -250,9 +250,11 @@ def test_gradient_accumulation_is_refused(model_dir, tmp_path):
         train(model_dir, tmp_path, trainer_options={"accumulate_grad_batches": 2})
 
 
-def test_small_epsilon_for_16_bit_warns(model_dir, tmp_path):
-    with pytest.warns(UserWarning, match="epsilon"):
-        train(model_dir, tmp_path, steps=1, dtype="bfloat16", epsilon=1e-3)
+def test_small_epsilon_for_16_bit_warns(model_dir, tmp_path, recwarn):
+    with pytest.warns(UserWarning, match="epsilon=0.001 is small"):
+        train(model_dir, tmp_path / "bfloat16", steps=1, dtype="bfloat16", epsilon=1e-3)
+    train(model_dir, tmp_path / "float32", steps=1, epsilon=1e-5)
+    assert not [warning for warning in recwarn if "epsilon" in str(warning.message)]
 
 
 def test_saved_adapters(model_dir, tmp_path):
