@@ -12,7 +12,7 @@ from .zo import AGGREGATIONS, DISTRIBUTIONS, Estimator, ForwardMode, OneSided, Q
 # What `wandazeta diagnose` finds best on SmolLM2-135M for the worse of two starts of the adapters
 # (benchmarks/results/epsilon.json); in fp16, not measured, rounding is far below bf16's and curvature as in fp32
 EPSILON = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 3e-3}
-# a loss is rounded to this share of itself; below a quarter of it the noise takes a fifth of the slopes' square and more
+# a loss is rounded to about eps of itself: from a quarter of it down, rounding is a good part of every slope
 _NOISY = {dtype: torch.finfo(dtype).eps / 4 for dtype in EPSILON}
 
 ESTIMATORS = ("two_sided", "one_sided", "forward_mode")
