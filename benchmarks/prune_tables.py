@@ -163,20 +163,37 @@ def bf16_table(result: dict[str, Any]) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in result["records"]:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
-    body = [
-        [
+    body = []
+    for (num_blocks, num_samples, length, method), found in groups.items():
+        known = [r["perplexity"] for r in found if "jittered" in r["perplexity"]]
+        jittered = [perplexity["jittered"] / perplexity["fp32"] - 1 for perplexity in known]
+        line = [
             method,
             str(num_blocks),
             f"{num_samples} x {length}",
             *(f"{mean(r['perplexity'][precision] for r in found):.2f}" for precision in ("fp32", "bf16")),
             spread([r["perplexity_change"] for r in found], "+.1%"),
+            spread(jittered, "+.1%") if jittered else "",
             f"{mean(r['differing_mask_share'] for r in found):.2%}",
             str(len(found)),
         ]
-        for (num_blocks, num_samples, length, method), found in groups.items()
+        body.append(line)
+    heading = [
+        "",
+        "blocks",
+        "tokens",
+        "perplexity, fp32",
+        "bf16 compute",
+        "change",
+        "fp32, jittered",
+        "places",
+        "seeds",
     ]
-    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "places that differ", "seeds"]
-    return f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}."
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}. Places: of the mask, that differ "
+        "between fp32 and bf16. Jittered: the change where all is in fp32 and the blocks' outputs are moved by half a "
+        "unit of bf16."
+    )
 
 
 def recovery_table(result: dict[str, Any]) -> str:
