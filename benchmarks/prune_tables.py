@@ -164,7 +164,7 @@ def bf16_table(result: dict[str, Any]) -> str:
     for record in result["records"]:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
     body = []
-    for (num_blocks, num_samples, length, method), found in groups.items():
+    for (num_blocks, num_samples, length, method), found in sorted(groups.items()):
         known = [r["perplexity"] for r in found if "jittered" in r["perplexity"]]
         jittered = [perplexity["jittered"] / perplexity["fp32"] - 1 for perplexity in known]
         line = [
@@ -178,17 +178,7 @@ def bf16_table(result: dict[str, Any]) -> str:
             str(len(found)),
         ]
         body.append(line)
-    heading = [
-        "",
-        "blocks",
-        "tokens",
-        "perplexity, fp32",
-        "bf16 compute",
-        "change",
-        "fp32, jittered",
-        "places",
-        "seeds",
-    ]
+    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "jittered", "places", "seeds"]
     return (
         f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}. Places: of the mask, that differ "
         "between fp32 and bf16. Jittered: the change where all is in fp32 and the blocks' outputs are moved by half a "
