@@ -51,6 +51,17 @@ def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_optio
         assert record["options"].items() >= wanted.items()
 
 
+def test_the_control_of_bfloat16_moves_states_by_no_more_than_rounding_may(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import prune_bf16
+
+    states = torch.rand(100, 64) + 1  # a power of two and what lies above it
+    moved = prune_bf16.jitter(torch.Generator().manual_seed(0), None, None, states)
+    rounding = (states.bfloat16().float() - states).abs()
+    assert 0 < (moved / states - 1).abs().max() <= 2**-9
+    assert rounding.max() / 2 < (moved - states).abs().max() <= 2 * rounding.max()
+
+
 def run(script, *arguments, environment=None):
     return subprocess.run(
         [sys.executable, BENCHMARKS / script, *map(str, arguments)],
