@@ -5,7 +5,10 @@ from typing import Any
 
 from tables import rows, spread
 
-STEP_HEADING = ["adapters in", "batch", "tokens", "queries", "seconds a step", "x its forwards", "faster than the loop"]
+STEP_HEADING = [
+    *("adapters in", "batch", "tokens", "queries", "copies together", "seconds a step"),
+    *("x its forwards", "faster than the loop"),
+]
 
 
 def finetune_table(result: dict[str, Any]) -> str:
@@ -76,7 +79,7 @@ def zo_step_table(result: dict[str, Any]) -> str:
 
 def step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each setting: ratios of the medians over its runs, with the lowest and the highest of a run."""
-    names = ("layers", "batch", "prompt_tokens", "num_queries")
+    names = ("layers", "batch", "prompt_tokens", "num_queries", "query_chunk_size")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
