@@ -133,7 +133,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         hooks = []
         if name == "jittered":
             hook = partial(jitter, torch.Generator().manual_seed(arguments.seed))
-            hooks = [block.register_forward_hook(hook) for block in find_blocks(model, None, None)[1]]
+            hooks = [block.register_forward_hook(hook) for block in find_blocks(model)[1]]
         start = time.perf_counter()
         masks[name] = prune(model, method, compute_dtype, arguments)
         seconds[name] = time.perf_counter() - start
