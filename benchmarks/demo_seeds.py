@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from records import ROOT, describe, write
-from scipy.stats import t as student
+from tables import interval
 
 DEMO = ROOT / "configs" / "demo.yaml"
 
@@ -52,9 +52,8 @@ def run(seed: int) -> dict[str, Any]:
 def gains(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean gain over the seeds with its 95% interval."""
     values = [r["accuracy"]["fine_tuned"] - max(r["accuracy"]["zero_shot"], r["accuracy"]["majority"]) for r in records]
-    mean = statistics.mean(values)
-    margin = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return {"gains": values, "mean": mean, "lower_95": mean - margin, "upper_95": mean + margin}
+    lower, upper = interval(values)
+    return {"gains": values, "mean": statistics.mean(values), "lower_95": lower, "upper_95": upper}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import argparse
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,18 +61,18 @@ class Masks:
         self.kept.append(torch.cat([mask.flatten() for mask in result.masks.values()]))
 
 
-def options_of(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def options_of(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The configuration's options, with the method and no more samples a round than there are."""
     config = yaml.safe_load(CONFIG.read_text())
     found: dict[str, Any] = dict(config["trainer"]["callbacks"][0]["init_args"])
     del found["num_calibration_samples"], found["output_dir"]
     per_round = min(found["samples_per_round"], arguments.num_samples)
-    return found | {"method": method, "samples_per_round": per_round, "seed": arguments.seed}
+    return found | {"method": method, "samples_per_round": per_round, "seed": seed}
 
 
-def settings_of(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def settings_of(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides a record: two with equal settings are the same."""
-    options = PruneOptions(**options_of(method, arguments))
+    options = PruneOptions(**options_of(method, seed, arguments))
     settings = options.to_dict()
     del settings["compute_dtype"]
     return {
@@ -79,7 +80,7 @@ def settings_of(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model.name if arguments.model.is_absolute() else str(arguments.model),
         "method": method,
         "pattern": options.pattern_label,
-        "seed": arguments.seed,
+        "seed": seed,
         "options": settings,
         "num_blocks": arguments.num_blocks,
         "num_samples": arguments.num_samples,
@@ -94,17 +95,19 @@ def jitter(generator: torch.Generator, block: nn.Module, inputs: Any, output: Te
     return output * (1 + HALF_UNIT * (2 * torch.rand(output.shape, generator=generator) - 1))
 
 
-def prune(model: LanguageModel, method: str, compute_dtype: str, arguments: argparse.Namespace) -> list[Tensor]:
+def prune(
+    model: LanguageModel, method: str, compute_dtype: str, seed: int, arguments: argparse.Namespace
+) -> list[Tensor]:
     """Prune the first blocks; returns the masks of each."""
     text = TextDataModule(
         SOURCE,
         tokenizer=str(arguments.model),
         sequence_length=arguments.sequence_length,
         num_calibration_samples=arguments.num_samples,
-        seed=arguments.seed,
+        seed=seed,
     )
     batches = list(text.calibration_dataloader())
-    options = PruneOptions(**options_of(method, arguments) | {"compute_dtype": compute_dtype})
+    options = PruneOptions(**options_of(method, seed, arguments) | {"compute_dtype": compute_dtype})
     masks = Masks()
 
     def is_enough() -> bool:
@@ -123,7 +126,7 @@ def perplexity(model: LanguageModel, arguments: argparse.Namespace) -> float:
     return quiet_trainer().test(model, text, verbose=False)[0]["test/perplexity"]
 
 
-def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Prune in both precisions, measure both."""
     masks: dict[str, list[Tensor]] = {}
     perplexities: dict[str, float] = {}
@@ -132,16 +135,16 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         model = LanguageModel(str(arguments.model))
         hooks = []
         if name == "jittered":
-            hook = partial(jitter, torch.Generator().manual_seed(arguments.seed))
+            hook = partial(jitter, torch.Generator().manual_seed(seed))
             hooks = [block.register_forward_hook(hook) for block in find_blocks(model)[1]]
         start = time.perf_counter()
-        masks[name] = prune(model, method, compute_dtype, arguments)
+        masks[name] = prune(model, method, compute_dtype, seed, arguments)
         seconds[name] = time.perf_counter() - start
         for handle in hooks:
             handle.remove()
         perplexities[name] = perplexity(model, arguments)
     differing = [(a != b).double().mean().item() for a, b in zip(masks["fp32"], masks["bf16"], strict=True)]
-    return settings_of(method, arguments) | {
+    return settings_of(method, seed, arguments) | {
         "num_blocks_pruned": len(differing),
         "perplexity": perplexities,
         "perplexity_change": perplexities["bf16"] / perplexities["fp32"] - 1,
@@ -169,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(".cache/wandazeta/smollm2-135m"), help="model directory")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
     parser.add_argument("--num-blocks", type=int, default=30, help="blocks to prune, from the first")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens of a calibration window")
@@ -177,10 +180,9 @@ def main() -> None:
     parser.add_argument("--eval-sequence-length", type=int, default=512, help="tokens of a test window")
     arguments = parser.parse_args()
     records = finished(RESULT)
-    for method in arguments.methods:
-        settings = settings_of(method, arguments)
-        if not is_finished(settings, records):
-            records.append(measure(method, arguments))
+    for seed, method in product(arguments.seeds, arguments.methods):
+        if not is_finished(settings_of(method, seed, arguments), records):
+            records.append(measure(method, seed, arguments))
             write(RESULT, describe("prune_bf16", records, source=SOURCE, split="test"))
     console.print(table(records))
 

@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from tables import rows, spread
+from tables import interval, rows, spread
 
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
@@ -66,9 +66,8 @@ def quality_table(result: dict[str, Any]) -> str:
         seeds = len({r["seed"] for r in found})
         body.append([f"{pattern}, {method}" if method != "dense" else method, *values, minutes, str(seeds)])
     heading = ["", *(f"perplexity, {text}" for text in texts), "minutes", "seeds"]
-    hardware = result["hardware"]
     ratios = "\n".join(quality_ratios(records, texts, patterns[1:]))
-    return f"{rows(heading, body)}\n\n{hardware['cpu']}, threads: {hardware['threads']}.\n\n{ratios}"
+    return f"{rows(heading, body)}\n\n{ratios}"
 
 
 def quality_ratios(records: list[dict[str, Any]], texts: list[str], patterns: list[str]) -> list[str]:
@@ -167,20 +166,24 @@ def bf16_table(result: dict[str, Any]) -> str:
     for (num_blocks, num_samples, length, method), found in sorted(groups.items()):
         known = [r["perplexity"] for r in found if "jittered" in r["perplexity"]]
         jittered = [perplexity["jittered"] / perplexity["fp32"] - 1 for perplexity in known]
+        changes = [r["perplexity_change"] for r in found]
         line = [
             method,
             str(num_blocks),
             f"{num_samples} x {length}",
             *(f"{mean(r['perplexity'][precision] for r in found):.2f}" for precision in ("fp32", "bf16")),
-            spread([r["perplexity_change"] for r in found], "+.1%"),
+            spread(changes, "+.1%"),
+            "{:+.1%} to {:+.1%}".format(*interval(changes)) if len(changes) > 1 else "",
             spread(jittered, "+.1%") if jittered else "",
             f"{mean(r['differing_mask_share'] for r in found):.2%}",
             str(len(found)),
         ]
         body.append(line)
-    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "jittered", "places", "seeds"]
+    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "of the mean, 95%"]
+    heading += ["jittered", "places", "seeds"]
     return (
-        f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}. Places: of the mask, that differ "
+        f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}. Change: mean over the seeds, "
+        "least and greatest; beside it the 95% interval of the mean. Places: of the mask, that differ "
         "between fp32 and bf16. Jittered: the change where all is in fp32 and the blocks' outputs are moved by half a "
         "unit of bf16."
     )

@@ -1,6 +1,8 @@
 """Tables in Markdown, and numbers with their spread."""
 
-from statistics import mean
+from statistics import mean, stdev
+
+from scipy.stats import t as student
 
 
 def rows(heading: list[str], body: list[list[str]]) -> str:
@@ -15,3 +17,9 @@ def spread(values: list[float], form: str) -> str:
     if len(values) == 1 or min(values) == max(values):
         return text
     return f"{text} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95% interval of the mean, by Student's distribution; of two values or more."""
+    margin = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean(values) - margin, mean(values) + margin
