@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 try:
@@ -174,12 +175,18 @@ class WandazetaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         # checked here because loading a model comes next
         config = self.config[self.subcommand] if self.subcommand else self.config
-        paths = [str(callback.get("class_path", "")) for callback in config.trainer.get("callbacks") or []]
-        if self.subcommand == "prune" and not any(path.endswith("PruneCallback") for path in paths):
+        found = config.trainer.get("callbacks") or []
+        paths = [str(callback.get("class_path", "")) for callback in (found if isinstance(found, list) else [found])]
+        if self.subcommand == "prune" and not any(map(_prunes, paths)):
             raise ValueError(
                 "Expected a WandaPPPruneCallback in `trainer.callbacks`, but there is none; "
                 "it says what to prune and how (see configs/prune/)"
             )
+
+
+def _prunes(class_path: str) -> bool:
+    kind = resolve_name(class_path) if class_path else None
+    return isinstance(kind, type) and issubclass(kind, WandaPPPruneCallback)
 
 
 def _hide_known_noise() -> None:

@@ -69,6 +69,8 @@ class WandaPPPruneCallback(Callback):
         target: What a pruned block is fitted to: `dense_block`, the dense block's output on the same input, or
             `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
+        resampled_copies: Copies of each calibration sample in which the dense model draws half of the tokens anew, used
+            beside it, where blocks are optimised, which learn few samples by heart; for causal language models.
         mask_mode: What pruned weights do during the steps: `free`, they move and the next round prunes again; `fixed`,
             they stay zero and with them the first round's mask; `straight_through`, they are trained beside the block,
             which runs without them, and may come back in the next round.
@@ -107,6 +109,7 @@ class WandaPPPruneCallback(Callback):
         start: Start = "score",
         target: Target = "dense_block",
         samples_per_step: int = 1,
+        resampled_copies: int = 0,
         mask_mode: MaskMode = "free",
         compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
@@ -131,6 +134,7 @@ class WandaPPPruneCallback(Callback):
             start=start,
             target=target,
             samples_per_step=samples_per_step,
+            resampled_copies=resampled_copies,
             mask_mode=mask_mode,
             compute_dtype=compute_dtype,
             exclude_modules=tuple(exclude_modules) if isinstance(exclude_modules, list) else exclude_modules or (),
@@ -140,10 +144,11 @@ class WandaPPPruneCallback(Callback):
             raise ValueError(
                 f"Expected argument `num_calibration_samples` to be at least 1, but got {num_calibration_samples!r}."
             )
-        if self.options.uses_optimisation and num_calibration_samples < samples_per_round:
+        num_samples = num_calibration_samples * (1 + self.options.num_copies)
+        if self.options.uses_optimisation and num_samples < samples_per_round:
             raise ValueError(
-                "Expected argument `samples_per_round` to be at most `num_calibration_samples`, but got "
-                f"{samples_per_round} of {num_calibration_samples}."
+                "Expected argument `samples_per_round` to be at most `num_calibration_samples` with their copies, but "
+                f"got {samples_per_round} of {num_samples}."
             )
         if device != "auto":
             try:
@@ -162,6 +167,7 @@ class WandaPPPruneCallback(Callback):
         self.key: str | None = None
         """The hash that names the pruning in force."""
         self._exit_code: int | None = None
+        self._was_pruned = False
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
 
     # -- for overriding ---------------------------------------------------------------------------------------------
@@ -205,7 +211,8 @@ class WandaPPPruneCallback(Callback):
         if trainer.state.status == TrainerStatus.RUNNING:
             # the module would say so too, but after the pruning
             require_whole(pl_module)
-        if self._is_pruned(pl_module):
+        self._was_pruned = self._is_pruned(pl_module)
+        if self._was_pruned:
             return
         if is_overridden("configure_model", pl_module):
             # Lightning calls it after this hook, and asks that a second call changes nothing: see `on_fit_start`
@@ -224,8 +231,9 @@ class WandaPPPruneCallback(Callback):
             kept = reference()
             rebuilt = kept is None or id(kept) not in present
             weight = by_name.get(name) if rebuilt else kept
-            # sharded weights have no elements here; a full checkpoint may have brought back weights that were trained
-            if weight is None or weight.numel() == 0 or (trainer.ckpt_path is not None and not rebuilt):
+            # sharded weights have no elements here; a checkpoint, or a fit before this one, may have trained them
+            may_be_trained = trainer.ckpt_path is not None or self._was_pruned
+            if weight is None or weight.numel() == 0 or (may_be_trained and not rebuilt):
                 continue
             if int(torch.count_nonzero(weight)) > nonzero:
                 remedy = (
@@ -276,6 +284,8 @@ class WandaPPPruneCallback(Callback):
             ValueError: If the model, the data, the options or the folder do not fit, before any long work.
             SystemExit: If a signal asked to stop; all finished blocks are on disk.
         """
+        # of a fit before this one, in a process that survived it
+        self._exit_code = None
         run = self._run(pl_module)
         with DeferredSignals(requeue_signal(trainer)) as signals, _quiet(pl_module):
             report = self._make(trainer, pl_module, run, signals)
@@ -310,7 +320,7 @@ class WandaPPPruneCallback(Callback):
         try:
             report = run.prune(
                 lambda: calibration_loader(trainer, pl_module, self.calibration),
-                device=trainer.strategy.root_device if self.device == "auto" else torch.device(self.device),
+                device=trainer.strategy.root_device if self.device == "auto" else _present(self.device),
                 ranks=ranks,
                 should_stop=lambda: signals.received is not None,
                 show_progress=trainer.progress_bar_callback is not None,
@@ -356,6 +366,15 @@ class WandaPPPruneCallback(Callback):
         present = {id(parameter) for parameter in pl_module.parameters()}
         references = [reference() for reference, _ in self._pruned.values()]
         return bool(references) and all(weight is not None and id(weight) in present for weight in references)
+
+
+def _present(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(
+            f"Expected argument `device` to be one of this machine, but got {name!r} ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _explained(error: BaseException, pl_module: nn.Module) -> ValueError | None:

@@ -47,6 +47,7 @@ class OneBlock:
         masks: Sequence[Tensor | None],
         ranks: Ranks,
     ) -> None:
+        self.index = index
         self.layers = dict(layers)
         self.options = options
         self.run = run
@@ -101,6 +102,24 @@ class OneBlock:
                         outputs.extend(output.split(1))
         self.statistics.share(self.ranks)
         return outputs
+
+    def require_finite(self) -> None:
+        """Refuse what scores cannot be made of: a comparison with NaN would prune whole rows, or at random.
+
+        Raises:
+            ValueError: If weights, input norms or gradients are infinite or no numbers.
+        """
+        for name, layer in self.layers.items():
+            values = {"weights": layer.weight, "inputs": self.statistics.norm(name)}
+            if name in self.gradients:
+                values["gradients"] = self.gradients[name]
+            for what, tensor in values.items():
+                if not bool(tensor.detach().isfinite().all()):
+                    raise ValueError(
+                        f"Expected finite {what} of `{name}` in block {self.index}, but got infinities or NaN in "
+                        f"{str(layer.weight.dtype).removeprefix('torch.')}; check the model, and give one that "
+                        "overflows float16 in bfloat16 or float32"
+                    )
 
     def prune(self) -> dict[str, Tensor]:
         """Set the lowest scores of the block as it is to zero.

@@ -49,6 +49,8 @@ class PruneOptions:
         target: What the pruned block is fitted to: `dense_block`, the dense block's output on the same input (the
             paper's), or `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
+        resampled_copies: Copies of each calibration sample in which the dense model draws half of the tokens anew, used
+            beside it, where blocks are optimised, which learn few samples by heart; for causal language models.
         mask_mode: What pruned weights do during the steps: `free`, they move away from zero and the next round prunes
             again (the paper's); `fixed`, they stay zero and with them the first round's mask; `straight_through`, they
             keep their values beside the block, which runs without them, get its gradients (the straight-through
@@ -82,6 +84,7 @@ class PruneOptions:
     start: Start = "score"
     target: Target = "dense_block"
     samples_per_step: int = 1
+    resampled_copies: int = 0
     mask_mode: MaskMode = "free"
     compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
@@ -91,7 +94,8 @@ class PruneOptions:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
         self._check_pattern()
-        for name, smallest in (("rounds", 0), ("samples_per_round", 1), ("samples_per_step", 1), ("seed", 0)):
+        least = {"rounds": 0, "samples_per_round": 1, "samples_per_step": 1, "resampled_copies": 0, "seed": 0}
+        for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(
@@ -204,6 +208,11 @@ class PruneOptions:
     def uses_optimisation(self) -> bool:
         """Whether the block is optimised after pruning (RO)."""
         return self.method in ("ro", "wanda++") and self.rounds > 0
+
+    @property
+    def num_copies(self) -> int:
+        """Resampled copies of each sample that are used."""
+        return self.resampled_copies if self.uses_optimisation else 0
 
     @property
     def uses_gram(self) -> bool:

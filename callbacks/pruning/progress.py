@@ -170,8 +170,10 @@ class ProgressFolder:
         """
         check_writable(self.directory)
         found = self.read_key()
-        if found is None:
-            if any(self.directory.glob("block_*.safetensors")):
+        blocks = any(self.directory.glob("block_*.safetensors"))
+        # one that failed before its first block, for a wrong option say, leaves nothing to protect
+        if found is None or not (blocks or (self.directory / "complete.json").exists()):
+            if blocks:
                 raise ValueError(
                     f"Expected argument `output_dir` to hold a pruning with its key, but '{self.directory}' has block "
                     f"files and no key.json{_REMEDY}"

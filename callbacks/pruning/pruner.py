@@ -21,6 +21,7 @@ from .one_block import OneBlock
 from .options import PruneOptions
 from .ranks import Ranks
 from .report import BlockRecord, PruneReport
+from .resample import with_resampled
 from .samples import Batches, Samples, capture_samples, split_rows
 
 
@@ -62,6 +63,8 @@ class PruningInterrupted(Exception):  # noqa: N818 - a request that was granted,
         self.block_index = block_index
 
 
+# what is compiled does not see the hooks that collect statistics
+@torch.compiler.set_stance("force_eager")
 def prune_model(
     model: nn.Module,
     forward: Callable[[Any], object],
@@ -111,8 +114,22 @@ def prune_model(
         missing = ranks.first([i for i in range(len(blocks)) if progress is None or progress.load(i) is None])
         samples = None
         if missing and options.uses_calibration:
-            _check_samples(len(rows), options)
-            samples = capture_samples(blocks, forward, rows[ranks.rank :: ranks.size], token_mask, device)
+            _check_samples(len(rows) * (1 + options.num_copies), options)
+            own = rows[ranks.rank :: ranks.size]
+            if options.num_copies:
+                run_blocks = partial(_run_dense, name, blocks, options, forward, token_mask, device)
+                own = with_resampled(
+                    rows,
+                    options.num_copies,
+                    blocks,
+                    forward,
+                    run_blocks,
+                    token_mask,
+                    seed=options.seed,
+                    rank=ranks.rank,
+                    num_ranks=ranks.size,
+                )
+            samples = capture_samples(blocks, forward, own, token_mask, device)
         pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0), ranks)
         records = []
         for index in range(len(blocks)):
@@ -130,6 +147,20 @@ def prune_model(
             if index < len(blocks) - 1 and ranks.total(float(stops)):
                 raise PruningInterrupted(index)
     return PruneReport(options.to_dict(), name, tuple(records))
+
+
+def _run_dense(
+    name: str,
+    blocks: nn.ModuleList,
+    options: PruneOptions,
+    forward: Callable[[Any], object],
+    token_mask: Callable[[Any], Tensor | None] | None,
+    device: torch.device,
+    rows: Sequence[Any],
+) -> list[Tensor]:
+    """The hidden states behind the last block, one block on the device at a time."""
+    samples = capture_samples(blocks, forward, rows, token_mask, device)
+    return _Pruner(name, blocks, options, samples, device, len(blocks), Ranks()).run_dense()
 
 
 def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
@@ -160,6 +191,14 @@ class _Pruner:
         keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
         self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
         self._runs_together: dict[Hashable, bool] = {}
+
+    def run_dense(self) -> list[Tensor]:
+        """Move the hidden states through all blocks as they are, each sample alone; gives them."""
+        assert self.samples is not None
+        for index in range(len(self.blocks)):
+            with self._block(index):
+                self._forward(index, self.samples.hidden, Batches(self.samples.masks))
+        return self.samples.hidden
 
     def load(self, index: int, result: BlockResult | None) -> BlockRecord:
         """Take a finished block, which rank 0 has, and go on as if it had been made now."""
@@ -223,6 +262,7 @@ class _Pruner:
         # at the first block the two streams are one
         shares = self.stream is None or index == 0
         targets = work.measure(samples.hidden, keep_outputs=shares and self.options.uses_optimisation)
+        work.require_finite()
         if self.stream is not None:
             if not shares:
                 self._forward(index, self.stream, work.samples)

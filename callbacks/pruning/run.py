@@ -1,6 +1,8 @@
 """One pruning from start to end: check, read, key, prune or load, report."""
 
 import hashlib
+import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +23,30 @@ from .progress import ProgressFolder, check_writable
 from .pruner import PruningInterrupted, prune_model
 from .ranks import Ranks
 from .report import BlockRecord, PruneReport
+from .samples import split_rows
 
 _ARCHITECTURE = "(architecture)"
+# settings that say how, not what, is computed, and what a transformers model was loaded with
+_PASSING = frozenset(
+    {
+        "training",
+        "forward",
+        "gradient_checkpointing",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "name_or_path",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+    }
+)
 
 
 @dataclass
@@ -51,6 +75,8 @@ class PruneRun:
     key_digest: str = field(default="", init=False)
     """The hash that names the pruning, once it is begun or found."""
 
+    # what is compiled does not see the hooks that collect statistics
+    @torch.compiler.set_stance("force_eager")
     def prune(
         self,
         loader: Callable[[], Iterable[Any]],
@@ -162,8 +188,9 @@ class PruneRun:
         calibration = {}
         tensors = {f"{name}.{key}": tensor for key, tensor in _tensors(blocks)}
         if batches:
-            rows = {"num_samples": self.num_samples, "contents": digest_batches(batches, self.token_mask)}
-            calibration = rows
+            # by rows, which are what is pruned with: how they are batched changes nothing
+            rows = [row for batch in batches for row in split_rows(batch)]
+            calibration = {"num_samples": self.num_samples, "contents": digest_batches(rows, self.token_mask)}
             with isolated_rng(self.options.seed):
                 tensors |= _read_before(self.module, blocks, lambda: self.forward(batches[0]))
         # sums over ranks round otherwise than sums in one process
@@ -229,7 +256,26 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _architecture(blocks: nn.ModuleList) -> str:
-    return hashlib.sha256(repr(blocks).encode()).hexdigest()[:32]
+    """Hashes what the blocks' tensors do not show: classes, and the settings that modules and configurations hold."""
+    settings: list[Any] = [repr(blocks)]
+    for name, module in blocks.named_modules():
+        settings.append((name, sorted(_settings(module).items())))
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    found = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _PASSING:
+            continue
+        if isinstance(value, (bool, int, float, str, type(None))):
+            found[name] = repr(value)
+        elif inspect.isroutine(value) or isinstance(value, type):
+            found[name] = getattr(value, "__qualname__", type(value).__name__)
+        elif callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, nn.Module):
+            config = {key: item for key, item in to_dict().items() if not key.startswith("_") and key not in _PASSING}
+            found[name] = json.dumps(config, sort_keys=True, default=str)
+    return found
 
 
 def _saved_bytes(weight: Tensor) -> int:

@@ -83,8 +83,9 @@ def run(repository, folder, case="prune", size=2, **options):
         (2, {"method": "ro", "samples_per_step": 2, "learning_rate": 1e-3}),
         (2, {"method": "sparsegpt"}),
         (4, {"method": "wanda", "num_calibration_samples": 6}),
+        (2, {"method": "ro", "learning_rate": 1e-3, "num_calibration_samples": 5, "resampled_copies": 2}),
     ],
-    ids=["a step by one rank", "a step by both ranks", "gram matrices", "uneven shares"],
+    ids=["a step by one rank", "a step by both ranks", "gram matrices", "uneven shares", "resampled copies"],
 )
 def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_path, size, options):
     codes, errors = run(repository, tmp_path, size=size, **options)

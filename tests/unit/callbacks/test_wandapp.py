@@ -1,12 +1,18 @@
+import os
+import signal
+
 import pytest
 import torch
+import transformers
 from helpers.pruning import Tiny, callback, loader, same, trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.callbacks.pruning import run as run_module
+from wandazeta.callbacks.pruning.progress import ProgressFolder
 
 
 @pytest.fixture
@@ -344,3 +350,86 @@ def test_what_does_not_fit_is_said_before_any_work(folder, forbid_pruning, argum
         fit(callback(arguments.pop("output_dir", folder), **arguments), module, data)
     assert "\n" not in str(error.value)
     assert same(module, Tiny())
+
+
+# -- one process, several fits ----------------------------------------------------------------------------------------
+
+
+def test_a_second_fit_goes_on_with_what_the_first_trained(folder, forbid_pruning):
+    pruning = callback(folder)
+    runner, module = trainer(pruning), Tiny(learning_rate=0.1)
+    runner.fit(module, loader())
+    forbid_pruning()
+    assert (module.layers[0].up.weight != 0).all(), "trained without KeepSparsity"
+    runner.fit_loop.max_epochs = 2
+    runner.fit(module, loader())
+    trainer(pruning).fit(module, loader())
+    assert runner.global_step == 8
+
+
+def test_a_fit_after_one_that_was_stopped_keeps_its_checkpoints(folder, tmp_path, monkeypatch):
+    pruning, save = callback(folder), ProgressFolder.save
+
+    def saving(self, index, result):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(self, index, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressFolder, "save", saving)
+        with pytest.raises(SystemExit):
+            fit(pruning)
+    trainer(pruning, ModelCheckpoint(tmp_path / "kept"), enable_checkpointing=True).fit(Tiny(), loader())
+    assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 1
+
+
+# -- what the key covers ----------------------------------------------------------------------------------------------
+
+
+class Headed(Tiny):
+    """Its blocks hold settings that no tensor and no `repr` shows."""
+
+    def __init__(self, heads=1, activation=torch.relu, **config):
+        super().__init__()
+        for layer in self.layers:
+            layer.heads, layer.activation = heads, activation
+            layer.config = transformers.MistralConfig(**config)
+
+
+@pytest.mark.parametrize(
+    "change", [{"heads": 4}, {"activation": torch.tanh}, {"sliding_window": 4}], ids=["number", "function", "config"]
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_another_setting_of_the_blocks_is_refused(folder, forbid_pruning, change, stage):
+    fit(callback(folder), Headed())
+    forbid_pruning()
+    fit(callback(folder), Headed(transformers_version="1.0"))
+    with pytest.raises(ValueError, match=r"1 of \d+ model tensors, first `\(architecture\)`"):
+        getattr(trainer(callback(folder)), stage)(Headed(**change), loader())
+
+
+def test_how_samples_are_batched_changes_nothing(folder, forbid_pruning):
+    expected = fit(callback(folder))
+    forbid_pruning()
+    data = DataLoader(loader().dataset, batch_size=3)
+    assert same(fit(callback(folder), data=data), expected)
+
+
+def test_a_folder_without_a_block_belongs_to_nobody(folder):
+    with pytest.raises(ValueError, match="`device` to be one of this machine, but got 'cuda:99'"):
+        fit(callback(folder, device="cuda:99"))
+    broken = callback(folder)
+    broken.token_mask = lambda batch: torch.ones(1, 2)
+    with pytest.raises(ValueError, match="`token_mask` to give a mask of shape"):
+        fit(broken)
+    assert (folder / "key.json").exists()
+    pruning = callback(folder, alpha=3.0)
+    fit(pruning)
+    assert pruning.report.sparsity == 0.5
+
+
+def test_compiled_blocks_are_pruned_as_they_are(folder, tmp_path):
+    compiled = Tiny()
+    for block in compiled.layers:
+        block.compile(backend="eager")
+    compiled(next(iter(loader()))[0])  # traced without hooks
+    assert same(fit(callback(folder), compiled), fit(callback(tmp_path / "eager")))

@@ -86,3 +86,20 @@ def test_wrong_requests_are_refused_before_any_change():
             prune(model, **options)
     assert equal(model, dense)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "wanda++"])
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("inputs of `mlp.down_proj.weight` in block 0", lambda layers: layers[0].mlp.up_proj.weight.mul_(3e30)),
+        ("weights of `self_attn.q_proj.weight` in block 1", lambda layers: layers[1].self_attn.q_proj.weight.div_(0)),
+    ],
+    ids=["overflow", "broken weights"],
+)
+def test_what_is_not_finite_is_refused(method, what, spoil):
+    model, blocks = build("llama")
+    with torch.no_grad():
+        spoil(model.get_submodule(blocks))
+    with pytest.raises(ValueError, match=f"Expected finite {what}"):
+        prune(model, method=method)
