@@ -6,7 +6,7 @@ from a real forward, for each block and each sample, and never made up.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,6 @@ from wandazeta.sharded import full_shape
 __all__ = [
     "BlockCall",
     "CallCapture",
-    "block_outputs",
-    "call_behind",
     "call_block",
     "capture_block_calls",
     "find_blocks",
@@ -207,41 +205,6 @@ def capture_block_calls(forward: Callable[[], object], blocks: nn.ModuleList) ->
     return hidden, calls
 
 
-def block_outputs(forward: Callable[[], object], blocks: nn.ModuleList) -> list[Any]:
-    """Run a real forward up to the end of the last block; gives what each block returned, packed as it packs it.
-
-    Args:
-        forward: Runs the model.
-        blocks: The blocks, in the order in which they run.
-
-    Raises:
-        ValueError: As `capture_block_calls`.
-    """
-    return _capture(forward, blocks, outputs=None)[2]
-
-
-def call_behind(forward: Callable[[], object], blocks: nn.ModuleList, hidden: Tensor, outputs: Sequence[Any]) -> object:
-    """Run what a model does behind its blocks: a real forward that skips them.
-
-    Args:
-        forward: Runs the model.
-        blocks: The blocks.
-        hidden: What the last block is to return; moved to where the model is.
-        outputs: What the blocks returned in some other forward, for how they pack it.
-
-    Returns:
-        What the forward returns.
-    """
-    skipped = {block: _identity(block, output) for block, output in zip(blocks, outputs, strict=True)}
-
-    def give(*args: Any, **kwargs: Any) -> Any:
-        before, _ = _split_call(blocks[-1], args, kwargs)
-        return _packed(hidden.to(before.device), outputs[-1])
-
-    with override_forward(skipped | {blocks[-1]: give}), torch.no_grad():
-        return forward()
-
-
 class CallCapture:
     """Captures calls of many samples, at the cost of a real forward for the first one only where that is enough.
 
@@ -344,14 +307,9 @@ def _identity(block: nn.Module, output: Any) -> Callable[..., Any]:
 
     def identity(*args: Any, **kwargs: Any) -> Any:
         hidden, _ = _split_call(block, args, kwargs)
-        return _packed(hidden, output)
+        return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
 
     return identity
-
-
-def _packed(hidden: Tensor, output: Any) -> Any:
-    """Hidden states, packed as `output` is."""
-    return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
 
 
 def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

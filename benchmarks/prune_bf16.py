@@ -15,6 +15,7 @@ column by an inverse Gram matrix, changes more places for it.
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -59,6 +60,12 @@ class Masks:
     def save(self, block_index: int, result: BlockResult) -> None:
         """Keep the masks."""
         self.kept.append(torch.cat([mask.flatten() for mask in result.masks.values()]))
+
+    def load_texts(self) -> list[Tensor] | None:
+        """Nothing is written."""
+
+    def save_texts(self, texts: Sequence[Tensor]) -> None:
+        """Not kept."""
 
 
 def options_of(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:

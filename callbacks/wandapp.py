@@ -69,8 +69,8 @@ class WandaPPPruneCallback(Callback):
         target: What a pruned block is fitted to: `dense_block`, the dense block's output on the same input, or
             `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
-        resampled_copies: Copies of each calibration sample in which the dense model draws half of the tokens anew, used
-            beside it, where blocks are optimised, which learn few samples by heart; for causal language models.
+        generated_copies: Samples that the dense model writes for each calibration sample, from some of its tokens on,
+            used beside it where blocks are optimised, which learn few by heart; for transformers' causal models.
         mask_mode: What pruned weights do during the steps: `free`, they move and the next round prunes again; `fixed`,
             they stay zero and with them the first round's mask; `straight_through`, they are trained beside the block,
             which runs without them, and may come back in the next round.
@@ -109,7 +109,7 @@ class WandaPPPruneCallback(Callback):
         start: Start = "score",
         target: Target = "dense_block",
         samples_per_step: int = 1,
-        resampled_copies: int = 0,
+        generated_copies: int = 0,
         mask_mode: MaskMode = "free",
         compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
@@ -134,7 +134,7 @@ class WandaPPPruneCallback(Callback):
             start=start,
             target=target,
             samples_per_step=samples_per_step,
-            resampled_copies=resampled_copies,
+            generated_copies=generated_copies,
             mask_mode=mask_mode,
             compute_dtype=compute_dtype,
             exclude_modules=tuple(exclude_modules) if isinstance(exclude_modules, list) else exclude_modules or (),

@@ -1,5 +1,6 @@
 """Reading calibration samples from any loader, and calling a model that was written without us in mind."""
 
+import copy
 import hashlib
 import inspect
 import random
@@ -88,7 +89,10 @@ def take_rows(batch: Any, num_rows: int) -> Any:
         if isinstance(value, Tensor):
             return value[:num_rows] if value.ndim > 0 and value.shape[0] == rows else value
         if isinstance(value, Mapping):
-            return {key: take(item) for key, item in value.items()}
+            taken = copy.copy(value)  # keeps what a BatchEncoding or an ordered dict adds
+            for key, item in value.items():
+                taken[key] = take(item)  # type: ignore[index]
+            return taken
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(take(item) for item in value))
         if isinstance(value, (list, tuple)):

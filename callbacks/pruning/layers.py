@@ -155,13 +155,16 @@ def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None
                 f"Expected weights of their own in every layer, but `{name}` and `{other}` share one; "
                 "add both to `exclude_modules` to leave them dense"
             )
-    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
-        owner = owners.get(_identity(parameter))
-        if owner not in (None, name):
-            raise ValueError(
-                f"Expected weights of their own in every layer, but `{owner}` is tied to `{name}`; "
-                "add it to `exclude_modules` to leave it dense"
-            )
+    own = {id(layer) for layer in layers.values()}
+    # each module once: a second name for the blocks does not tie their weights
+    for name, module in model.named_modules(remove_duplicate=True) if model is not None else ():
+        for parameter_name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():
+            owner = owners.get(_identity(parameter))
+            if owner is not None:
+                raise ValueError(
+                    f"Expected weights of their own in every layer, but `{owner}` is tied to "
+                    f"`{name}.{parameter_name}`; add it to `exclude_modules` to leave it dense"
+                )
 
 
 def _identity(weight: Tensor) -> int:

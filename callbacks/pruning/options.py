@@ -49,8 +49,8 @@ class PruneOptions:
         target: What the pruned block is fitted to: `dense_block`, the dense block's output on the same input (the
             paper's), or `dense_stream`, what the unpruned model has at this depth.
         samples_per_step: Samples whose mean loss makes an optimizer step.
-        resampled_copies: Copies of each calibration sample in which the dense model draws half of the tokens anew, used
-            beside it, where blocks are optimised, which learn few samples by heart; for causal language models.
+        generated_copies: Samples that the dense model writes for each calibration sample, from some of its tokens on,
+            used beside it where blocks are optimised, which learn few by heart; for transformers' causal models.
         mask_mode: What pruned weights do during the steps: `free`, they move away from zero and the next round prunes
             again (the paper's); `fixed`, they stay zero and with them the first round's mask; `straight_through`, they
             keep their values beside the block, which runs without them, get its gradients (the straight-through
@@ -84,7 +84,7 @@ class PruneOptions:
     start: Start = "score"
     target: Target = "dense_block"
     samples_per_step: int = 1
-    resampled_copies: int = 0
+    generated_copies: int = 0
     mask_mode: MaskMode = "free"
     compute_dtype: ComputeDtype = "model"
     exclude_modules: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class PruneOptions:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(choices))
         self._check_pattern()
-        least = {"rounds": 0, "samples_per_round": 1, "samples_per_step": 1, "resampled_copies": 0, "seed": 0}
+        least = {"rounds": 0, "samples_per_round": 1, "samples_per_step": 1, "generated_copies": 0, "seed": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
@@ -211,8 +211,8 @@ class PruneOptions:
 
     @property
     def num_copies(self) -> int:
-        """Resampled copies of each sample that are used."""
-        return self.resampled_copies if self.uses_optimisation else 0
+        """Generated copies of each sample that are used."""
+        return self.generated_copies if self.uses_optimisation else 0
 
     @property
     def uses_gram(self) -> bool:

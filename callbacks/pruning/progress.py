@@ -2,7 +2,8 @@
 
 A folder holds `key.json` (what was pruned, how and with what), `block_0000.safetensors` and so on (weights, masks and
 the record of one block each), `block_0000.cost.json` (seconds and memory, the only figures that vary between runs),
-and at the end `report.json` and `complete.json`. Every file is written under another name, flushed to the disk and
+`generated.safetensors` (samples that the model wrote, where it was to), and at the end `report.json` and
+`complete.json`. Every file is written under another name, flushed to the disk and
 renamed, so that a process killed at any instant leaves whole files or none. No file is a pickle.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .pruner import BlockResult
 from .report import BlockRecord, PruneReport
 
 _COSTS = ("seconds", "peak_memory")
+_WRITING = ".writing.tmp"
 _REMEDY = "; choose another `output_dir`, restore what changed, or delete the folder to prune anew."
 
 
@@ -43,7 +45,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: If it cannot be written, as on a full disk; the error names the file, and nothing is left of it.
     """
     # the same for all files of a folder: what a kill leaves is written over, and no pattern of a name finds it
-    temporary = path.with_name(".writing.tmp")
+    temporary = path.with_name(_WRITING)
     with removed_if_unwritten(temporary, path):
         with temporary.open("wb") as file:
             file.write(content)
@@ -180,8 +182,7 @@ class ProgressFolder:
                 )
             write_json(self.directory / "key.json", key.to_dict())
             found = key
-        for leftover in self.directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        (self.directory / _WRITING).unlink(missing_ok=True)
         parts = ["options", "model", "calibration"]
         if not (self.directory / "complete.json").exists():
             parts.append("environment")
@@ -284,6 +285,36 @@ class ProgressFolder:
         # a single metadata entry: safetensors does not keep the order of several
         write_atomically(self._path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
         self._chain[block_index] = note["digest"]
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def load_texts(self) -> list[Tensor] | None:
+        """Reads the samples that the model wrote.
+
+        Returns:
+            Tokens of shape (1, tokens), or `None` if they are missing, damaged, or of another pruning.
+        """
+        try:
+            with safe_open(self.directory / "generated.safetensors", framework="pt") as file:
+                note = json.loads(file.metadata()["wandazeta"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if note["key"] != self._key or note["digest"] != _digest(tensors, note):
+                return None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return [tensors[name] for name in sorted(tensors)]
+
+    def save_texts(self, texts: Sequence[Tensor]) -> None:
+        """Writes the samples that the model wrote.
+
+        Args:
+            texts: Tokens of shape (1, tokens).
+        """
+        tensors = {f"{number:08d}": text.cpu().contiguous() for number, text in enumerate(texts)}
+        note: dict[str, Any] = {"key": self._key, "previous": "", "record": {}}
+        note["digest"] = _digest(tensors, note)
+        content = save(tensors, metadata={"wandazeta": json.dumps(note)})
+        write_atomically(self.directory / "generated.safetensors", content)
 
     def _read_costs(self, block_index: int) -> dict[str, Any]:
         costs = json.loads((self.directory / f"block_{block_index:04d}.cost.json").read_bytes())

@@ -15,13 +15,13 @@ from wandazeta.blocks import call_block, find_blocks
 from wandazeta.stored import resident
 
 from .calibration import isolated_rng
+from .generate import find_writer, with_tokens, write_copies
 from .layers import prunable_layers, validate_layers
 from .memory import peak_memory
 from .one_block import OneBlock
 from .options import PruneOptions
 from .ranks import Ranks
 from .report import BlockRecord, PruneReport
-from .resample import with_resampled
 from .samples import Batches, Samples, capture_samples, split_rows
 
 
@@ -49,6 +49,12 @@ class Progress(Protocol):
 
     def save(self, block_index: int, result: BlockResult) -> None:
         """Keep a finished block."""
+
+    def load_texts(self) -> list[Tensor] | None:
+        """The samples that the model wrote, or None if they have to be written; tokens of shape (1, tokens)."""
+
+    def save_texts(self, texts: Sequence[Tensor]) -> None:
+        """Keep what the model wrote."""
 
 
 class PruningInterrupted(Exception):  # noqa: N818 - a request that was granted, not an error
@@ -108,28 +114,16 @@ def prune_model(
     progress = progress if ranks.rank == 0 else None
     rows = [row for batch in batches for row in split_rows(batch)]
     # autograd is needed inside, whatever the caller is in
-    with torch.inference_mode(False), torch.no_grad(), isolated_rng(options.seed), _evaluating(model):
+    with torch.inference_mode(False), torch.no_grad(), isolated_rng(options.seed), evaluating(model):
         name, blocks = find_blocks(model, (lambda: forward(rows[0])) if rows else None, block_name)
         validate_layers(blocks, options, model=model, block_name=name)
         missing = ranks.first([i for i in range(len(blocks)) if progress is None or progress.load(i) is None])
         samples = None
         if missing and options.uses_calibration:
             _check_samples(len(rows) * (1 + options.num_copies), options)
-            own = rows[ranks.rank :: ranks.size]
             if options.num_copies:
-                run_blocks = partial(_run_dense, name, blocks, options, forward, token_mask, device)
-                own = with_resampled(
-                    rows,
-                    options.num_copies,
-                    blocks,
-                    forward,
-                    run_blocks,
-                    token_mask,
-                    seed=options.seed,
-                    rank=ranks.rank,
-                    num_ranks=ranks.size,
-                )
-            samples = capture_samples(blocks, forward, own, token_mask, device)
+                rows = rows + _write_copies(model, blocks, rows, token_mask, options, device, progress, ranks)
+            samples = capture_samples(blocks, forward, rows[ranks.rank :: ranks.size], token_mask, device)
         pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0), ranks)
         records = []
         for index in range(len(blocks)):
@@ -149,18 +143,32 @@ def prune_model(
     return PruneReport(options.to_dict(), name, tuple(records))
 
 
-def _run_dense(
-    name: str,
+def _write_copies(
+    model: nn.Module,
     blocks: nn.ModuleList,
-    options: PruneOptions,
-    forward: Callable[[Any], object],
-    token_mask: Callable[[Any], Tensor | None] | None,
-    device: torch.device,
     rows: Sequence[Any],
-) -> list[Tensor]:
-    """The hidden states behind the last block, one block on the device at a time."""
-    samples = capture_samples(blocks, forward, rows, token_mask, device)
-    return _Pruner(name, blocks, options, samples, device, len(blocks), Ranks()).run_dense()
+    token_mask: Callable[[Any], Tensor | None] | None,
+    options: PruneOptions,
+    device: torch.device,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> list[Any]:
+    """Samples that rank 0 lets the model write, or wrote before it was stopped."""
+    writer = find_writer(model, blocks)
+
+    def write() -> list[Tensor]:
+        known = progress.load_texts() if progress is not None else None
+        if known is not None:
+            return known
+        masks = [token_mask(row) if token_mask is not None else None for row in rows]
+        dtype = torch.bfloat16 if options.compute_dtype == "bfloat16" else None
+        texts = write_copies(writer, rows, masks, options.num_copies, seed=options.seed, device=device, dtype=dtype)
+        if progress is not None:
+            progress.save_texts(texts)
+        return texts
+
+    texts = ranks.first(ranks.together(lambda: write() if ranks.rank == 0 else []))
+    return [with_tokens(rows[place % len(rows)], text) for place, text in enumerate(texts)]
 
 
 def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
@@ -191,14 +199,6 @@ class _Pruner:
         keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
         self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
         self._runs_together: dict[Hashable, bool] = {}
-
-    def run_dense(self) -> list[Tensor]:
-        """Move the hidden states through all blocks as they are, each sample alone; gives them."""
-        assert self.samples is not None
-        for index in range(len(self.blocks)):
-            with self._block(index):
-                self._forward(index, self.samples.hidden, Batches(self.samples.masks))
-        return self.samples.hidden
 
     def load(self, index: int, result: BlockResult | None) -> BlockRecord:
         """Take a finished block, which rank 0 has, and go on as if it had been made now."""
@@ -353,7 +353,7 @@ class _Pruner:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients, put back afterwards module by module and parameter by parameter."""
     training = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

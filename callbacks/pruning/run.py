@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .key import PruneKey, digest_model
 from .layers import validate_layers
 from .options import PruneOptions
 from .progress import ProgressFolder, check_writable
-from .pruner import PruningInterrupted, prune_model
+from .pruner import PruningInterrupted, evaluating, prune_model
 from .ranks import Ranks
 from .report import BlockRecord, PruneReport
 from .samples import split_rows
@@ -138,6 +137,8 @@ class PruneRun:
     def _prepare(
         self, loader: Callable[[], Iterable[Any]], device: torch.device, ranks: Ranks
     ) -> tuple[str, nn.ModuleList, list[Any], PruneKey]:
+        # before any forward, which may count or keep something in them
+        settings = {module: _settings(module) for module in self.module.modules()}
         name, blocks = find_blocks(self.module, name=self.block_name)
         validate_layers(blocks, self.options, model=self.module, block_name=name)
         if ranks.rank == 0:
@@ -147,10 +148,12 @@ class PruneRun:
         batches = (
             collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
         )
-        if batches and self.block_name is None:
-            with isolated_rng(self.options.seed):
+        with isolated_rng(self.options.seed), evaluating(self.module):
+            if batches and self.block_name is None:
                 name, blocks = find_blocks(self.module, lambda: self.forward(batches[0]))
-        return name, blocks, batches, self._key(name, blocks, batches, device, ranks)
+            key = self._key(name, blocks, batches, device, ranks)
+        key.model[_ARCHITECTURE] = _architecture(blocks, settings)
+        return name, blocks, batches, key
 
     def load_finished(self) -> PruneReport:
         """Loads a finished pruning into the dense module, without calibration data.
@@ -164,7 +167,7 @@ class PruneRun:
         everything = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         wanted = found.model if found is not None else {}
         model = digest_model({key: everything[key] for key in wanted if key in everything})
-        model[_ARCHITECTURE] = _architecture(blocks)
+        model[_ARCHITECTURE] = _architecture(blocks, {module: _settings(module) for module in blocks.modules()})
         self.folder.open_finished(PruneKey({**self.options.to_dict(), "blocks": name}, model))
         self.key_digest = self.folder.key_digest
         report = self._load(blocks)
@@ -191,13 +194,13 @@ class PruneRun:
             # by rows, which are what is pruned with: how they are batched changes nothing
             rows = [row for batch in batches for row in split_rows(batch)]
             calibration = {"num_samples": self.num_samples, "contents": digest_batches(rows, self.token_mask)}
-            with isolated_rng(self.options.seed):
-                tensors |= _read_before(self.module, blocks, lambda: self.forward(batches[0]))
+            # copies are drawn by the head
+            until = None if self.options.num_copies else blocks[-1]
+            tensors |= _read(self.module, until, lambda: self.forward(rows[0]))
         # sums over ranks round otherwise than sums in one process
         environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}
         environment |= {"ranks": str(ranks.size)}
-        model = {**digest_model(tensors), _ARCHITECTURE: _architecture(blocks)}
-        return PruneKey({**self.options.to_dict(), "blocks": name}, model, calibration, environment)
+        return PruneKey({**self.options.to_dict(), "blocks": name}, digest_model(tensors), calibration, environment)
 
 
 def _require_same(key: PruneKey, first: PruneKey) -> None:
@@ -209,8 +212,8 @@ def _require_same(key: PruneKey, first: PruneKey) -> None:
         )
 
 
-class _BlocksReached(Exception):
-    """Ends a forward at the first block."""
+class _BlocksPassed(Exception):
+    """Ends a forward behind the last block."""
 
 
 class _ReadTensors(TorchFunctionMode):
@@ -230,23 +233,25 @@ class _ReadTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read_before(module: nn.Module, blocks: nn.ModuleList, forward: Callable[[], object]) -> dict[str, Tensor]:
-    """Finds the parameters and buffers that a forward reads before its first block: embeddings, rotary tables.
+def _read(module: nn.Module, until: nn.Module | None, forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Finds the parameters and buffers that a forward reads: embeddings, rotary tables, what stands between blocks.
 
-    A head, which may be new and random at every start, does not decide what is pruned and is not among them.
+    Up to the end of the last block, by default: a head, which may be new and random at every start, does not decide
+    what is pruned and is not among them.
     """
 
     def stop(*_: Any) -> None:
-        raise _BlocksReached
+        raise _BlocksPassed
 
-    handle = blocks[0].register_forward_pre_hook(stop)
+    handle = until.register_forward_hook(stop) if until is not None else None
     try:
         with torch.no_grad(), _ReadTensors() as mode:
             forward()
-    except _BlocksReached:
+    except _BlocksPassed:
         pass
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
     return {name: tensor for name, tensor in _tensors(module) if id(tensor) in mode.read}
 
 
@@ -255,12 +260,10 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _architecture(blocks: nn.ModuleList) -> str:
+def _architecture(blocks: nn.ModuleList, settings: dict[nn.Module, dict[str, str]]) -> str:
     """Hashes what the blocks' tensors do not show: classes, and the settings that modules and configurations hold."""
-    settings: list[Any] = [repr(blocks)]
-    for name, module in blocks.named_modules():
-        settings.append((name, sorted(_settings(module).items())))
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+    held = [(name, sorted(settings[module].items())) for name, module in blocks.named_modules() if module is not blocks]
+    return hashlib.sha256(repr([repr(blocks), held]).encode()).hexdigest()[:32]
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
@@ -273,8 +276,8 @@ def _settings(module: nn.Module) -> dict[str, str]:
         elif inspect.isroutine(value) or isinstance(value, type):
             found[name] = getattr(value, "__qualname__", type(value).__name__)
         elif callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, nn.Module):
-            config = {key: item for key, item in to_dict().items() if not key.startswith("_") and key not in _PASSING}
-            found[name] = json.dumps(config, sort_keys=True, default=str)
+            config = {str(key): repr(item) for key, item in to_dict().items()}
+            found[name] = repr(sorted((k, v) for k, v in config.items() if not k.startswith("_") and k not in _PASSING))
     return found
 
 

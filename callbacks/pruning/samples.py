@@ -182,6 +182,12 @@ def capture_samples(
                 f"Expected calibration batches of tensors, mappings or lists, but got {type(row).__name__} with "
                 f"{hidden.shape[0]} samples, which cannot be split; use batches of one sample"
             )
+        if hidden.ndim > 2 and hidden.shape[0] != 1:
+            raise ValueError(
+                f"Expected hidden states of shape (rows, tokens, width), but a batch of one row has "
+                f"{tuple(hidden.shape)}; build the model with `batch_first=True`, and give batches whose first tensor "
+                "has a row for each sample"
+            )
         samples.hidden.append(hidden)
         samples.calls.append(calls)
         samples.masks.append(_mask(row, hidden, token_mask))

@@ -39,6 +39,8 @@ def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None =
         return score.mul_(input_norm)
     if alpha == "auto":
         # on the device: a number of Python would wait for it
-        share = _AUTO_SHARE * input_norm.mean() / gradient.mean().clamp_min(torch.finfo(gradient.dtype).tiny)
+        share = _AUTO_SHARE * input_norm.mean() / gradient.mean()
+        # a layer that the loss does not depend on, as one before an output that is still zero
+        share = torch.where(share.isfinite(), share, 0.0)
         return score.mul_(torch.addcmul(input_norm, gradient, share))
     return score.mul_(torch.add(input_norm, gradient, alpha=alpha))

@@ -47,7 +47,9 @@ class InputStatistics:
     @contextmanager
     def collect(self) -> Iterator[None]:
         """Within this context every forward of a layer counts."""
-        handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self._layers.items()]
+        handles = [
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self._layers.items()
+        ]
         try:
             yield
         finally:
@@ -157,10 +159,11 @@ class InputStatistics:
             )
 
     def _hook(self, name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             # query, key and value see the very same tensor: one product for all
-            if self._last is None or self._last[0] is not args[0]:
-                self._last = (args[0], *self._products(name, args[0]))
+            if self._last is None or self._last[0] is not x:
+                self._last = (x, *self._products(name, x))
             _, squares, gram = self._last
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
             if gram is not None:

@@ -45,9 +45,16 @@ class Memory:
 
     def __init__(self):
         self.results = {}
+        self.texts = None
 
     def load(self, index):
         return self.results.get(index)
 
     def save(self, index, result):
         self.results[index] = copy.deepcopy(result)
+
+    def load_texts(self):
+        return self.texts
+
+    def save_texts(self, texts):
+        self.texts = texts

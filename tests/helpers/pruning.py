@@ -50,6 +50,16 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
+class Writer(Tiny):
+    """One that writes text as transformers' causal language models do."""
+
+    def generate(self, begun, attention_mask, generation_config):
+        while begun.shape[1] < attention_mask.shape[1] + generation_config.max_new_tokens:
+            likely = self(begun)[:, -1].softmax(-1)
+            begun = torch.cat([begun, torch.multinomial(likely, 1)], 1)
+        return begun
+
+
 def loader(num_samples=16, seed=0, shuffle=False):
     tokens = torch.randint(16, (num_samples, 6), generator=torch.Generator().manual_seed(seed))
     return DataLoader(TensorDataset(tokens), batch_size=4, shuffle=shuffle)

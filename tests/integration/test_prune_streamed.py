@@ -65,10 +65,10 @@ def assert_same_pruning(folder, reference):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("method", "copies"), [("wanda", 0), ("wanda++", 0), ("wanda++", 2)])
-def test_the_same_bits_as_in_memory(tmp_path, method, copies, dtype):
+@pytest.mark.parametrize("method", ["wanda", "wanda++"])
+def test_the_same_bits_as_in_memory(tmp_path, method, dtype):
     model = save_sharded(tmp_path / "model", dtype=getattr(torch, dtype))
-    options = {"method": method, "learning_rate": 1e-3, "resampled_copies": copies}
+    options = {"method": method, "learning_rate": 1e-3}
     prune(model, tmp_path / "memory", streamed=False, dtype=dtype, **options)
     module, pruning = prune(model, tmp_path / "streamed", streamed=True, dtype=dtype, **options)
     assert_same_pruning(tmp_path / "streamed", tmp_path / "memory")

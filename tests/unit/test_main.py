@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.tiny_model import save_tiny_llama
 from lightning.pytorch.loggers import CSVLogger
 
@@ -148,3 +149,16 @@ def test_the_process_group_is_left_however_the_run_ends(tmp_path, monkeypatch):
         main([])
     # left open, gloo's threads abort the process when the interpreter ends under them
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("form", ["in a list", "alone"])
+def test_prune_takes_a_subclass_of_its_callback_and_one_without_a_list(tmp_path, capsys, monkeypatch, form):
+    (tmp_path / "mine.py").write_text(
+        "from wandazeta.callbacks import WandaPPPruneCallback\n\nclass Mine(WandaPPPruneCallback):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"class_path": "mine.Mine"}
+    config = tmp_path / "trainer.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [given] if form == "in a list" else given}}))
+    # the callback is taken, so that the model is looked at
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "prune", "-c", str(config), *MODEL, *DATA)

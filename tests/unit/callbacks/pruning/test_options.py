@@ -77,7 +77,7 @@ def test_defaults_are_the_papers():
         "start": "score",
         "target": "dense_block",
         "samples_per_step": 1,
-        "resampled_copies": 0,
+        "generated_copies": 0,
         "mask_mode": "free",
         "compute_dtype": "model",
         "exclude_modules": (),
