@@ -19,6 +19,7 @@ from wandazeta.sharded import full_shape
 __all__ = [
     "BlockCall",
     "CallCapture",
+    "block_lists",
     "call_block",
     "capture_block_calls",
     "find_blocks",
@@ -99,6 +100,15 @@ def find_blocks(
             "blocks each; give the dotted name of the one that you mean"
         )
     return longest[0], nn.ModuleList(candidates[longest[0]])
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Dotted names of all lists in a model that may be its blocks; of several, a forward tells which one runs.
+
+    Args:
+        model: The model.
+    """
+    return list(_candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential))
 
 
 def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:

@@ -20,6 +20,8 @@ from .calibration import isolated_rng
 PROMPT_TOKENS = 32
 # at a time: wide enough to keep a processor busy, and its keys and values still fit
 ROWS_AT_ONCE = 64
+# no token: what is written has the length of the sample
+_NEVER = 2**30
 
 
 def find_writer(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
@@ -132,7 +134,7 @@ def _continue(model: nn.Module, begun: Tensor, length: int) -> Tensor:
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        eos_token_id=-1,
+        eos_token_id=_NEVER,
         pad_token_id=0,
         use_cache=True,
     )

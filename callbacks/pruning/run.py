@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wandazeta import __version__
-from wandazeta.blocks import find_blocks
+from wandazeta.blocks import block_lists, find_blocks
 
 from .calibration import collect_batches, digest_batches, isolated_rng
 from .key import PruneKey, digest_model
@@ -139,21 +139,31 @@ class PruneRun:
     ) -> tuple[str, nn.ModuleList, list[Any], PruneKey]:
         # before any forward, which may count or keep something in them
         settings = {module: _settings(module) for module in self.module.modules()}
-        name, blocks = find_blocks(self.module, name=self.block_name)
-        validate_layers(blocks, self.options, model=self.module, block_name=name)
+        lists = block_lists(self.module) if self.block_name is None else []
+        # a teacher or an average of weights beside the model: a forward tells which of them is pruned
+        known = self._checked_blocks(None) if len(lists) <= 1 else None
+        if known is None and not self.options.uses_calibration:
+            raise ValueError(
+                f"Expected argument `blocks` to name one of {', '.join(f'`{name}`' for name in lists)}, as without "
+                "calibration data nothing tells which of them the model runs"
+            )
         if ranks.rank == 0:
-            weights = [weight for weight in blocks.parameters() if weight.ndim >= 2]
+            weights = [weight for weight in known[1].parameters() if weight.ndim >= 2] if known is not None else []
             room = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
             check_writable(self.folder.directory, needed_bytes=room)
         batches = (
             collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
         )
         with isolated_rng(self.options.seed), evaluating(self.module):
-            if batches and self.block_name is None:
-                name, blocks = find_blocks(self.module, lambda: self.forward(batches[0]))
+            name, blocks = known or self._checked_blocks(lambda: self.forward(batches[0]))
             key = self._key(name, blocks, batches, device, ranks)
         key.model[_ARCHITECTURE] = _architecture(blocks, settings)
         return name, blocks, batches, key
+
+    def _checked_blocks(self, forward: Callable[[], object] | None) -> tuple[str, nn.ModuleList]:
+        name, blocks = find_blocks(self.module, forward, self.block_name)
+        validate_layers(blocks, self.options, model=self.module, block_name=name)
+        return name, blocks
 
     def load_finished(self) -> PruneReport:
         """Loads a finished pruning into the dense module, without calibration data.

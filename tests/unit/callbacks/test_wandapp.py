@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from helpers.pruning import Tiny, callback, loader, same, trainer
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -407,6 +407,69 @@ def test_another_setting_of_the_blocks_is_refused(folder, forbid_pruning, change
         getattr(trainer(callback(folder)), stage)(Headed(**change), loader())
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_what_is_read_between_the_blocks_decides(folder, forbid_pruning, stage):
+    class Shifted(Tiny):
+        def __init__(self, shift=0.0):
+            super().__init__()
+            self.shift = nn.Parameter(torch.full((8,), shift))
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            for index, layer in enumerate(self.layers):
+                # a keyword that the block gets, made from a weight of the model
+                x = layer(x, shift=self.shift if index else None)
+            return self.head(x)
+
+    def block_forward(self, x, shift=None):
+        x = x if shift is None else x + shift
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+    def module(shift=0.0):
+        built = Shifted(shift)
+        for layer in built.layers:
+            layer.forward = block_forward.__get__(layer)
+        return built
+
+    fit(callback(folder), module())
+    forbid_pruning()
+    getattr(trainer(callback(folder)), stage)(module(), loader())
+    with pytest.raises(ValueError, match=r"1 of \d+ model tensors, first `shift`"):
+        getattr(trainer(callback(folder)), stage)(module(shift=1.0), loader())
+
+
+def test_preparing_leaves_the_module_as_it_was(folder, forbid_pruning):
+    class Counting(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(8)
+            self.others = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+            for layer in self.layers:
+                layer.register_forward_hook(self.count)
+                layer.calls = 0
+
+        @staticmethod
+        def count(layer, args, output):
+            layer.calls += 1
+
+        def forward(self, tokens):
+            x = self.bn(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    seen = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(int(pl_module.bn.num_batches_tracked))
+
+    trainer(callback(folder), Look()).fit(Counting(), loader())
+    assert seen == [0]
+    forbid_pruning()
+    trainer(callback(folder)).validate(Counting(), loader())
+
+
 def test_how_samples_are_batched_changes_nothing(folder, forbid_pruning):
     expected = fit(callback(folder))
     forbid_pruning()
@@ -433,3 +496,28 @@ def test_compiled_blocks_are_pruned_as_they_are(folder, tmp_path):
         block.compile(backend="eager")
     compiled(next(iter(loader()))[0])  # traced without hooks
     assert same(fit(callback(folder), compiled), fit(callback(tmp_path / "eager")))
+
+
+class WithTeacher(Tiny):
+    """Holds another model that its forward does not run."""
+
+    def __init__(self, num_blocks, width=8):
+        super().__init__()
+        self.teacher = Tiny(seed=1, num_blocks=num_blocks, width=width)
+
+
+@pytest.mark.parametrize(("num_blocks", "width"), [(5, 8), (3, 8), (2, 8), (5, 6)])
+def test_a_model_that_does_not_run_is_left_alone(folder, num_blocks, width):
+    module = WithTeacher(num_blocks, width)
+    pruning = callback(folder)
+    fit(pruning, module)
+    assert [block.name for block in pruning.report.blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert same(module.teacher, Tiny(seed=1, num_blocks=num_blocks, width=width))
+
+
+def test_without_data_several_models_are_refused(folder):
+    with pytest.raises(ValueError, match=r"`blocks` to name one of `layers`, `teacher\.layers`"):
+        fit(callback(folder, method="magnitude"), WithTeacher(5))
+    pruning = callback(folder, method="magnitude", blocks="layers")
+    fit(pruning, WithTeacher(5))
+    assert pruning.report.blocks[0].name == "layers.0"

@@ -130,3 +130,10 @@ IDS = {"input_ids": 1, "attention_mask": 2, "label": 3}
 )
 def test_a_batch_is_fitted_to_a_signature(function, batch, expected):
     assert call_arguments(function, batch) == expected
+
+
+def test_a_cut_batch_keeps_its_class():
+    batch = BatchEncoding({"input_ids": torch.ones(4, 3)})
+    cut = take_rows(batch, 2)
+    assert cut.input_ids.shape == (2, 3)
+    assert batch.input_ids.shape == (4, 3)

@@ -114,3 +114,13 @@ def test_shared_and_tied_weights_are_refused():
     model.embedding.weight = model.layers[1].up_proj.weight
     with pytest.raises(ValueError, match=r"`layers.1.up_proj.weight` is tied to `embedding.weight`"):
         validate_layers(model.layers, PruneOptions(), model=model, block_name="layers")
+
+
+def test_a_second_name_of_the_blocks_ties_nothing():
+    model, blocks = build("llama")
+    model.alias = model.get_submodule(blocks)
+    validate_layers(model.get_submodule(blocks), PruneOptions(), model=model, block_name=blocks)
+    model.other = nn.Linear(16, 16, bias=False)
+    model.other.weight = model.get_submodule(blocks)[0].self_attn.q_proj.weight
+    with pytest.raises(ValueError, match=r"q_proj\.weight` is tied to `other\.weight`"):
+        validate_layers(model.get_submodule(blocks), PruneOptions(), model=model, block_name=blocks)

@@ -176,9 +176,11 @@ def test_a_damaged_pruning_leaves_the_model_alone(tmp_path, damage):
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     filled(tmp_path)
-    (tmp_path / ".block_0003.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / ".writing.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_text("somebody else's")
+    (tmp_path / ".folder.tmp").mkdir()
     reopened(tmp_path)
-    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in tmp_path.glob(".*")} == {".mine.tmp", ".folder.tmp"}
 
 
 def test_block_files_without_a_key_are_not_taken_for_ours(tmp_path):

@@ -95,3 +95,15 @@ def test_the_form_of_a_call_is_that_of_its_tensors():
         calls[0] = dataclasses.replace(calls[0], kwargs={"mask": torch.randn(shape), "cache": False})
     assert samples.form(0, 0) == samples.form(1, 0) != samples.form(2, 0)
     assert samples.batches(0).split(range(3)) == [[0], [1], [2]], "equal forms, other tensors"
+
+
+def test_hidden_states_with_tokens_first_are_refused():
+    layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=False) for _ in range(2))
+
+    def forward(row):
+        states = row.transpose(0, 1)
+        for layer in layers:
+            states = layer(states)
+
+    with pytest.raises(ValueError, match=r"\(rows, tokens, width\).*has \(5, 1, 8\); build .* `batch_first=True`"):
+        capture_samples(layers, forward, [torch.randn(1, 5, 8)], None, torch.device("cpu"))

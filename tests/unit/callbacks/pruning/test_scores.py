@@ -26,3 +26,9 @@ def test_scores_are_float32_and_leave_the_weight():
     before = weight.clone()
     assert regional_score(weight, torch.rand(4)).dtype == magnitude_score(weight).dtype == torch.float32
     assert torch.equal(weight, before)
+
+
+def test_a_gradient_of_zero_leaves_the_norms_alone():
+    weight, norm = torch.randn(4, 8), torch.rand(8) * 1e3
+    score = regional_score(weight, norm, torch.zeros(4, 8), alpha="auto")
+    assert torch.equal(score, regional_score(weight, norm))

@@ -189,3 +189,15 @@ def test_gram_matrices_in_tiles_are_the_whole_ones(tile, monkeypatch):
     ((gram, _),) = sums.groups()
     torch.testing.assert_close(gram, sample[0].t() @ sample[0])
     assert torch.equal(gram, gram.t())
+
+
+def test_a_layer_may_be_called_by_keyword():
+    layer, x = nn.Linear(4, 4), torch.randn(1, 3, 4)
+    found = []
+    for call in (lambda: layer(x), lambda: layer(input=x)):
+        statistics = InputStatistics({"weight": layer})
+        statistics.reset()
+        with statistics.collect(), statistics.sample():
+            call()
+        found.append(statistics.norm("weight"))
+    assert torch.equal(*found)
