@@ -70,7 +70,7 @@ def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeyp
         def stopping(path, content):
             nonlocal left
             if left == 0:
-                path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+                path.with_name(".writing.tmp").write_bytes(content[: len(content) // 2])
                 raise KilledError
             left -= 1
             write(path, content)
