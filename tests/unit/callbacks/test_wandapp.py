@@ -402,7 +402,7 @@ class Headed(Tiny):
 def test_another_setting_of_the_blocks_is_refused(folder, forbid_pruning, change, stage):
     fit(callback(folder), Headed())
     forbid_pruning()
-    fit(callback(folder), Headed(transformers_version="1.0"))
+    fit(callback(folder), Headed(use_cache=False))
     with pytest.raises(ValueError, match=r"1 of \d+ model tensors, first `\(architecture\)`"):
         getattr(trainer(callback(folder)), stage)(Headed(**change), loader())
 
@@ -417,8 +417,8 @@ def test_what_is_read_between_the_blocks_decides(folder, forbid_pruning, stage):
         def forward(self, tokens):
             x = self.embedding(tokens)
             for index, layer in enumerate(self.layers):
-                # a keyword that the block gets, made from a weight of the model
-                x = layer(x, shift=self.shift if index else None)
+                # the last block is given a weight of the model
+                x = layer(x, shift=self.shift if index == 2 else None)
             return self.head(x)
 
     def block_forward(self, x, shift=None):
@@ -490,12 +490,15 @@ def test_a_folder_without_a_block_belongs_to_nobody(folder):
     assert pruning.report.sparsity == 0.5
 
 
-def test_compiled_blocks_are_pruned_as_they_are(folder, tmp_path):
+def test_compiled_blocks_are_pruned_as_they_are(folder, tmp_path, forbid_pruning):
     compiled = Tiny()
     for block in compiled.layers:
         block.compile(backend="eager")
     compiled(next(iter(loader()))[0])  # traced without hooks
     assert same(fit(callback(folder), compiled), fit(callback(tmp_path / "eager")))
+    # and they are one model to the key
+    forbid_pruning()
+    fit(callback(folder))
 
 
 class WithTeacher(Tiny):
