@@ -19,9 +19,11 @@ except ModuleNotFoundError as error:
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -125,6 +127,13 @@ class PruningTrainer(Trainer):
         from wandazeta.modules.diagnose import EpsilonDiagnosis, report
 
         diagnosis = EpsilonDiagnosis(num_batches, num_queries, epsilons)
+        if ckpt_path in ("best", "last"):
+            # found by the callbacks that go next
+            ckpt_path = self._checkpoint_connector._parse_ckpt_path(
+                TrainerFn.FITTING, ckpt_path, model_provided=True, model_connected=False
+            )
+        # nothing is trained: what they wrote would be the newest, and the next `fit` would go on from it
+        self.callbacks[:] = [callback for callback in self.callbacks if not isinstance(callback, Checkpoint)]
         self.callbacks.append(diagnosis)
         self.num_sanity_val_steps = 0
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)

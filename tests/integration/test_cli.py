@@ -1,9 +1,11 @@
 import csv
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers.fit_config import write_fit_config
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from wandazeta.main import main
 
@@ -55,6 +57,27 @@ def test_fit_goes_on_where_it_stopped_and_the_rest_of_the_commands_follow(config
         shown = capsys.readouterr().out
         assert command == "predict" or "accuracy" in shown
     assert (tmp_path / "run/log/config.yaml").exists()
+
+
+@pytest.mark.parametrize("given", [(), ("--ckpt_path", "last")], ids=["where training starts", "where it ended"])
+def test_diagnose_leaves_the_checkpoints_of_a_training_as_they_are(config, tmp_path, monkeypatch, given):
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"].append({"class_path": "OnExceptionCheckpoint", "init_args": {"dirpath": "run"}})
+    config.write_text(yaml.safe_dump(settings))
+    main(["fit", "-c", str(config)])
+    folder, loaded = tmp_path / "run/checkpoints", []
+    before, load = times(folder), TorchCheckpointIO.load_checkpoint
+
+    def noting(self, path, *arguments, **options):
+        loaded.append(Path(path).name)
+        return load(self, path, *arguments, **options)
+
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", noting)
+    arguments = ["--trainer.max_steps", "12", "--num_queries", "2", "--epsilons", "[1e-3]"]
+    main(["diagnose", "-c", str(config), *given, *arguments])
+    assert loaded == (["last.ckpt"] if given else [])
+    assert times(folder) == before
+    assert not list(tmp_path.glob("run/*.ckpt"))
 
 
 def test_evaluation_refuses_a_model_that_was_not_pruned(config, capsys):
