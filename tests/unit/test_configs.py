@@ -55,6 +55,40 @@ def test_every_config_opens_with_commands_that_parse(path, capsys):
                 assert is_the_value(place, value), key
 
 
+def merged(capsys, *arguments):
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def callback(settings, name):
+    (found,) = (c for c in settings["trainer"]["callbacks"] if c["class_path"].endswith(name))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune/adazeta_paper", "finetune/best", "finetune/encoder", "finetune/mezo", "recovery/lora"]
+)
+def test_variants_in_a_header_do_not_go_on_from_the_plain_runs_checkpoints(name, capsys):
+    runs = [merged(capsys, *shlex.split(line)) for line in launch_lines(ROOT / f"configs/{name}.yaml")]
+    folders = [callback(run, "ModelCheckpoint")["init_args"]["dirpath"] for run in runs]
+    assert len(set(folders)) == len(folders) >= 2
+
+
+def test_the_budget_shares_the_pruning_with_the_demo_and_nothing_else(capsys):
+    demo, budget = (
+        merged(capsys, "fit", "-c", "configs/demo.yaml", *more) for more in ((), ("-c", "configs/finetune/budget.yaml"))
+    )
+    checkpoint = callback(budget, "ModelCheckpoint")["init_args"]
+    assert checkpoint == callback(demo, "ModelCheckpoint")["init_args"] | {"dirpath": "runs/budget/checkpoints"}
+    assert budget["trainer"]["logger"]["init_args"]["save_dir"] == "runs/budget"
+    assert budget["trainer"]["default_root_dir"] == "runs/budget"
+    # the list of callbacks is the demo's, written out again
+    own = callback(demo, "ModelCheckpoint")
+    others = [c for c in demo["trainer"]["callbacks"] if c != own]
+    assert [c for c in budget["trainer"]["callbacks"] if not c["class_path"].endswith("ModelCheckpoint")] == others
+
+
 def test_the_papers_settings():
     prune = yaml.safe_load((ROOT / "configs/prune/paper.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]
     expected = {
