@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout") from None
 
 import torch.distributed as dist
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -124,8 +126,11 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If anything does not fit.
         """
+        from wandazeta.callbacks.pruning.progress import check_writable
         from wandazeta.modules.diagnose import EpsilonDiagnosis, report
 
+        # written at the end, after all the work
+        check_writable(Path(output_dir))
         diagnosis = EpsilonDiagnosis(num_batches, num_queries, epsilons)
         if ckpt_path in ("best", "last"):
             # found by the callbacks that go next
@@ -181,6 +186,20 @@ class WandazetaCLI(LightningCLI):
         return trainer
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        # a file is read here, for parameters that it may hold
+        given = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if given is None:
+            return
+        _check_checkpoint(str(given))
+        try:
+            super()._parse_ckpt_path()
+        except Exception as error:
+            # torch raises many kinds, by where the bytes stop making sense
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise _no_checkpoint(str(given), f"which cannot be read as one ({first_line})") from error
+
+    @override
     def before_instantiate_classes(self) -> None:
         # checked here because loading a model comes next
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -191,11 +210,55 @@ class WandazetaCLI(LightningCLI):
                 "Expected a WandaPPPruneCallback in `trainer.callbacks`, but there is none; "
                 "it says what to prune and how (see configs/prune/)"
             )
+        for argument, folder in _folders(config):
+            _check_folder(argument, Path(folder).expanduser().absolute())
 
 
 def _prunes(class_path: str) -> bool:
     kind = resolve_name(class_path) if class_path else None
     return isinstance(kind, type) and issubclass(kind, WandaPPPruneCallback)
+
+
+def _check_checkpoint(ckpt_path: str) -> None:
+    # what Lightning finds by itself or fetches
+    if ckpt_path in ("last", "best", "hpc") or ckpt_path.startswith("registry") or "://" in ckpt_path:
+        return
+    path = Path(ckpt_path).expanduser()
+    if not path.exists():
+        raise _no_checkpoint(ckpt_path, "which does not exist")
+    # what DeepSpeed writes, or torch where the ranks write their shares
+    if path.is_dir() and not any((path / name).exists() for name in ("checkpoint", "meta.pt", ".metadata")):
+        raise _no_checkpoint(ckpt_path, "which is another folder")
+
+
+def _no_checkpoint(ckpt_path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"Expected argument `ckpt_path` to be last, best, null or the path of a checkpoint, but got {ckpt_path!r}, "
+        f"{reason}; `last` is the newest that the run's ModelCheckpoint has written"
+    )
+
+
+def _folders(config: Namespace) -> Iterator[tuple[str, str]]:
+    """The folders that a run writes to, each with the argument that names it, as far as it is given."""
+    found = [("output_dir", config.get("output_dir"))]
+    found.append(("trainer.default_root_dir", config.trainer.get("default_root_dir")))
+    for name, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
+        given = config.trainer.get(name)
+        for item in given if isinstance(given, list) else [given]:
+            if isinstance(item, Namespace):
+                found.append((argument, (item.get("init_args") or Namespace()).get(argument)))
+    return ((argument, str(folder)) for argument, folder in found if folder and "://" not in str(folder))
+
+
+def _check_folder(argument: str, folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise ValueError(
+                f"Expected argument `{argument}` to be a folder, there or to be made, but got '{folder}', where "
+                f"'{path}' is a file; choose another one"
+            )
 
 
 def _hide_known_noise() -> None:

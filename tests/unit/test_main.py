@@ -3,8 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.tiny_model import save_tiny_llama
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from wandazeta import __version__
@@ -74,6 +76,66 @@ def test_the_traceback_is_there_for_the_asking(monkeypatch):
     monkeypatch.setenv("WANDAZETA_DEBUG", "1")
     with pytest.raises(ValueError, match="Expected argument `model_name_or_path`"):
         main(["validate", *MODEL, *DATA])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "diagnose"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere.ckpt", "does not exist"),
+        ("folder", "is another folder"),
+        ("empty", "cannot be read as one"),
+        ("notes.txt", "cannot be read as one"),
+        ("cut.ckpt", "cannot be read as one"),
+        ("tensor.ckpt", "cannot be read as one"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused_before_the_model_is_loaded(tmp_path, capsys, command, name, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "notes.txt").write_text("what was planned for the afternoon")
+    torch.save(torch.ones(1000), tmp_path / "tensor.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "tensor.ckpt").read_bytes()[:2000])
+    shown = failing(capsys, command, *MODEL, *DATA, "--ckpt_path", name)
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith("error: Expected argument `ckpt_path` to be last, best, null or the path of a checkpoint")
+    assert f"but got '{name}', which {reason}" in last
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("name", ["last", "https://somewhere/last.ckpt", "file.ckpt", "old.ckpt", "deepspeed.ckpt"])
+def test_what_may_be_a_checkpoint_is_left_to_its_reader(tmp_path, capsys, name):
+    torch.save({"state_dict": {}}, tmp_path / "file.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "deepspeed.ckpt/checkpoint").mkdir(parents=True)
+    # the model is what it looks at next
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *MODEL, *DATA, "--ckpt_path", name)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/down"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("diagnose", ["--output_dir"]),
+        ("fit", ["--trainer.default_root_dir"]),
+        ("fit", ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir"]),
+        ("fit", ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath"]),
+    ],
+)
+def test_a_file_where_a_folder_is_wanted_is_told_before_the_model_is_loaded(tmp_path, capsys, command, option, below):
+    (tmp_path / "taken").touch()
+    shown = failing(capsys, command, *MODEL, *DATA, *option, f"taken{below}")
+    argument = option[-1].removeprefix("--").replace("trainer.logger.", "").replace("trainer.callbacks.", "")
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith(f"error: Expected argument `{argument}` to be a folder")
+    assert f"'{tmp_path}/taken' is a file" in last
+    assert "Traceback" not in shown
+
+
+def test_diagnose_looks_at_its_folder_before_it_measures(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match="Expected argument `output_dir`"):
+        PruningTrainer(accelerator="cpu", logger=False).diagnose(BoringModel(), output_dir=str(tmp_path / "taken"))
 
 
 def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
