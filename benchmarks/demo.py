@@ -107,15 +107,23 @@ def text_baseline(data: PromptedClassificationDataModule) -> float:
     return float(classifier.score(*data.texts("test")))
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The one that `ckpt_path: last` restores, the newest: a run with `ckpt_path: null` writes `last-v1.ckpt`."""
+    return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def examine(demo: Demo, compare_dense: bool) -> dict[str, Any]:
     """Measure everything that the table shows; the accuracy of the dense model takes long, so only where asked for."""
     start = time.perf_counter()
     calibration = demo.data.calibration
     assert calibration is not None
     checkpoint = next(c for c in demo.trainer.callbacks if isinstance(c, ModelCheckpoint))
-    last = Path(checkpoint.dirpath or "") / "last.ckpt"
-    if not last.exists():
-        raise SystemExit(f"error: Expected a finished run in '{demo.folder}', but '{last}' is missing; run `fit` first")
+    folder = Path(checkpoint.dirpath or "")
+    last = last_checkpoint(folder)
+    if last is None:
+        raise SystemExit(
+            f"error: Expected a finished run in '{demo.folder}', but '{folder}' has no last checkpoint; run `fit` first"
+        )
     costs = torch.load(last, weights_only=True)["callbacks"]
 
     zero_shot = demo.accuracy(demo.trainer, demo.model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.causal_lms import save_tiny_lm
+from helpers.fit_config import write_fit_config
 from helpers.prune_config import write_prune_config
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,6 +61,28 @@ def test_the_control_of_bfloat16_moves_states_by_no_more_than_rounding_may(monke
     rounding = (states.bfloat16().float() - states).abs()
     assert 0 < (moved / states - 1).abs().max() <= 2**-9
     assert rounding.max() / 2 < (moved - states).abs().max() <= 2 * rounding.max()
+
+
+def test_the_demo_looks_at_the_checkpoint_that_a_run_goes_on_from(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+    config, folder = write_fit_config(tmp_path), tmp_path / "run/checkpoints"
+    assert demo.last_checkpoint(folder) is None
+    main(["fit", "-c", str(config)])
+    assert demo.last_checkpoint(folder) == folder / "last.ckpt"
+    # anew, with other settings
+    anew = ("--trainer.max_steps", "4", "--ckpt_path", "null")
+    main(["fit", "-c", str(config), *anew])
+    last = demo.last_checkpoint(folder)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    # going on, it stays the last
+    main(["fit", "-c", str(config), "--trainer.max_steps", "8"])
+    assert demo.last_checkpoint(folder) == last
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def run(script, *arguments, environment=None):
