@@ -1,5 +1,6 @@
 """Load a backbone and its tokenizer by a Hugging Face name or from a directory."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,10 +98,29 @@ def _explaining(model_name_or_path: str, kind: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _is_missing_directory(str(model_name_or_path)):
+            # it was asked of the hub, whose answer leads astray
+            first_line = f"there is no such directory; {_how_to_get(Path(model_name_or_path))}"
         raise ValueError(
             f"Expected argument `model_name_or_path` to be {kind}, a Hugging Face name or a directory "
             f"with config, tokenizer and safetensors, but got {str(model_name_or_path)!r}: {first_line}"
         ) from error
+
+
+def _is_missing_directory(model_name_or_path: str) -> bool:
+    """Whether this cannot be meant for a name of the hub, `owner/model`, and leads nowhere."""
+    is_path = model_name_or_path.startswith((".", "/", "~", "runs/")) or model_name_or_path.count("/") > 1
+    return is_path and not Path(model_name_or_path).exists()
+
+
+def _how_to_get(directory: Path) -> str:
+    folder, chosen = directory.parent.absolute(), os.environ.get("WANDAZETA_CACHE")
+    is_chosen = chosen is not None and folder == Path(chosen).expanduser().absolute()
+    if not is_chosen and folder.parts[-2:] != (".cache", "wandazeta"):
+        return "write it first, or name another"
+    # samples go there by themselves if it is chosen or there already
+    variable = "" if is_chosen or (chosen is None and folder.is_dir()) else f"WANDAZETA_CACHE={directory.parent} "
+    return f"run `{variable}python -m wandazeta.datamodules.samples {directory.name}` to fetch this sample"
 
 
 def _require_encoder(model_name_or_path: str, trust_remote_code: bool) -> None:
