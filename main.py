@@ -132,16 +132,17 @@ class PruningTrainer(Trainer):
         # written at the end, after all the work
         check_writable(Path(output_dir))
         diagnosis = EpsilonDiagnosis(num_batches, num_queries, epsilons)
+        checkpoint: str | Path | None = ckpt_path
         if ckpt_path in ("best", "last"):
             # found by the callbacks that go next
-            ckpt_path = self._checkpoint_connector._parse_ckpt_path(
+            checkpoint = self._checkpoint_connector._parse_ckpt_path(
                 TrainerFn.FITTING, ckpt_path, model_provided=True, model_connected=False
             )
         # nothing is trained: what they wrote would be the newest, and the next `fit` would go on from it
         self.callbacks[:] = [callback for callback in self.callbacks if not isinstance(callback, Checkpoint)]
         self.callbacks.append(diagnosis)
         self.num_sanity_val_steps = 0
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        self.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
         report(diagnosis, output_dir)
 
 
