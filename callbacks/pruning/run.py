@@ -284,9 +284,9 @@ def _settings(module: nn.Module) -> dict[str, str]:
         if isinstance(value, (bool, int, float, str, type(None))):
             found[name] = repr(value)
         elif inspect.isroutine(value) or isinstance(value, type):
-            found[name] = getattr(value, "__qualname__", type(value).__name__)
-        elif callable(to_dict := getattr(value, "to_dict", None)) and not isinstance(value, nn.Module):
-            config = {str(key): repr(item) for key, item in to_dict().items()}
+            found[name] = str(getattr(value, "__qualname__", repr(type(value))))
+        elif hasattr(value, "to_dict") and not isinstance(value, nn.Module):
+            config = {str(key): repr(item) for key, item in value.to_dict().items()}
             found[name] = repr(sorted((k, v) for k, v in config.items() if not k.startswith("_") and k not in _PASSING))
     return found
 
