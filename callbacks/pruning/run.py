@@ -74,8 +74,6 @@ class PruneRun:
     key_digest: str = field(default="", init=False)
     """The hash that names the pruning, once it is begun or found."""
 
-    # what is compiled does not see the hooks that collect statistics
-    @torch.compiler.set_stance("force_eager")
     def prune(
         self,
         loader: Callable[[], Iterable[Any]],
