@@ -5,7 +5,6 @@ there is no more, text that the dense model writes does most of it.
 """
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,11 +137,9 @@ def _continue(model: nn.Module, begun: Tensor, length: int) -> Tensor:
         pad_token_id=0,
         use_cache=True,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        written: Tensor = model.generate(  # type: ignore[operator]
-            begun, attention_mask=torch.ones_like(begun), generation_config=config
-        )
+    written: Tensor = model.generate(  # type: ignore[operator]
+        begun, attention_mask=torch.ones_like(begun), generation_config=config
+    )
     return written
 
 

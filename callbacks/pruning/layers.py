@@ -157,7 +157,7 @@ def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None
             )
     own = {id(layer) for layer in layers.values()}
     # each module once: a second name for the blocks does not tie their weights
-    for name, module in model.named_modules(remove_duplicate=True) if model is not None else ():
+    for name, module in model.named_modules() if model is not None else ():
         for parameter_name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():
             owner = owners.get(_identity(parameter))
             if owner is not None:

@@ -490,18 +490,6 @@ def test_a_folder_without_a_block_belongs_to_nobody(folder):
     assert pruning.report.sparsity == 0.5
 
 
-def test_compiled_blocks_are_pruned_as_they_are(folder, tmp_path, forbid_pruning):
-    torch.compiler.reset()
-    compiled = Tiny()
-    for block in compiled.layers:
-        block.compile(backend="eager")
-    eager = fit(callback(tmp_path / "eager", method="wanda"))
-    assert same(fit(callback(folder, method="wanda"), compiled), eager)
-    # and they are one model to the key
-    forbid_pruning()
-    fit(callback(folder, method="wanda"))
-
-
 class WithTeacher(Tiny):
     """Holds another model that its forward does not run."""
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad
 from helpers.prune_model import BATCHES, FAST, equal, linears, prune, rows_of, tiny
+from helpers.pruning import Tiny
 
 from wandazeta.callbacks.pruning.options import PruneOptions
 from wandazeta.callbacks.pruning.pruner import prune_model
@@ -103,3 +104,19 @@ def test_what_is_not_finite_is_refused(method, what, spoil):
         spoil(model.get_submodule(blocks))
     with pytest.raises(ValueError, match=f"Expected finite {what}"):
         prune(model, method=method)
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda++"])
+def test_compiled_blocks_are_pruned_as_others_are(method):
+    tokens = [torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    options = PruneOptions(method=method, samples_per_round=4, rounds=1)
+    torch.compiler.reset()
+    compiled, eager = Tiny().eval(), Tiny().eval()
+    for block in compiled.layers:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        for rows in (tokens[0][:1], tokens[0], torch.cat(tokens)):
+            compiled(rows)  # traced in the shapes to come, before there are hooks
+    for model in (compiled, eager):
+        prune_model(model, model, tokens, options)
+    assert equal(compiled, eager)
