@@ -85,3 +85,9 @@ def callback(directory, **kwargs):
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def fit(callback, module=None, data=None, ckpt_path=None, **kwargs):
+    module = module or Tiny()
+    trainer(callback, **kwargs).fit(module, data if data is not None else loader(), ckpt_path=ckpt_path)
+    return module

@@ -1,0 +1,19 @@
+import pytest
+
+from wandazeta.callbacks.pruning import run as run_module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def forbid_pruning(monkeypatch):
+    def forbid():
+        def refuse(*args, **kwargs):
+            raise AssertionError("pruned again")
+
+        monkeypatch.setattr(run_module, "prune_model", refuse)
+
+    return forbid
