@@ -13,6 +13,8 @@ ACCURACIES = {
     "zero_shot_dense": "for comparison: dense model, zero-shot",
     "tfidf_logistic_regression": "for comparison: TF-IDF with logistic regression",
 }
+# as it is, and as it was: six rounds of the samples alone
+BEST = {"best": "`best`", "best_without_copies": "`best` without copies"}
 TRAINED = {"lora": "LoRA", "masked_full": "all weights, masked"}
 
 
@@ -57,34 +59,35 @@ def quality_table(result: dict[str, Any]) -> str:
     for record in records:
         groups.setdefault((record["pattern"], record["method"]), []).append(record)
     patterns = ["dense", *dict.fromkeys(pattern for pattern, _ in groups if pattern != "dense")]
-    methods = ["dense", "magnitude", "wanda", "sparsegpt", "paper", "best"]
+    methods = ["dense", "magnitude", "wanda", "sparsegpt", "paper", *BEST]
     body = []
     for pattern, method in ((p, m) for p in patterns for m in methods if (p, m) in groups):
         found = groups[pattern, method]
         values = [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
         minutes = spread([r["seconds"] / 60 for r in found if r["text"] == texts[0]], ",.1f")
         seeds = len({r["seed"] for r in found})
-        body.append([f"{pattern}, {method}" if method != "dense" else method, *values, minutes, str(seeds)])
+        name = BEST.get(method, method)
+        body.append([f"{pattern}, {name}" if method != "dense" else name, *values, minutes, str(seeds)])
     heading = ["", *(f"perplexity, {text}" for text in texts), "minutes", "seeds"]
     ratios = "\n".join(quality_ratios(records, texts, patterns[1:]))
     return f"{rows(heading, body)}\n\n{ratios}"
 
 
 def quality_ratios(records: list[dict[str, Any]], texts: list[str], patterns: list[str]) -> list[str]:
-    """What `best` has of the others' perplexities with the same seed: a line for each pattern."""
+    """What `best` has of the others' perplexities with the same seed: a line for each pattern and kind of it."""
     known = {(r["pattern"], r["method"], r["text"], r["seed"]): r["perplexity"] for r in records}
     seeds = sorted({r["seed"] for r in records})
     lines = []
-    for pattern in patterns:
+    for pattern, kind in ((pattern, kind) for pattern in patterns for kind in BEST):
         parts = []
         for method, name in (("wanda", "Wanda's perplexity"), ("sparsegpt", "SparseGPT's")):
             for text in texts:
-                pairs = [[known.get((pattern, m, text, seed)) for m in ("best", method)] for seed in seeds]
+                pairs = [[known.get((pattern, m, text, seed)) for m in (kind, method)] for seed in seeds]
                 found = [best / other for best, other in pairs if best is not None and other is not None]
                 if found:
                     parts.append(f"{spread(found, '.2f')} of {name} on {text}")
         if parts:
-            lines.append(f"- {pattern}: `best` has {', '.join(parts)}.")
+            lines.append(f"- {pattern}: {BEST[kind]} has {', '.join(parts)}.")
     return lines
 
 
