@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wandazeta.blocks import nearest
 from wandazeta.stored import is_stored
 
-from .options import PruneOptions
+from .options import PruneOptions, num_pruned
 
 # hold matrices that no pruning method of ours applies to: nothing to say about them
 _LEFT_DENSE = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -103,7 +103,7 @@ def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
             f"Expected argument `sparsity_pattern` to fit the width of every layer, but {options.sparsity_pattern!r} "
             f"does not divide the {in_features} inputs of `{name}`; {remedy}"
         )
-    if options.group is None and int(in_features * options.target_sparsity) == 0:
+    if options.group is None and num_pruned(in_features, options.target_sparsity) == 0:
         raise ValueError(
             f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity:g} of the "
             f"{in_features} inputs of `{name}` is none; {remedy}"

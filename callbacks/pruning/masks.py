@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .options import PruneOptions
+from .options import PruneOptions, num_pruned
 
 # up to this group size comparing all pairs is several times faster than a sort
 _LARGEST_PAIRWISE = 8
@@ -104,23 +104,23 @@ class OneGroup:
 
 
 def row_mask(score: Tensor, sparsity: float) -> Tensor:
-    """Prunes the `int(in * sparsity)` smallest of every row.
+    """Prunes the `num_pruned(in, sparsity)` smallest of every row.
 
     Args:
         score: Shape (out, in), finite.
         sparsity: Fraction to prune.
 
     Returns:
-        Bool of shape (out, in), exactly `int(in * sparsity)` False in every row.
+        Bool of shape (out, in), exactly so many False in every row.
     """
-    num_pruned = int(score.shape[1] * sparsity)
-    if num_pruned == 0:
+    count = num_pruned(score.shape[1], sparsity)
+    if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(num_pruned, dim=1, keepdim=True).values
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values
     kept = score > threshold
-    if bool((kept.sum(1) == score.shape[1] - num_pruned).all()):
+    if bool((kept.sum(1) == score.shape[1] - count).all()):
         return kept
     # ties at the threshold: prune from the left until the row has its count
     tied = score == threshold
-    num_tied = num_pruned - (score < threshold).sum(1, keepdim=True)
+    num_tied = count - (score < threshold).sum(1, keepdim=True)
     return kept | (tied & (tied.cumsum(1) > num_tied))

@@ -229,6 +229,20 @@ class PruneOptions:
         return {**asdict(self), "exclude_modules": list(self.exclude_modules)}
 
 
+def num_pruned(count: int, sparsity: float) -> int:
+    """How many of so many weights are pruned, rounded down.
+
+    Args:
+        count: Weights.
+        sparsity: Fraction to prune, meant as the decimal that it is written as: binary fractions lie beside it.
+
+    Example:
+        >>> num_pruned(100, 0.29), int(100 * 0.29)
+        (29, 28)
+    """
+    return int(count * sparsity + 1e-6)
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(choices)}, but got {value!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .masks import OneGroup, zero_where_false
-from .options import PruneOptions
+from .options import PruneOptions, num_pruned
 
 # columns over which an unstructured mask is chosen at once, as in the paper
 _MASK_BLOCK = 128
@@ -93,7 +93,7 @@ class _Solver:
     def _choose_block(self, start: int, stop: int, scores: Tensor) -> None:
         parts = zip(scores.split(self.sizes, dim=1), self.kept[start:stop].split(self.sizes, dim=1), strict=True)
         for part, kept in parts:
-            lowest = part.flatten().sort(stable=True).indices[: int(part.numel() * self.options.target_sparsity)]
+            lowest = part.flatten().sort(stable=True).indices[: num_pruned(part.numel(), self.options.target_sparsity)]
             kept.copy_(torch.ones_like(kept).flatten().index_fill_(0, lowest, False).view_as(kept))
 
     def _eliminate(self, column: int, stop: int) -> None:

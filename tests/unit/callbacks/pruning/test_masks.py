@@ -32,8 +32,8 @@ def test_row_mask_equals_brute_force(sparsity, ties):
     if ties:
         score = (score * 4).round()
     mask = row_mask(score, sparsity)
-    assert mask.tolist() == [brute_force(row.tolist(), int(100 * sparsity)) for row in score]
-    assert ((~mask).sum(1) == int(100 * sparsity)).all()
+    assert mask.tolist() == [brute_force(row.tolist(), round(100 * sparsity)) for row in score]
+    assert ((~mask).sum(1) == round(100 * sparsity)).all()
 
 
 def test_all_equal_scores_prune_from_the_left():
