@@ -267,7 +267,9 @@ def _hide_known_noise() -> None:
         # the batches are tokenised and in memory: workers would only cost
         r".*does not have many workers",
         # a first run has no checkpoint to go on from
-        r".*is set, but there is no last checkpoint available",
+        r"\.fit\(ckpt_path=.last.\) is set, but there is no last checkpoint available",
+        # metrics of an earlier run in the folder are moved aside
+        r"Experiment logs directory .* exists and is not empty",
         # forward passes are made in evaluation mode throughout, and a model comes in it from its files
         r"Found \d+ module\(s\) in eval mode at the start of training",
         # the state after the step is the one to go on from

@@ -19,7 +19,7 @@ from .adapters.lora import wrap_linears
 
 _WHAT = {
     "train": "`train`",
-    "backbone_key": "the backbone that the adapters were trained on (model and pruning)",
+    "backbone_key": "the backbone that training began from (model and pruning)",
     "backbone_fingerprint": "the model that the adapters were trained on (weights, pruning and precision)",
     "kind": "the kind of `trainable`",
     "rank": "`rank`",
@@ -28,6 +28,9 @@ _WHAT = {
     "sites": "what carries adapters (`sites`, `target_modules`, `layers`)",
     "linears": "what is trained in full, a new head (`num_classes`) or answers (`num_answers`)",
     "update": "`update`",
+    "learning_rate": "`learning_rate`",
+    "lr_scheduler": "`lr_scheduler`",
+    "weight_decay": "`weight_decay`",
     "schedule_states": "what `schedule` remembers",
     "lora_rank": "`lora_rank`",
     "lora_alpha": "`lora_alpha`",

@@ -1,9 +1,11 @@
 """Checks of what a user passes, and what becomes of it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
@@ -35,3 +37,19 @@ def stepped(optimizer: Optimizer, lr_scheduler: Callable[[Optimizer], LRSchedule
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("Expected argument `lr_scheduler` to follow the steps, but got ReduceLROnPlateau")
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def describe_rates(learning_rate: float, lr_scheduler: Callable[[Optimizer], LRScheduler] | None) -> dict[str, Any]:
+    """Say what a checkpoint brings back of the learning rate, in plain values: what is given then has no effect.
+
+    Args:
+        learning_rate: Learning rate at the start.
+        lr_scheduler: As for `stepped`.
+    """
+    if lr_scheduler is None:
+        return {"learning_rate": learning_rate, "lr_scheduler": None}
+    scheduler = lr_scheduler(SGD([torch.zeros(1)], lr=learning_rate))
+    state = scheduler.state_dict()
+    names = [name for name in inspect.signature(type(scheduler)).parameters if name in state and name != "last_epoch"]
+    arguments = ", ".join(f"{name}={state[name]}" for name in names)
+    return {"learning_rate": learning_rate, "lr_scheduler": f"{type(scheduler).__name__}({arguments})"}

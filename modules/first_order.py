@@ -17,7 +17,7 @@ from wandazeta.sharded import gathered, is_shared_out
 
 from .adapter_files import describe_backbone, require_same, save_adapter_files
 from .adapters import FlatBank, TensorTrainAdapters, train_linears
-from .arguments import check_range, stepped
+from .arguments import check_range, describe_rates, stepped
 from .encoder import HeadScorer
 from .exchange import adjust_strategy
 from .language_model import LanguageModel
@@ -112,14 +112,15 @@ class FirstOrderModule(LanguageModel):
 
     @property
     def backbone_key(self) -> str:
-        """Key of the backbone, pruned or not, that the adapters belong to."""
+        """Key of the backbone, pruned or not, that training begins from."""
         return str(self._backbone_description.get("backbone_key", ""))
 
     @override
     def setup(self, stage: str) -> None:
         """Put the adapters into the backbone, which may have been pruned by now."""
-        if self.train_mode != "full" and not self.adapter_names:
+        if not self._backbone_description:
             self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
+        if self.train_mode != "full" and not self.adapter_names:
             if self.train_mode == "lora":
                 self._insert_lora()
             else:
@@ -204,14 +205,15 @@ class FirstOrderModule(LanguageModel):
         if self.train_mode != "full":
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in state if name in self.adapter_names}
-        checkpoint["first_order"] = self._description()
+        checkpoint["first_order"] = self._description() | self._rates()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("first_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
-        require_same(saved, self._description())
+        is_fitting = self._trainer is not None and self._trainer.training
+        require_same(saved, self._description() | (self._rates() if is_fitting else {}))
         # DeepSpeed has loaded files of its own by now
         if self.train_mode != "full" and set(checkpoint.get("state_dict", self.adapter_names)) != self.adapter_names:
             difference = set(checkpoint["state_dict"]) ^ self.adapter_names
@@ -290,18 +292,21 @@ class FirstOrderModule(LanguageModel):
             self.backbone.get_submodule(name).weight.masked_fill_(pruned, 0.0)  # type: ignore[operator]
 
     def _description(self) -> dict[str, Any]:
+        common = {"train": self.train_mode, "backbone_key": self.backbone_key}
         if self.train_mode == "full":
-            return {"train": "full"}
+            # `load_from_checkpoint` fills a module that was not set up, which is fine where nothing is missing
+            return common if self._backbone_description else {"train": "full"}
         if self.train_mode == "tensor_train":
             assert self.adapters is not None
-            return {"train": "tensor_train", **self.adapters.description(), "backbone_key": self.backbone_key}
-        return {
-            "train": "lora",
-            "backbone_key": self.backbone_key,
+            return common | self.adapters.description()
+        return common | {
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
             "target_modules": self.target_modules,
         }
+
+    def _rates(self) -> dict[str, Any]:
+        return describe_rates(self.learning_rate, self.lr_scheduler) | {"weight_decay": self.weight_decay}
 
 
 def _is_pruned(layer: Any) -> bool:

@@ -25,7 +25,8 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool, pad_token: 
     with _explaining(model_name_or_path, "a model with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+        # not by the id of what is unknown: of GPT-2 that is the end-of-text token
+        if pad_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"Expected argument `pad_token` to be a token of the vocabulary, but got {pad_token!r}; "
                 f"the end-of-sequence token {tokenizer.eos_token!r} is a usual choice"

@@ -1,14 +1,18 @@
 """What forward passes have trained, in checkpoints and in files of its own."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from .adapter_files import load_adapter_files, require_same, save_adapter_files
 from .adapters import FlatBank, WeightBank
+from .arguments import describe_rates
 from .language_model import LanguageModel
 from .zo import QuerySchedule, Update
 
@@ -20,6 +24,8 @@ class TrainedByForwards(LanguageModel, ABC):
     update_rule: Update
     schedule: QuerySchedule
     query_chunk_size: int
+    learning_rate: float
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | None
     progress: Tensor
     pruned_backbone_key: str | None
     """Key of the backbone's pruning; set by whoever prunes it."""
@@ -42,6 +48,7 @@ class TrainedByForwards(LanguageModel, ABC):
         checkpoint["zeroth_order"] = {
             **self._description(),
             **self._rules(),
+            **describe_rates(self.learning_rate, self.lr_scheduler),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
             "theta_sum": self._theta_sum(),
@@ -52,7 +59,10 @@ class TrainedByForwards(LanguageModel, ABC):
         saved = checkpoint.get("zeroth_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
-        require_same(saved, self._description() | self._rules())
+        here = self._description() | self._rules()
+        if self._trainer is not None and self._trainer.training:
+            here |= describe_rates(self.learning_rate, self.lr_scheduler)
+        require_same(saved, here)
         if "state_dict" in checkpoint:
             expected = {name for name in self.state_dict() if self._is_trained(name)}
             found = set(checkpoint["state_dict"])

@@ -36,12 +36,16 @@ class InputStatistics:
         self._stop_at: str | None = None
         # by the shape of the hidden states: the layer that runs last, None where one runs twice or not at all
         self._last_layers: dict[torch.Size, str | None] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all samples."""
         self._sums: dict[str, Tensor] = {}
         self._grams: dict[str, Tensor] = {}
+        self._earlier: dict[str, Tensor] = {}
+        self.num_samples = 0
+
+    def reset(self) -> None:
+        """Forget all samples, but for the norms of layers that do not run again: an expert with few tokens may not."""
+        self._earlier.update({name: self.norm(name) for name in self._sums})
+        self._sums.clear()
+        self._grams.clear()
         self.num_samples = 0
 
     @contextmanager
@@ -101,8 +105,10 @@ class InputStatistics:
             Float32 of shape (in,).
 
         Raises:
-            ValueError: If the layer did not run.
+            ValueError: If the layer never ran.
         """
+        if name not in self._sums and name in self._earlier:
+            return self._earlier[name]
         self._require(name)
         return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
 

@@ -1,6 +1,7 @@
 import json
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers.causal_lms import save_tiny_lm
 from helpers.processes import run, start
 from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
+from torch.optim.lr_scheduler import PolynomialLR
 
 from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
@@ -179,6 +181,8 @@ def test_chunk_size_that_fits_is_remembered(model_dir, tmp_path):
         ({"adapter_layers": "last:1"}, "`layers`"),
         ({"adapter_rank": 3}, "`rank` differs"),
         ({"schedule": VarianceSchedule()}, "schedule"),
+        ({"learning_rate": 1.0}, r"`learning_rate` differs: saved \S+, here 1.0"),
+        ({"lr_scheduler": partial(PolynomialLR, total_iters=8)}, r"`lr_scheduler` .*PolynomialLR\(total_iters=8"),
         ({"other_model": True}, "backbone"),
         ({"other_model": True, "trainable": LoRAAdapters(2)}, "backbone"),
         ({"trainable": LoRAAdapters(2)}, "the kind of `trainable` differs: saved tensor_train, here lora"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.fit_config import write_fit_config
 from helpers.tiny_model import save_tiny_llama
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -140,6 +141,16 @@ def test_diagnose_looks_at_its_folder_before_it_measures(tmp_path):
 
 def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
     assert "Expected a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
+
+
+def test_a_missing_checkpoint_is_told_where_something_untrained_would_be_tested(tmp_path):
+    config = write_fit_config(tmp_path)
+    for command, said in (("fit", 0), ("test", 0), ("test", 1)):
+        main([command, "-c", str(config)])
+        log = (tmp_path / "run/log/logs/rank-0.log").read_text()
+        assert log.count("no last checkpoint available") == said
+        if command == "test":
+            (tmp_path / "run/checkpoints/last.ckpt").unlink(missing_ok=True)
 
 
 def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from helpers.causal_lms import classification_batch, rows_of, save_tiny_lm, step_loader, text_batch, tiny_lm
@@ -5,6 +7,7 @@ from helpers.masked import is_positive_zero
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import PolynomialLR
 from transformers import AutoModelForCausalLM
 
 from wandazeta.modules import FirstOrderModule, LanguageModel
@@ -271,7 +274,7 @@ def test_full_checkpoints_hold_everything(model_dir, tmp_path):
         ({"lora_rank": 4}, "`lora_rank`"),
         ({"lora_alpha": 4}, "`lora_alpha`"),
         ({"target_modules": ["q_proj"]}, "`target_modules`"),
-        ({"directory": "pruned"}, "the backbone that the adapters were trained on"),
+        ({"directory": "pruned"}, "the backbone that training began from"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(model_dir, pruned_dir, tmp_path, change, message):
@@ -279,6 +282,40 @@ def test_a_checkpoint_of_something_else_is_refused(model_dir, pruned_dir, tmp_pa
     directory = pruned_dir if change.pop("directory", None) else model_dir
     with pytest.raises(ValueError, match=message):
         fit(directory, tmp_path, steps=4, save=True, resume=True, **change)
+
+
+def test_full_training_does_not_go_on_from_the_weights_of_another_model(model_dir, pruned_dir, tmp_path):
+    fit(model_dir, tmp_path, steps=2, save=True, train="full")
+    with pytest.raises(ValueError, match="the backbone that training began from"):
+        fit(pruned_dir, tmp_path, steps=4, save=True, resume=True, train="full")
+    # whose weights all come from the file
+    loaded = FirstOrderModule.load_from_checkpoint(
+        tmp_path / "last.ckpt", model_name_or_path=str(pruned_dir), train="full", weights_only=False
+    )
+    _, trained = fit(model_dir, tmp_path / "again", steps=2, train="full")
+    assert all(torch.equal(loaded.get_parameter(name), weight) for name, weight in trained.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 2e-2}, "`learning_rate` differs: saved 0.01, here 0.02"),
+        ({"weight_decay": 0.1}, "`weight_decay`"),
+        ({"lr_scheduler": partial(PolynomialLR, total_iters=8)}, r"`lr_scheduler` .*total_iters=4.*total_iters=8"),
+        ({"lr_scheduler": None}, "`lr_scheduler`"),
+    ],
+)
+def test_what_a_checkpoint_would_bring_back_of_the_rates_cannot_be_changed(model_dir, tmp_path, change, message):
+    given = {"lr_scheduler": partial(PolynomialLR, total_iters=4)}
+    _, module = fit(model_dir, tmp_path, steps=2, save=True, **given)
+    with pytest.raises(ValueError, match=message):
+        fit(model_dir, tmp_path, steps=4, save=True, resume=True, **given | change)
+    # without training they do not matter
+    fresh = FirstOrderModule(str(model_dir), lora_rank=2, seed=3, **{"learning_rate": 1e-2} | given | change)
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
+        fresh, step_loader(classification_batch(20), 4, None), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert all(torch.equal(fresh.get_parameter(name), module.get_parameter(name)) for name in module.adapter_names)
 
 
 # -- export -----------------------------------------------------------------------------------------------------------

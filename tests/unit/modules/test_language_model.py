@@ -98,6 +98,11 @@ def test_pad_token(tmp_path):
     assert LanguageModel(directory, pad_token="<eos>").tokenizer.pad_token == "<eos>"
     with pytest.raises(ValueError, match="pad_token"):
         LanguageModel(directory, pad_token="<nonsense>")
+    # as GPT-2 has it
+    tokenizer = LanguageModel(directory).tokenizer
+    tokenizer.unk_token = "<eos>"
+    tokenizer.save_pretrained(directory)
+    assert LanguageModel(directory, pad_token="<eos>").tokenizer.pad_token == "<eos>"
 
 
 def test_evaluating_restores_each_mode():

@@ -127,6 +127,48 @@ def test_samples_go_together_where_the_block_allows_it(per_sample):
     assert max(model.layers[1].seen) == (1 if per_sample else 6)
 
 
+class WithAnExpert(nn.Module):
+    """One sample of all is sent to its expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(ExpertBlock() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class ExpertBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.expert = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.linear(x)
+        # marked by its last feature, which stays as it is
+        chosen = x[..., -1:] > 50
+        if bool(chosen.any()):
+            y = y + chosen * self.expert(x)
+        return torch.cat([x[..., :-1] + y[..., :-1], x[..., -1:]], -1)
+
+
+@pytest.mark.parametrize("mask_mode", ["free", "straight_through"])
+def test_an_expert_that_a_round_does_not_reach_keeps_its_norms(mask_mode):
+    torch.manual_seed(0)
+    rows = [torch.randn(1, 4, 8) for _ in range(8)]
+    rows[3][..., -1] = 100.0
+    options = PruneOptions(method="wanda++", rounds=4, samples_per_round=1, learning_rate=1e-3, mask_mode=mask_mode)
+    model = WithAnExpert()
+    prune_model(model, model, rows, options)
+    for block in model.layers:
+        for layer in (block.linear, block.expert):
+            assert ((layer.weight.view(8, 2, 4) == 0).sum(-1) == 2).all()
+            # pruned, but for the marked feature, by more than the order of the columns
+            assert len({tuple(row) for row in (layer.weight[:, :4] == 0).tolist()}) > 1
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize(
     "options", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "ro", "target": "dense_stream"}], ids=str
