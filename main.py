@@ -297,6 +297,8 @@ def _remedy(error: OSError) -> str | None:
         return "make room and start again, what is finished is kept"
     if error.errno == errno.EISDIR and any(Path(error.filename).glob("checkpoint/*_model_states.pt")):
         return "DeepSpeed wrote this checkpoint and alone reads it: use its strategy again, or give another `ckpt_path`"
+    if "not a valid DeepSpeed checkpoint" in str(error):
+        return "another strategy wrote it: use that again, or give another `ckpt_path`"
     return None
 
 
@@ -354,7 +356,7 @@ def main(args: ArgsType = None) -> None:
         if remedy is None or os.environ.get("WANDAZETA_DEBUG"):
             raise
         where = f": '{error.filename}'" if error.filename else ""
-        sys.stderr.write(f"error: {error.strerror}{where}; {remedy}\n")
+        sys.stderr.write(f"error: {error.strerror or error}{where}; {remedy}\n")
         raise SystemExit(1) from None
     finally:
         _leave_process_group()

@@ -135,7 +135,8 @@ def load_adapters(model: nn.Module, directory: str | Path) -> FlatBank:
 
     Args:
         model: The model that they were trained on, pruned as it was then and in the same precision.
-        directory: What `ZerothOrderModule.save_adapters` or `FirstOrderModule.save_adapter` wrote.
+        directory: What `ZerothOrderModule.save_adapters` wrote, or `FirstOrderModule.save_adapter` for tensor trains;
+            its LoRA is peft's, which loads it by `PeftModel.from_pretrained`.
 
     Returns:
         The adapters, on the device of the model's first parameter.
@@ -167,7 +168,9 @@ def load_adapters(model: nn.Module, directory: str | Path) -> FlatBank:
 def _read_description(directory: Path) -> dict[str, Any]:
     file = directory / "adapters.json"
     if not file.is_file():
-        raise ValueError(f"Expected a directory with saved adapters, but {file} is missing")
+        is_peft = (directory / "adapter_config.json").is_file()
+        remedy = "; these are peft's alone, load them by `PeftModel.from_pretrained`" if is_peft else ""
+        raise ValueError(f"Expected a directory with saved adapters, but {file} is missing{remedy}")
     description: dict[str, Any] = json.loads(file.read_text())
     return description
 

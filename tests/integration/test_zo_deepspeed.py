@@ -1,5 +1,7 @@
 """DeepSpeed's stages on gloo against one plain process."""
 
+import shutil
+
 import pytest
 import torch
 from helpers.causal_lms import save_tiny_lm
@@ -86,15 +88,25 @@ def test_checkpoint_holds_adapters_only_and_resumes(settings, alone, tmp_path, s
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_deepspeed_is_refused_by_other_strategies_in_one_line(tmp_path):
-    write_fit_config(tmp_path, strategy={"class_path": "helpers.cpu_deepspeed.CPUDeepSpeedStrategy"}, devices=1)
+def test_checkpoints_of_deepspeed_and_of_other_strategies_are_refused_by_the_other_in_one_line(tmp_path):
+    deepspeed = {"class_path": "helpers.cpu_deepspeed.CPUDeepSpeedStrategy"}
+    write_fit_config(tmp_path, strategy=deepspeed, devices=1)
+    auto = ("fit", "-c", "config.yaml", "--trainer.strategy", "auto")
     done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
     assert done.returncode == 0, done.stderr
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert last.is_dir()
-    done = wandazeta(tmp_path, "fit", "-c", "config.yaml", "--trainer.strategy", "auto")
+    done = wandazeta(tmp_path, *auto)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"error: Is a directory: '{last}'; DeepSpeed wrote this checkpoint and alone reads it: use its strategy again, "
         "or give another `ckpt_path`"
+    )
+    shutil.rmtree(last)
+    assert wandazeta(tmp_path, *auto).returncode == 0
+    done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: The provided path is not a valid DeepSpeed checkpoint: {last}; another strategy wrote it: use that "
+        "again, or give another `ckpt_path`"
     )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from wandazeta.modules import FirstOrderModule, LanguageModel
 from wandazeta.modules import first_order as first_order_module
+from wandazeta.modules.adapter_files import load_adapters
 
 pytest.importorskip("peft")
 
@@ -332,6 +333,8 @@ def test_peft_alone_loads_what_was_saved(pruned_dir, tmp_path):
 
     _, module = fit(pruned_dir, tmp_path)
     module.save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"load them by `PeftModel.from_pretrained`"):
+        load_adapters(module.backbone, tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors"}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pruned_dir), tmp_path / "adapter")
