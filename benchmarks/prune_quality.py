@@ -88,13 +88,15 @@ def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
     return model, json.loads((model / "prune_report.json").read_text())
 
 
-def perplexities(model: Path, eval_windows: int) -> dict[str, float]:
-    """Perplexity on the test documents of every text."""
-    module = LanguageModel(str(model))
+def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float]]:
+    """Perplexity on the test documents of every text, and on those for validation, by which settings are chosen."""
+    module, trainer = LanguageModel(str(model)), quiet_trainer()
     result = {}
     for text in TEXTS:
         data = TextDataModule(f"sample:{text}", sequence_length=WINDOW, eval_windows=eval_windows, batch_size=4)
-        result[text] = quiet_trainer().test(module, data, verbose=False)[0]["test/perplexity"]
+        found = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
+        validated = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
+        result[text] = {"perplexity": found, "perplexity_val": validated}
     return result
 
 
@@ -131,9 +133,7 @@ def main() -> None:
         extra |= {"options": report.get("options", {}), "commit": commit()}
         found = perplexities(directory, arguments.eval_windows)
         # read again: other seeds may be running beside this one
-        records = finished(RESULT) + [
-            key | {"text": text, "perplexity": value} | extra for text, value in found.items()
-        ]
+        records = finished(RESULT) + [key | {"text": text} | values | extra for text, values in found.items()]
         write(RESULT, describe("prune_quality", records, split="test", calibration=f"{NUM_SAMPLES} x {WINDOW} tokens"))
         print(f"{method} {pattern} seed {seed}: {found}", flush=True)
         if method != "dense" and not arguments.keep:
