@@ -45,8 +45,6 @@ def pruned(path: str, head: bool, pattern: str) -> str:
         config = yaml.safe_load(PRUNE.read_text())
         options = config["trainer"]["callbacks"][0]["init_args"]
         options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | options_of("best", pattern, 0)
-        if head:  # an encoder predicts no tokens
-            options["generated_copies"] = 0
         config["model"]["init_args"] = {"model_name_or_path": path, "num_classes": 2 if head else None}
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")

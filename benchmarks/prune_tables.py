@@ -13,8 +13,12 @@ ACCURACIES = {
     "zero_shot_dense": "for comparison: dense model, zero-shot",
     "tfidf_logistic_regression": "for comparison: TF-IDF with logistic regression",
 }
-# as it is, and as it was: six rounds of the samples alone
-BEST = {"best": "`best`", "best_without_copies": "`best` without copies"}
+# as it is, and as it was
+BEST = {
+    "best": "`best`",
+    "best_3_copies": "`best`, learning rate 1e-3, with three written windows for each",
+    "best_6_rounds": "`best`, learning rate 1e-3, 6 rounds",
+}
 TRAINED = {"lora": "LoRA", "masked_full": "all weights, masked"}
 
 
