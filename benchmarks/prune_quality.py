@@ -5,8 +5,8 @@
 
 Every record is a `wandazeta prune` of its own from 64 windows of 512 tokens of Wikipedia's training documents. `paper`
 has the settings of `configs/prune/paper.yaml`, `best` those of `configs/prune/best.yaml`; the other methods have none.
-Records of `best_6_rounds` and `best_3_copies` are of `best.yaml` at the commits that they name: half the rounds at a
-learning rate of 1e-3, and that rate with three written windows for each real one (`generated_copies: 3`).
+Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` are of `best.yaml` at the commits that they name: at a
+learning rate of 1e-3, with three written windows for each real one beside it, and at that rate with half the rounds.
 What is finished is not made again, and a pruning that was stopped goes on at the next block. Seconds are those of the
 blocks' pruning, without loading and evaluation; `OMP_NUM_THREADS` sets the threads, two processes with one each get
 most out of two cores.

@@ -16,7 +16,8 @@ ACCURACIES = {
 # as it is, and as it was
 BEST = {
     "best": "`best`",
-    "best_3_copies": "`best`, learning rate 1e-3, with three written windows for each",
+    "best_12_rounds": "`best`, learning rate 1e-3",
+    "best_3_copies": "`best`, learning rate 1e-3, three written windows for each",
     "best_6_rounds": "`best`, learning rate 1e-3, 6 rounds",
 }
 TRAINED = {"lora": "LoRA", "masked_full": "all weights, masked"}
