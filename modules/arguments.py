@@ -4,8 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
@@ -39,16 +38,17 @@ def stepped(optimizer: Optimizer, lr_scheduler: Callable[[Optimizer], LRSchedule
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def describe_rates(learning_rate: float, lr_scheduler: Callable[[Optimizer], LRScheduler] | None) -> dict[str, Any]:
+def describe_rates(optimizer: Optimizer, lr_scheduler: Callable[[Optimizer], LRScheduler] | None) -> dict[str, Any]:
     """Say what a checkpoint brings back of the learning rate, in plain values: what is given then has no effect.
 
     Args:
-        learning_rate: Learning rate at the start.
+        optimizer: A new one with the groups that are trained.
         lr_scheduler: As for `stepped`.
     """
+    learning_rate = optimizer.param_groups[0]["lr"]
     if lr_scheduler is None:
         return {"learning_rate": learning_rate, "lr_scheduler": None}
-    scheduler = lr_scheduler(SGD([torch.zeros(1)], lr=learning_rate))
+    scheduler = lr_scheduler(optimizer)
     state = scheduler.state_dict()
     names = [name for name in inspect.signature(type(scheduler)).parameters if name in state and name != "last_epoch"]
     arguments = ", ".join(f"{name}={state[name]}" for name in names)

@@ -192,13 +192,15 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def configure_optimizers(self) -> Any:
+        return stepped(self._new_optimizer(), self.lr_scheduler)
+
+    def _new_optimizer(self) -> Optimizer:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
-        return stepped(optimizer, self.lr_scheduler)
+        return AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,7 +308,7 @@ class FirstOrderModule(LanguageModel):
         }
 
     def _rates(self) -> dict[str, Any]:
-        return describe_rates(self.learning_rate, self.lr_scheduler) | {"weight_decay": self.weight_decay}
+        return describe_rates(self._new_optimizer(), self.lr_scheduler) | {"weight_decay": self.weight_decay}
 
 
 def _is_pruned(layer: Any) -> bool:

@@ -253,7 +253,11 @@ class ZerothOrderModule(TrainedByForwards):
 
     @override
     def configure_optimizers(self) -> Any:
-        return stepped(SGD([self.anchor], lr=self.learning_rate), self.lr_scheduler)
+        return stepped(self._new_optimizer(), self.lr_scheduler)
+
+    @override
+    def _new_optimizer(self) -> SGD:
+        return SGD([self.anchor], lr=self.learning_rate)
 
     @override
     def on_fit_start(self) -> None:

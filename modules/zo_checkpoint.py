@@ -24,7 +24,6 @@ class TrainedByForwards(LanguageModel, ABC):
     update_rule: Update
     schedule: QuerySchedule
     query_chunk_size: int
-    learning_rate: float
     lr_scheduler: Callable[[Optimizer], LRScheduler] | None
     progress: Tensor
     pruned_backbone_key: str | None
@@ -35,6 +34,10 @@ class TrainedByForwards(LanguageModel, ABC):
     @abstractmethod
     def _insert_adapters(self) -> None:
         """Put the adapters into the backbone."""
+
+    @abstractmethod
+    def _new_optimizer(self) -> Optimizer:
+        """The one whose learning rate a scheduler moves."""
 
     @property
     def backbone_key(self) -> str:
@@ -48,7 +51,7 @@ class TrainedByForwards(LanguageModel, ABC):
         checkpoint["zeroth_order"] = {
             **self._description(),
             **self._rules(),
-            **describe_rates(self.learning_rate, self.lr_scheduler),
+            **describe_rates(self._new_optimizer(), self.lr_scheduler),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
             "theta_sum": self._theta_sum(),
@@ -61,7 +64,7 @@ class TrainedByForwards(LanguageModel, ABC):
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         here = self._description() | self._rules()
         if self._trainer is not None and self._trainer.training:
-            here |= describe_rates(self.learning_rate, self.lr_scheduler)
+            here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:
             expected = {name for name in self.state_dict() if self._is_trained(name)}

@@ -7,7 +7,7 @@ from helpers.masked import is_positive_zero
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import LambdaLR, PolynomialLR
 from transformers import AutoModelForCausalLM
 
 from wandazeta.modules import FirstOrderModule, LanguageModel
@@ -317,6 +317,14 @@ def test_what_a_checkpoint_would_bring_back_of_the_rates_cannot_be_changed(model
         fresh, step_loader(classification_batch(20), 4, None), ckpt_path=tmp_path / "last.ckpt", verbose=False
     )
     assert all(torch.equal(fresh.get_parameter(name), module.get_parameter(name)) for name in module.adapter_names)
+
+
+def test_a_scheduler_may_have_an_argument_for_each_group(model_dir, tmp_path):
+    given = partial(LambdaLR, lr_lambda=[lambda step: 1.0, lambda step: 0.5])  # of matrices, and of the rest
+    fit(model_dir, tmp_path, steps=2, save=True, train="full", lr_scheduler=given)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["first_order"]["lr_scheduler"] == "LambdaLR()"
+    assert saved["lr_schedulers"][0]["base_lrs"] == [0.01, 0.01]
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
