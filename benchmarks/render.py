@@ -39,6 +39,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("prune_memory", memory_sentence),
     "bf16": ("prune_bf16", bf16_table),
     "speed": ("prune_speed", speed_table),
+    "speed_amx": ("prune_speed_amx", speed_table),
     "ablation": ("ablation", ablation_table),
     "recovery": ("recovery", recovery_table),
     "finetune": ("finetune", finetune_table),
