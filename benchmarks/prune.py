@@ -314,7 +314,7 @@ def main() -> None:
         records.append(record)
         summary = summarise(records, wanted)
         content = describe(
-            "prune_speed",
+            arguments.result.stem,
             records,
             source=SOURCE,
             perplexity_window=PERPLEXITY_WINDOW,
