@@ -126,7 +126,7 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If anything does not fit.
         """
-        from wandazeta.callbacks.pruning.progress import check_writable
+        from wandazeta.callbacks.pruning.files import check_writable
         from wandazeta.modules.diagnose import EpsilonDiagnosis, report
 
         # written at the end, after all the work

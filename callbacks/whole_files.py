@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from .pruning.progress import write_atomically
+from .pruning.files import write_atomically
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from wandazeta.stored import Stored, is_stored, whole
 
+from .files import check_writable, removed_if_unwritten, write_json
 from .packed import MASKS_FILE, PACKED_FILE, write_packed
 from .page import write_page
-from .progress import ProgressFolder, check_writable, removed_if_unwritten, write_json
+from .progress import ProgressFolder
 from .report import PruneReport
 from .streamed import lazy, open_safetensors, write_streamed
 

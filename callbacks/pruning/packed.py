@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .progress import check_writable
+from .files import check_writable
 from .streamed import LazyTensor, open_safetensors, stored, write_streamed
 
 # in a folder of their own: some loaders take every safetensors file beside config.json for weights

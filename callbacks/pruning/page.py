@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from . import pictures
-from .progress import write_atomically
+from .files import write_atomically
 from .report import PruneReport
 
 _METHODS = {

@@ -3,17 +3,13 @@
 A folder holds `key.json` (what was pruned, how and with what), `block_0000.safetensors` and so on (weights, masks and
 the record of one block each), `block_0000.cost.json` (seconds and memory, the only figures that vary between runs),
 `generated.safetensors` (samples that the model wrote, where it was to), and at the end `report.json` and
-`complete.json`. Every file is written under another name, flushed to the disk and
-renamed, so that a process killed at any instant leaves whole files or none. No file is a pickle.
+`complete.json`. Every file is written whole or not at all (`files`). No file is a pickle.
 """
 
 import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,109 +20,14 @@ from torch import Tensor, nn
 
 from wandazeta.stored import Stored, is_stored, store
 
+from . import files
 from .calibration import digest_tensor
 from .key import PruneKey
 from .pruner import BlockResult
 from .report import BlockRecord, PruneReport
 
 _COSTS = ("seconds", "peak_memory")
-_WRITING = ".writing.tmp"
 _REMEDY = "; choose another `output_dir`, restore what changed, or delete the folder to prune anew."
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it exists whole or not at all, even if the machine stops.
-
-    Args:
-        path: Where the file goes.
-        content: What it holds.
-
-    Raises:
-        OSError: If it cannot be written, as on a full disk; the error names the file, and nothing is left of it.
-    """
-    # the same for all files of a folder: what a kill leaves is written over, and no pattern of a name finds it
-    temporary = path.with_name(_WRITING)
-    with removed_if_unwritten(temporary, path):
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def removed_if_unwritten(temporary: Path, path: Path) -> Iterator[None]:
-    """Removes what was written so far where writing fails: on a full disk it would take the room of the next try.
-
-    Args:
-        temporary: The file or folder that is written.
-        path: What it is to become.
-
-    Raises:
-        OSError: For an error of the disk, whoever noticed it, naming `path` where it names no file.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        # safetensors says it in words, and errors of a file that is open name none
-        code = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is None or getattr(error, "filename", None) is not None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes readable JSON with `write_atomically`.
-
-    Args:
-        path: Where the file goes.
-        content: Dictionaries, lists, strings, numbers.
-    """
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def check_writable(directory: Path, argument: str = "output_dir", needed_bytes: int = 0) -> None:
-    """Makes a folder and checks that it can be written to and has room.
-
-    Args:
-        directory: The folder.
-        argument: What the user calls it.
-        needed_bytes: The space that will be filled.
-
-    Raises:
-        ValueError: If it cannot be made or written to, or the disk has less room.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"Expected argument `{argument}` to be a folder that can be written to, but got '{directory}' "
-            f"({error.strerror}); choose another one."
-        ) from error
-    free = shutil.disk_usage(directory).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"Expected argument `{argument}` to have {_size(needed_bytes)} of room, but '{directory}' is on a "
-            f"disk with {_size(free)} left; choose another one or make room."
-        )
-
-
-def _size(num_bytes: int) -> str:
-    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if num_bytes >= 2**p), ("KiB", 10))
-    return f"{num_bytes / 2**power:.1f} {unit}"
 
 
 class ProgressFolder:
@@ -170,7 +71,7 @@ class ProgressFolder:
         Raises:
             ValueError: If the folder holds another pruning; the message names the difference.
         """
-        check_writable(self.directory)
+        files.check_writable(self.directory)
         found = self.read_key()
         blocks = any(self.directory.glob("block_*.safetensors"))
         # one that failed before its first block, for a wrong option say, leaves nothing to protect
@@ -180,9 +81,9 @@ class ProgressFolder:
                     f"Expected argument `output_dir` to hold a pruning with its key, but '{self.directory}' has block "
                     f"files and no key.json{_REMEDY}"
                 )
-            write_json(self.directory / "key.json", key.to_dict())
+            files.write_json(self.directory / "key.json", key.to_dict())
             found = key
-        (self.directory / _WRITING).unlink(missing_ok=True)
+        (self.directory / files.WRITING).unlink(missing_ok=True)
         parts = ["options", "model", "calibration"]
         if not (self.directory / "complete.json").exists():
             parts.append("environment")
@@ -281,9 +182,9 @@ class ProgressFolder:
         costs = {name: record.pop(name) for name in _COSTS if name in record}
         note: dict[str, Any] = {"key": self._key, "previous": self._chain.get(block_index - 1, ""), "record": record}
         note["digest"] = _digest(tensors, note)
-        write_json(self.directory / f"block_{block_index:04d}.cost.json", costs)
+        files.write_json(self.directory / f"block_{block_index:04d}.cost.json", costs)
         # a single metadata entry: safetensors does not keep the order of several
-        write_atomically(self._path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
+        files.write_atomically(self._path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
         self._chain[block_index] = note["digest"]
 
     # -- samples ----------------------------------------------------------------------------------------------------
@@ -314,7 +215,7 @@ class ProgressFolder:
         note: dict[str, Any] = {"key": self._key, "previous": "", "record": {}}
         note["digest"] = _digest(tensors, note)
         content = save(tensors, metadata={"wandazeta": json.dumps(note)})
-        write_atomically(self.directory / "generated.safetensors", content)
+        files.write_atomically(self.directory / "generated.safetensors", content)
 
     def _read_costs(self, block_index: int) -> dict[str, Any]:
         costs = json.loads((self.directory / f"block_{block_index:04d}.cost.json").read_bytes())
@@ -328,9 +229,10 @@ class ProgressFolder:
         Args:
             report: The report of all blocks.
         """
-        write_json(self.directory / "report.json", report.to_dict())
+        files.write_json(self.directory / "report.json", report.to_dict())
         last = self._chain[len(report.blocks) - 1]
-        write_json(self.directory / "complete.json", {"key": self._key, "num_blocks": len(report.blocks), "last": last})
+        complete = {"key": self._key, "num_blocks": len(report.blocks), "last": last}
+        files.write_json(self.directory / "complete.json", complete)
 
     def read_report(self) -> PruneReport:
         """Reads the report of a complete pruning."""

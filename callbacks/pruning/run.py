@@ -15,10 +15,11 @@ from wandazeta import __version__
 from wandazeta.blocks import block_lists, find_blocks
 
 from .calibration import collect_batches, digest_batches, isolated_rng
+from .files import check_writable
 from .key import PruneKey, digest_model
 from .layers import validate_layers
 from .options import PruneOptions
-from .progress import ProgressFolder, check_writable
+from .progress import ProgressFolder
 from .pruner import PruningInterrupted, evaluating, prune_model
 from .ranks import Ranks
 from .report import BlockRecord, PruneReport

@@ -11,7 +11,7 @@ from helpers.pruning import Tiny, callback, loader, same, trainer
 from helpers.small_disk import small_disk as small_disk_at
 from safetensors.torch import load_file, save_file
 
-from wandazeta.callbacks.pruning import export, progress
+from wandazeta.callbacks.pruning import export, files
 from wandazeta.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -96,7 +96,7 @@ def files_of(folder):
 def test_a_disk_that_fills_up_while_pruning_is_told_and_the_next_run_goes_on(
     small_disk, prepared, monkeypatch, capsys, stop
 ):
-    write, writes = progress.write_atomically, []
+    write, writes = files.write_atomically, []
 
     def filling(path, content):
         writes.append(path.name)
@@ -105,7 +105,7 @@ def test_a_disk_that_fills_up_while_pruning_is_told_and_the_next_run_goes_on(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "write_atomically", filling)
+        patch.setattr(files, "write_atomically", filling)
         line = refused(PRUNE, capsys)
     assert "No space left on device" in line
     assert writes[-1] in line
@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_while_exporting_leaves_nothing_half_written(
 def test_a_disk_without_room_for_the_model_is_refused_before_any_work(inputs, monkeypatch, capsys):
     usage = shutil.disk_usage(inputs)
     # room for the progress, but not for the model
-    monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: usage._replace(free=100 * 2**10))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=100 * 2**10))
     line = refused(PRUNE, capsys)
     assert "`output_dir` to have" in line
     assert "KiB" in line

@@ -13,7 +13,7 @@ from helpers.processes import run
 from helpers.pruning import Tiny, callback, loader, same, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
-from wandazeta.callbacks.pruning import progress
+from wandazeta.callbacks.pruning import files, progress
 
 
 def contents(folder):
@@ -63,7 +63,7 @@ def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeyp
         pass
 
     expected = prune(tmp_path / "undisturbed")
-    write, writes = progress.write_atomically, 0
+    write, writes = files.write_atomically, 0
     for stop in range(100):
         folder, left = tmp_path / f"stopped-{stop}", stop
 
@@ -75,12 +75,12 @@ def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeyp
             left -= 1
             write(path, content)
 
-        monkeypatch.setattr(progress, "write_atomically", stopping)
+        monkeypatch.setattr(files, "write_atomically", stopping)
         try:
             prune(folder)
         except KilledError:
             writes += 1
-        monkeypatch.setattr(progress, "write_atomically", write)
+        monkeypatch.setattr(files, "write_atomically", write)
         assert same(prune(folder), expected)
         assert_same_bytes(folder, tmp_path / "undisturbed", num_blocks=3)
         if writes == stop:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from wandazeta.callbacks.pruning.files import check_writable, write_atomically
 from wandazeta.callbacks.pruning.key import PruneKey, digest_model
-from wandazeta.callbacks.pruning.progress import ProgressFolder, check_writable, write_atomically
+from wandazeta.callbacks.pruning.progress import ProgressFolder
 from wandazeta.callbacks.pruning.pruner import BlockResult
 from wandazeta.callbacks.pruning.report import BlockRecord, LayerRecord, PruneReport
 
