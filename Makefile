@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 samples: setup  ## fetch and convert the sample model and texts
-	$(BIN)/python -m wandazeta.datamodules.samples
+	$(BIN)/python -m wandazeta.data.samples
 
 demo: samples  ## prune SmolLM2-135M, fine-tune it, show the table
 	$(BIN)/wandazeta fit -c configs/demo.yaml

@@ -33,11 +33,11 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     """Prune the first blocks and take the perplexity of the whole model, the other blocks being dense."""
     import torch
 
-    from wandazeta.callbacks.pruning.options import PruneOptions
-    from wandazeta.callbacks.pruning.pruner import PruningInterrupted, prune_model
-    from wandazeta.callbacks.pruning.report import BlockRecord
     from wandazeta.datamodules import TextDataModule
     from wandazeta.modules import LanguageModel
+    from wandazeta.pruning.options import PruneOptions
+    from wandazeta.pruning.pruner import PruningInterrupted, prune_model
+    from wandazeta.pruning.records import BlockRecord
 
     module = LanguageModel(str(ROOT / MODEL)).eval()
     calibration = TextDataModule(

@@ -25,10 +25,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from wandazeta.callbacks import WandaPPPruneCallback
-from wandazeta.callbacks.pruning.memory import peak_memory
+from wandazeta.cli.main import PruningTrainer, command_line
 from wandazeta.datamodules import PromptedClassificationDataModule, TextDataModule
-from wandazeta.main import PruningTrainer, command_line
 from wandazeta.modules import LanguageModel, ZerothOrderModule
+from wandazeta.utilities.memory import peak_memory
 
 # held-out documents, none of which a pruning was calibrated on
 PERPLEXITY_WINDOW = 512

@@ -43,7 +43,7 @@ def run(seed: int) -> dict[str, Any]:
         config = ROOT / folder / "demo.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(config_of(seed, folder), sort_keys=False))
-        subprocess.run([sys.executable, "-m", "wandazeta.main", "fit", "-c", config], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "wandazeta.cli.main", "fit", "-c", config], cwd=ROOT, check=True)
         examine = [sys.executable, ROOT / "benchmarks" / "demo.py", "--compare-dense", "--config", config]
         subprocess.run(examine, cwd=ROOT, check=True)
     return {"seed": seed, **json.loads(summary.read_text())["records"]}

@@ -11,10 +11,10 @@ import itertools
 from lightning.pytorch import seed_everything
 from records import ROOT, describe, finished, is_finished, write
 
+from wandazeta.adapters import TensorTrainAdapters
+from wandazeta.cli.main import PruningTrainer
 from wandazeta.datamodules import PromptedClassificationDataModule
-from wandazeta.main import PruningTrainer
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.adapters import TensorTrainAdapters
 from wandazeta.modules.diagnose import EpsilonDiagnosis
 
 MODEL = ".cache/wandazeta/smollm2-135m"

@@ -1,6 +1,6 @@
 """Accuracy of fine-tuning against the forward passes spent, by task, model, pattern and method.
 
-    python -m wandazeta.datamodules.samples rotten-tomatoes bbc-news brown-genres minilm-l6 smollm2-135m
+    python -m wandazeta.data.samples rotten-tomatoes bbc-news brown-genres minilm-l6 smollm2-135m
     python benchmarks/finetune.py --workers 2
 
 Tasks, models and methods are in `benchmarks/finetune.yaml`. Of every method with something to train, the learning rate
@@ -49,7 +49,7 @@ def pruned(path: str, head: bool, pattern: str) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")
         written.write_text(yaml.safe_dump(config, sort_keys=False))
-        command = [sys.executable, "-m", "wandazeta.main", "prune", "-c", written, "--output_dir", target]
+        command = [sys.executable, "-m", "wandazeta.cli.main", "prune", "-c", written, "--output_dir", target]
         subprocess.run(command, cwd=ROOT, check=True)
     return str(target.relative_to(ROOT))
 

@@ -8,8 +8,8 @@ The candidates are what the literature asks of movie reviews, all with two singl
 
 from records import ROOT, describe, write
 
+from wandazeta.cli.main import PruningTrainer
 from wandazeta.datamodules import PromptedClassificationDataModule
-from wandazeta.main import PruningTrainer
 from wandazeta.modules import LanguageModel
 
 CANDIDATES = (

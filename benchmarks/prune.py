@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from wandazeta.data.samples import sample_model
 from wandazeta.datamodules import TextDataModule
-from wandazeta.datamodules.samples import sample_model
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_speed.json"
 SOURCE = "sample:wikipedia"

@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wandazeta.blocks import find_blocks
-from wandazeta.callbacks.pruning.options import Method, PruneOptions
-from wandazeta.callbacks.pruning.pruner import BlockResult, PruningInterrupted, prune_model
 from wandazeta.datamodules import TextDataModule
+from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel
+from wandazeta.pruning.options import Method, PruneOptions
+from wandazeta.pruning.pruner import BlockResult, PruningInterrupted, prune_model
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_bf16.json"
 CONFIG = ROOT / "configs" / "prune" / "best.yaml"

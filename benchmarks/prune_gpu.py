@@ -32,12 +32,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from wandazeta.callbacks.pruning import pruner
-from wandazeta.callbacks.pruning.masks import group_mask, zero_where_false
-from wandazeta.callbacks.pruning.memory import peak_memory
-from wandazeta.callbacks.pruning.one_block import NUM_PROBES, OneBlock
-from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.callbacks.pruning.semi_structured import to_semi_structured
+from wandazeta.pruning import pruner
+from wandazeta.pruning.export.semi_structured import to_semi_structured
+from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
+from wandazeta.pruning.method.masks import group_mask, zero_where_false
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.utilities.memory import peak_memory
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_gpu.json"
 METHODS = ("wanda", "rgs", "wanda++")
@@ -168,10 +168,10 @@ class Phases:
         parts = [
             (pruner, "capture_samples", "capture"),
             (pruner._Pruner, "_forward", "propagate"),
-            (OneBlock, "measure", "measure"),
-            (OneBlock, "optimise", "optimise"),
-            (OneBlock, "_measure_inputs", "norms"),
-            (OneBlock, "prune", "prune"),
+            (BlockPruner, "measure", "measure"),
+            (BlockPruner, "optimise", "optimise"),
+            (BlockPruner, "_measure_inputs", "norms"),
+            (BlockPruner, "prune", "prune"),
         ]
         with ExitStack() as stack:
             for owner, attribute, name in parts:

@@ -26,7 +26,7 @@ from records import ROOT, describe, write
 from rich.console import Console
 from torch import Tensor
 
-from wandazeta.callbacks.pruning.streamed import LazyTensor, write_streamed
+from wandazeta.models.safetensors_io import LazyTensor, write_streamed
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_memory.json"
 TOKENIZER = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
@@ -172,7 +172,7 @@ def prune(arguments: argparse.Namespace, folder: Path) -> tuple[int, float, int]
     starts = folder / "starts.json"
     earlier: list[list[float]] = json.loads(starts.read_text()) if starts.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-    command = [sys.executable, "-m", "wandazeta.main", "prune", "-c", str(config)]
+    command = [sys.executable, "-m", "wandazeta.cli.main", "prune", "-c", str(config)]
     begin = time.perf_counter()
     peak, seconds = 0, 0.0
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:

@@ -1,6 +1,6 @@
 """Perplexity after pruning SmolLM2-135M, by method, pattern and calibration seed, on test documents of two genres.
 
-    python -m wandazeta.datamodules.samples wikipedia brown smollm2-135m
+    python -m wandazeta.data.samples wikipedia brown smollm2-135m
     python benchmarks/prune_quality.py
 
 Every record is a `wandazeta prune` of its own from 64 windows of 512 tokens of Wikipedia's training documents. `paper`
@@ -84,7 +84,7 @@ def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
     model = folder / "model"
     if not (model / "prune_report.json").exists():
         shutil.rmtree(model, ignore_errors=True)
-        command = [sys.executable, "-m", "wandazeta.main", "prune", "-c", config, "--output_dir", model]
+        command = [sys.executable, "-m", "wandazeta.cli.main", "prune", "-c", config, "--output_dir", model]
         subprocess.run(command, cwd=ROOT, check=True)
     return model, json.loads((model / "prune_report.json").read_text())
 

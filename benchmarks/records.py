@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wandazeta.environment import command, commit, hardware, versions
+from wandazeta.utilities.environment import command, commit, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

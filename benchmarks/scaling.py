@@ -86,7 +86,7 @@ def zo_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[str,
     """Steps of one rank."""
     from wandazeta.datamodules import PromptedClassificationDataModule
     from wandazeta.modules import ZerothOrderModule
-    from wandazeta.modules.zo import ConstantSchedule
+    from wandazeta.zeroth_order import ConstantSchedule
 
     seed_everything(0, verbose=False)
     module = ZerothOrderModule(

@@ -12,7 +12,7 @@ from cost_model import (
 )
 from tables import rows
 
-from wandazeta.modules.adapters.layout import AdapterLayout
+from wandazeta.adapters.layout import AdapterLayout
 
 MEASURED_HEADING = ["", "processes", "seconds", "predicted", "bytes exchanged"]
 PROJECTED_HEADING = ["", "GPUs", "seconds", "bytes exchanged"]

@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wandazeta.callbacks.pruning.masks import group_mask, zero_where_false
-from wandazeta.callbacks.pruning.memory import peak_memory
-from wandazeta.callbacks.pruning.semi_structured import to_semi_structured
-from wandazeta.modules.adapters import TensorTrainAdapters
-from wandazeta.modules.adapters.bank import FlatBank
-from wandazeta.modules.scoring import Prepared, Scorer, option_losses
-from wandazeta.modules.zo import TwoSided
-from wandazeta.modules.zo.aggregation import mean_gradient
-from wandazeta.modules.zo.directions import directions_of_step
-from wandazeta.modules.zo.estimators import projected_gradients
+from wandazeta.adapters import TensorTrainAdapters
+from wandazeta.adapters.flat_vector import AdapterVector
+from wandazeta.pruning.export.semi_structured import to_semi_structured
+from wandazeta.pruning.method.masks import group_mask, zero_where_false
+from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
+from wandazeta.utilities.memory import peak_memory
+from wandazeta.zeroth_order import TwoSided
+from wandazeta.zeroth_order.aggregation import mean_gradient
+from wandazeta.zeroth_order.directions import directions_of_step
+from wandazeta.zeroth_order.estimators import projected_gradients
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_gpu.json"
 EPSILON = 3e-3
@@ -51,7 +51,7 @@ class Steps:
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], chunk_size: int) -> None:
-        self.bank: FlatBank = TensorTrainAdapters().insert(model, 0)
+        self.bank: AdapterVector = TensorTrainAdapters().insert(model, 0)
         self.bank.to(batch["input_ids"].device)
         self.scorer = Scorer(model)
         self.prepared: Prepared = self.scorer.prepare(batch)

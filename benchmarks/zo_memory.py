@@ -22,9 +22,9 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM  # noqa: F401  (the same for every method's model)
 
+from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
-from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters, Weights
-from wandazeta.modules.zo import ConstantSchedule
+from wandazeta.zeroth_order import ConstantSchedule
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_memory.json"
 MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"

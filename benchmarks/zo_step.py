@@ -34,12 +34,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zo_tables import STEP_HEADING, step_rows
 
+from wandazeta.adapters import TensorTrainAdapters
+from wandazeta.adapters.tensor_train import TTLinear
 from wandazeta.datamodules import PromptedClassificationDataModule
 from wandazeta.modules import LanguageModel, ZerothOrderModule
-from wandazeta.modules.adapters import TensorTrainAdapters
-from wandazeta.modules.adapters.tensor_train import TTLinear
-from wandazeta.modules.scoring import Scorer, option_losses
-from wandazeta.modules.zo import ConstantSchedule
+from wandazeta.scoring.scorer import Scorer, option_losses
+from wandazeta.zeroth_order import ConstantSchedule
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_step.json"
 MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"

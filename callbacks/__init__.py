@@ -1,40 +1,23 @@
 """Lightning callbacks, reusable in any project."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .end_together import EndTogether
-    from .keep_sparsity import KeepSparsity
-    from .monitors import PeakMemoryMonitor
-    from .requeue import RequeueTogether
-    from .start_alike import StartAlike
-    from .wandapp import WandaPPPruneCallback
-    from .whole_files import WholeFileCheckpointIO
+from wandazeta.callbacks.checkpoint_io import AtomicCheckpointIO
+from wandazeta.callbacks.cluster.consistency import RankConsistencyCheck
+from wandazeta.callbacks.cluster.requeue import SLURMRequeue
+from wandazeta.callbacks.cluster.watchdog import RankWatchdog
+from wandazeta.callbacks.keep_sparsity import KeepSparsity
+from wandazeta.callbacks.monitors import PeakMemoryMonitor
+from wandazeta.callbacks.prune import WandaPPPruneCallback
 
 __all__ = [
-    "EndTogether",
+    "AtomicCheckpointIO",
     "KeepSparsity",
     "PeakMemoryMonitor",
-    "RequeueTogether",
-    "StartAlike",
+    "RankConsistencyCheck",
+    "RankWatchdog",
+    "SLURMRequeue",
     "WandaPPPruneCallback",
-    "WholeFileCheckpointIO",
 ]
 
-_HOMES = {
-    "EndTogether": ".end_together",
-    "KeepSparsity": ".keep_sparsity",
-    "PeakMemoryMonitor": ".monitors",
-    "RequeueTogether": ".requeue",
-    "StartAlike": ".start_alike",
-    "WandaPPPruneCallback": ".wandapp",
-    "WholeFileCheckpointIO": ".whole_files",
-}
 
-
-def __getattr__(name: str) -> Any:
-    # lazy, so that the plain-torch core `wandazeta.callbacks.pruning` imports without lightning
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__

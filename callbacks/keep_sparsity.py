@@ -9,10 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from wandazeta.sharded import full_shape
-
-from .pruning.mask_files import match_masks, read_masks
-from .pruning.sparsity import HeldSparsity, pack_mask, unpack_mask, zero_masks
+from wandazeta.models.zero3 import full_shape
+from wandazeta.pruning.export.masks import match_masks, read_masks
+from wandazeta.pruning.held_masks import HeldSparsity, pack_mask, unpack_mask, zero_masks
 
 
 class KeepSparsity(Callback):

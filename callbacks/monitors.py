@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from .pruning.memory import peak_memory
+from wandazeta.utilities.memory import peak_memory
 
 
 class PeakMemoryMonitor(Callback):

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from .prompts import encode_text
-from .sources import (
+from wandazeta.data.prompts import encode_text
+from wandazeta.data.sources import (
     SPLITS,
     Document,
     Split,
@@ -23,8 +23,8 @@ from .sources import (
     read_documents,
     split_of,
 )
-from .step_sampler import BatchDataset, StepSampler
-from .text import TextDataModule
+from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
+from wandazeta.datamodules.text import TextDataModule
 
 Batch = dict[str, torch.Tensor]
 

@@ -5,9 +5,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from .classification import Batch, ClassificationDataModule, Example
-from .prompts import encode_options, encode_prompt
-from .sources import load_tokenizer
+from wandazeta.data.prompts import encode_options, encode_prompt
+from wandazeta.data.sources import load_tokenizer
+from wandazeta.datamodules.classification import Batch, ClassificationDataModule, Example
 
 
 class PromptedClassificationDataModule(ClassificationDataModule):

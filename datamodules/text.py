@@ -9,8 +9,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from .sources import SPLITS, Split, check_fractions, check_positive, load_tokenizer, read_documents, split_of
-from .step_sampler import BatchDataset, StepSampler
+from wandazeta.data.sources import (
+    SPLITS,
+    Split,
+    check_fractions,
+    check_positive,
+    load_tokenizer,
+    read_documents,
+    split_of,
+)
+from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 
 Batch = dict[str, torch.Tensor]
 

@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from .adapters import Weights
-from .arguments import check_range
-from .language_model import evaluating
-from .zeroth_order import ZerothOrderModule
-from .zo import DISTRIBUTIONS
-from .zo.diagnosis import EPSILONS, EpsilonRow, measure_epsilons, recommended_epsilon
-from .zo.estimators import LossFn
-from .zo_options import EPSILON
+from wandazeta.adapters import Weights
+from wandazeta.modules.language_model import evaluating
+from wandazeta.modules.zeroth_order import ZerothOrderModule
+from wandazeta.modules.zo_options import EPSILON
+from wandazeta.utilities.arguments import check_range
+from wandazeta.zeroth_order import DISTRIBUTIONS
+from wandazeta.zeroth_order.diagnosis import EPSILONS, EpsilonRow, measure_epsilons, recommended_epsilon
+from wandazeta.zeroth_order.estimators import LossFn
 
 if TYPE_CHECKING:
     from rich.table import Table

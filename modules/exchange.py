@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from .zo import Evaluations
+from wandazeta.zeroth_order import Evaluations
 
 _NUM_PARTS = 3
 

@@ -12,16 +12,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.blocks import find_blocks, nearest
-from wandazeta.sharded import gathered, is_shared_out
-
-from .adapter_files import describe_backbone, require_same, save_adapter_files
-from .adapters import FlatBank, TensorTrainAdapters, train_linears
-from .arguments import check_range, describe_rates, stepped
-from .encoder import HeadScorer
-from .exchange import adjust_strategy
-from .language_model import LanguageModel
-from .objectives import objective_losses
+from wandazeta.adapters import AdapterVector, TensorTrainAdapters, train_linears
+from wandazeta.adapters.files import describe_backbone, require_same, save_adapter_files
+from wandazeta.models.blocks import find_blocks, nearest
+from wandazeta.models.zero3 import gathered, is_shared_out
+from wandazeta.modules.exchange import adjust_strategy
+from wandazeta.modules.language_model import LanguageModel
+from wandazeta.scoring.head_scorer import HeadScorer
+from wandazeta.scoring.objectives import objective_losses
+from wandazeta.utilities.arguments import check_range, describe_rates, stepped
 
 
 class FirstOrderModule(LanguageModel):
@@ -101,7 +100,7 @@ class FirstOrderModule(LanguageModel):
         self.lora_dropout = lora_dropout
         self.target_modules = target_modules
         self.tensor_train = tensor_train or TensorTrainAdapters()
-        self.adapters: FlatBank | None = None
+        self.adapters: AdapterVector | None = None
         self.seed = seed
         self.pruned_backbone_key: str | None = None  # set by whoever prunes the backbone
         self._backbone_description: dict[str, Any] = {}

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from wandazeta.stored import is_stored, require_whole
-
-from .adapter_files import backbone_fingerprint
-from .encoder import EncoderClassifier, HeadScorer
-from .exchange import adjust_strategy
-from .loading import check_loading, load_backbone, load_tokenizer
-from .scoring import Scorer, is_classification
-from .shares import loading_in_shares
+from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.models.encoder import EncoderClassifier
+from wandazeta.models.loading import check_loading, load_backbone, load_tokenizer
+from wandazeta.models.streaming import is_stored, require_whole
+from wandazeta.modules.exchange import adjust_strategy
+from wandazeta.modules.shares import loading_in_shares
+from wandazeta.scoring.head_scorer import HeadScorer
+from wandazeta.scoring.scorer import Scorer, is_classification
 
 
 class LanguageModel(LightningModule):

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-from wandazeta.blocks import find_blocks
-from wandazeta.sharded import full_shape
+from wandazeta.models.blocks import find_blocks
+from wandazeta.models.zero3 import full_shape
 
 
 @contextmanager

@@ -11,27 +11,37 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.blocks import find_blocks
-from wandazeta.sharded import is_shared_out
-
-from .adapter_files import describe_backbone
-from .adapters import AdaptedModule, FlatBank, LoRAAdapters, TensorTrainAdapters, WeightBank, Weights, train_linears
-from .arguments import check_range, stepped
-from .encoder import HeadScorer
-from .exchange import Exchange, adjust_strategy, require_whole_weights
-from .head_gradient import (
-    HeadGradient,
-    answers_head,
-    check_head_gradient,
-    check_head_learning_rate,
-    check_num_answers,
+from wandazeta.adapters import (
+    AdaptedModule,
+    AdapterVector,
+    InPlaceWeights,
+    LoRAAdapters,
+    TensorTrainAdapters,
+    Weights,
+    train_linears,
 )
-from .language_model import evaluating
-from .objectives import GeneratedText, Objective, check_objective, objective_losses
-from .prefix import FrozenPrefix
-from .scoring import Prepared
-from .shares import hold_two_blocks
-from .zo import (
+from wandazeta.adapters.files import describe_backbone
+from wandazeta.models.blocks import find_blocks
+from wandazeta.models.zero3 import is_shared_out
+from wandazeta.modules.checkpoints import TrainedByForwards
+from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
+from wandazeta.modules.language_model import evaluating
+from wandazeta.modules.shares import hold_two_blocks
+from wandazeta.modules.zo_options import (
+    EPSILON,
+    check_finite_steps,
+    check_weights_options,
+    check_zo_options,
+    compute_dtype,
+    make_estimator,
+    warn_of_waste,
+)
+from wandazeta.scoring.head_scorer import HeadScorer
+from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
+from wandazeta.scoring.prefix import FrozenPrefix
+from wandazeta.scoring.scorer import Prepared
+from wandazeta.utilities.arguments import check_range, stepped
+from wandazeta.zeroth_order import (
     AGGREGATIONS,
     DISTRIBUTIONS,
     AdaZetaSchedule,
@@ -43,15 +53,12 @@ from .zo import (
     VarianceSchedule,
     projected_gradients,
 )
-from .zo_checkpoint import TrainedByForwards
-from .zo_options import (
-    EPSILON,
-    check_finite_steps,
-    check_weights_options,
-    check_zo_options,
-    compute_dtype,
-    make_estimator,
-    warn_of_waste,
+from wandazeta.zeroth_order.head import (
+    HeadGradient,
+    answers_head,
+    check_head_gradient,
+    check_head_learning_rate,
+    check_num_answers,
 )
 
 
@@ -224,9 +231,9 @@ class ZerothOrderModule(TrainedByForwards):
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         self.backbone.requires_grad_(False)
         self.adapters = self.trainable.insert(self.backbone, self.seed)
-        if isinstance(self.adapters, FlatBank) and isinstance(self.scorer, HeadScorer):
+        if isinstance(self.adapters, AdapterVector) and isinstance(self.scorer, HeadScorer):
             train_linears(self.backbone, self.adapters, ["head"])
-        if isinstance(self.adapters, FlatBank) and self.num_answers is not None:
+        if isinstance(self.adapters, AdapterVector) and self.num_answers is not None:
             config: Any = self.backbone.config
             answers = answers_head(config.get_text_config().hidden_size, self.num_answers)
             self.adapters.append({"answers": answers})
@@ -236,7 +243,7 @@ class ZerothOrderModule(TrainedByForwards):
         self.adapters.register_buffer("update_states", states)
         self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if isinstance(self.adapters, WeightBank):
+        if isinstance(self.adapters, InPlaceWeights):
             self.scorer.head_rows = self.adapters.rows
         elif self.prefix_cache and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
@@ -263,14 +270,14 @@ class ZerothOrderModule(TrainedByForwards):
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
         sharded = any(map(is_shared_out, self.backbone.parameters()))
-        if isinstance(self.adapters, WeightBank):
+        if isinstance(self.adapters, InPlaceWeights):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         dtype = self.compute_dtype
         self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
         self._head_gradient: HeadGradient | None = None
         if self.head_gradient == "exact":
-            assert isinstance(self.adapters, FlatBank)
+            assert isinstance(self.adapters, AdapterVector)
             self._head_gradient = HeadGradient(self.adapters, self.scorer)
         warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:
@@ -370,7 +377,7 @@ class ZerothOrderModule(TrainedByForwards):
         """Parts of the trained vector, each with its learning rate."""
         if self.head_learning_rate is None:
             return [(slice(None), learning_rate)]
-        assert isinstance(self.adapters, FlatBank)
+        assert isinstance(self.adapters, AdapterVector)
         end = self.adapters.layout.num_parameters
         return [
             (slice(end), learning_rate),

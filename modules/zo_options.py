@@ -6,8 +6,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from .arguments import check_range
-from .zo import AGGREGATIONS, DISTRIBUTIONS, Estimator, ForwardMode, OneSided, QuerySchedule, TwoSided
+from wandazeta.utilities.arguments import check_range
+from wandazeta.zeroth_order import (
+    AGGREGATIONS,
+    DISTRIBUTIONS,
+    Estimator,
+    ForwardMode,
+    OneSided,
+    QuerySchedule,
+    TwoSided,
+)
 
 # What `wandazeta diagnose` finds best on SmolLM2-135M for the worse of two starts of the adapters
 # (benchmarks/results/epsilon.json); in fp16, not measured, rounding is far below bf16's and curvature as in fp32

@@ -15,7 +15,7 @@ os.environ.setdefault("WANDAZETA_CACHE", str(Path(__file__).parents[1] / ".cache
 
 
 def pytest_collection_modifyitems(items):
-    from wandazeta.datamodules.samples import cache_folder
+    from wandazeta.data.samples import cache_folder
 
     wanted = [cache_folder() / name for name in ("smollm2-135m", "wikipedia.jsonl", "rotten-tomatoes.jsonl")]
     missing = [path.name for path in wanted if not path.exists()]

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
-
-from .tiny_model import save_tiny_llama
+from helpers.tiny_model import save_tiny_llama
 
 
 def write_inputs(root, num_blocks=2):
@@ -29,7 +28,7 @@ def fit_settings(inputs, outputs):
             "class_path": "ZerothOrderModule",
             "init_args": {
                 "model_name_or_path": f"{inputs}/model",
-                "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
+                "schedule": {"class_path": "wandazeta.zeroth_order.ConstantSchedule", "init_args": {"num_queries": 2}},
                 "trainable": {"class_path": "TensorTrainAdapters", "init_args": {"bottleneck": 8}},
             },
         },
@@ -78,7 +77,7 @@ def wandazeta(folder, *arguments, timeout=300):
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
     paths = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "-m", "wandazeta.main", *arguments],
+        [sys.executable, "-m", "wandazeta.cli.main", *arguments],
         env=environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,

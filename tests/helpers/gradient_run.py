@@ -20,7 +20,7 @@ class Noise(torch.optim.SGD):
 
 def whole_weights(module):
     """Copies of all weights by name, whatever the strategy has made of them."""
-    from wandazeta.sharded import gathered
+    from wandazeta.models.zero3 import gathered
 
     weights = {}
     for name, weight in module.named_parameters():

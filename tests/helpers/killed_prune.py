@@ -28,8 +28,8 @@ import matplotlib.pyplot  # noqa: E402, F401 (else every fork imports it anew)
 import torch  # noqa: E402
 from helpers.prune_config import write_prune_config  # noqa: E402
 
-from wandazeta.callbacks.pruning import export, packed, page, pruner  # noqa: E402, F401
-from wandazeta.main import main  # noqa: E402
+from wandazeta.cli.main import main  # noqa: E402
+from wandazeta.pruning import pruner  # noqa: E402
 
 torch.set_num_threads(1)
 sys.argv = ["wandazeta"]

@@ -1,8 +1,7 @@
 """A tiny model, text to calibrate on, and the configuration of `wandazeta prune` for them."""
 
 import yaml
-
-from .tiny_model import save_tiny_llama
+from helpers.tiny_model import save_tiny_llama
 
 
 def write_prune_config(root, num_blocks=3, **options):

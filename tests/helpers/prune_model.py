@@ -3,13 +3,12 @@
 import copy
 
 import torch
+from helpers.architectures import build, token_batches
 from torch import nn
 
-from wandazeta.callbacks.pruning.layers import is_transposed
-from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.callbacks.pruning.pruner import prune_model
-
-from .architectures import build, token_batches
+from wandazeta.pruning.method.layers import is_transposed
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pruner import prune_model
 
 FAST = {"rounds": 2, "samples_per_round": 4, "learning_rate": 1e-3}
 

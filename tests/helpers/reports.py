@@ -3,9 +3,9 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.callbacks.pruning.pruner import prune_model
-from wandazeta.callbacks.pruning.report import BlockRecord, LayerRecord, PruneReport
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pruner import prune_model
+from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 
 
 def made_up(num_blocks=3, losses=(0.5, 0.25), names=("up.weight", "down.weight"), options=None, width=40, **record):

@@ -2,7 +2,7 @@
 
 import time
 
-from wandazeta.blocks import find_blocks
+from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel, ZerothOrderModule
 
 
@@ -14,8 +14,8 @@ def _slow(module, seconds):
 
 class SlowZerothOrderModule(ZerothOrderModule):
     def __init__(self, model_name_or_path: str, seconds: float = 0.0, num_queries: int = 4):
-        from wandazeta.modules.adapters import TensorTrainAdapters
-        from wandazeta.modules.zo import ConstantSchedule
+        from wandazeta.adapters import TensorTrainAdapters
+        from wandazeta.zeroth_order import ConstantSchedule
 
         super().__init__(
             model_name_or_path,

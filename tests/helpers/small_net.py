@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from wandazeta.modules.adapters import inject_adapters
+from wandazeta.adapters import inject_adapters
 
 
 class Net(nn.Module):

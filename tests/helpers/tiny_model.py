@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import torch
+from helpers.tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from .tokenizer import byte_tokenizer
 
 
 def save_tiny_llama(

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 import yaml
-
-from .prune_config import write_prune_config
+from helpers.prune_config import write_prune_config
 
 # the time in which a run ends once a rank is lost
 SOON_S = 60
-COMMAND = [sys.executable, "-m", "wandazeta.main", "fit", "-c", "../config.yaml"]
+COMMAND = [sys.executable, "-m", "wandazeta.cli.main", "fit", "-c", "../config.yaml"]
 
 
 def write_fit_config(root, num_blocks=10, steps=150):

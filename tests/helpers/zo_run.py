@@ -48,7 +48,7 @@ def count_bytes():
 
 def trainable_of(options):
     """Take what is trained out of options that a JSON file can hold: tensor trains with settings of their own."""
-    from wandazeta.modules import adapters
+    from wandazeta import adapters
 
     names = ("rank", "bottleneck", "sites", "layers")
     settings = {name: options.pop(f"adapter_{name}") for name in names if f"adapter_{name}" in options}
@@ -89,7 +89,7 @@ def train(
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from wandazeta.modules import ZerothOrderModule
-    from wandazeta.modules.zo import ConstantSchedule
+    from wandazeta.zeroth_order import ConstantSchedule
 
     root = Path(root)
     if isinstance(strategy, dict):
@@ -152,7 +152,7 @@ def trained_vector(module):
 
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
-    from wandazeta.modules import zo
+    from wandazeta import zeroth_order as zo
 
     settings = json.loads(Path(sys.argv[1]).read_text())
     for name in settings.keys() & {"schedule", "update"}:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wandazeta.callbacks.pruning.export import export_pretrained
-from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.callbacks.pruning.pruner import prune_model
+from wandazeta.pruning.export.pretrained import export_pretrained
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pruner import prune_model
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from helpers.prune_config import write_prune_config
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from wandazeta.callbacks.pruning.options import PruneOptions
-from wandazeta.main import main
+from wandazeta.cli.main import main
+from wandazeta.pruning.options import PruneOptions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}

@@ -7,7 +7,7 @@ import yaml
 from helpers.fit_config import write_fit_config
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from wandazeta.main import main
+from wandazeta.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -113,7 +113,7 @@ def test_prune_writes_a_model_that_transformers_reads(config, tmp_path, capsys):
 def test_pack_writes_an_extra_file_and_is_for_2of4_alone(config, tmp_path, capsys):
     from safetensors.torch import load_file
 
-    from wandazeta.callbacks.pruning.packed import load_packed
+    from wandazeta.pruning.export.packed import load_packed
 
     settings = yaml.safe_load(config.read_text())
     # the overrides of a list's item reach its last one

@@ -16,9 +16,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ZEROTH = {
     "class_path": "wandazeta.modules.ZerothOrderModule",
     "init_args": {
-        "schedule": {"class_path": "wandazeta.modules.zo.ConstantSchedule", "init_args": {"num_queries": 2}},
+        "schedule": {"class_path": "wandazeta.zeroth_order.ConstantSchedule", "init_args": {"num_queries": 2}},
         "trainable": {
-            "class_path": "wandazeta.modules.adapters.TensorTrainAdapters",
+            "class_path": "wandazeta.adapters.TensorTrainAdapters",
             "init_args": {"rank": 2, "bottleneck": 8},
         },
     },

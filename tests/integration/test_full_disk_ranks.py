@@ -9,7 +9,7 @@ import torch
 from helpers.small_disk import small_disk as small_disk_at
 from helpers.two_ranks import SOON_S, assert_same, run, start, trained, write_fit_config
 
-from wandazeta.callbacks import WholeFileCheckpointIO
+from wandazeta.callbacks import AtomicCheckpointIO
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ def test_all_ranks_end_and_the_next_run_goes_on(prepared, small_disk, middle):
 
 
 def test_a_checkpoint_without_room_leaves_the_one_before(small_disk):
-    path, files = small_disk / "last.ckpt", WholeFileCheckpointIO()
+    path, files = small_disk / "last.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"step": 1}, path)
     fill(small_disk)
     with pytest.raises(OSError, match=r"No space left on device.*last\.ckpt"):

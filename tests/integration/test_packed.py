@@ -17,8 +17,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from wandazeta.callbacks.pruning.export import prune_and_export
-from wandazeta.callbacks.pruning.packed import load_packed, write_packed
+from wandazeta.pruning.export.packed import load_packed, write_packed
+from wandazeta.pruning.export.pretrained import prune_and_export
 
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {
@@ -92,7 +92,7 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
     # ship the packed file alone
     (out / "model.safetensors").unlink()
     (out / "sparsity/masks.safetensors").unlink()
-    command = [sys.executable, "-m", "wandazeta.callbacks.pruning.packed", "out", "restored"]
+    command = [sys.executable, "-m", "wandazeta.pruning.export.packed", "out", "restored"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "restored" / "sparsity/model.2of4.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 from helpers.chromium import ask, needs_chromium
 from helpers.reports import made_up, pruned_llama
 
-from wandazeta.callbacks.pruning.page import write_page
+from wandazeta.pruning.report.page import write_page
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 

@@ -11,8 +11,9 @@ from helpers.pruning import Tiny, callback, loader, same, trainer
 from helpers.small_disk import small_disk as small_disk_at
 from safetensors.torch import load_file, save_file
 
-from wandazeta.callbacks.pruning import export, files
-from wandazeta.main import main
+from wandazeta.cli.main import main
+from wandazeta.pruning.export import pretrained as export
+from wandazeta.utilities import files
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PRUNE = ["prune", "-c", "../config.yaml", "--output_dir", "exported", "--pack", "true"]

@@ -23,7 +23,7 @@ SCRIPT = """
     from lightning.pytorch import Callback
     from helpers.pruning import Tiny, Writer, callback, loader, trainer
     from safetensors.torch import save_file
-    from wandazeta.callbacks.pruning.progress import ProgressFolder
+    from wandazeta.pruning.progress.folder import ProgressFolder
 
     folder, case, options = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
     rank, size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])

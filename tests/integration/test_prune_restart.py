@@ -13,7 +13,8 @@ from helpers.processes import run
 from helpers.pruning import Tiny, callback, loader, same, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
-from wandazeta.callbacks.pruning import files, progress
+from wandazeta.pruning.progress import folder as progress
+from wandazeta.utilities import files
 
 
 def contents(folder):

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from wandazeta.callbacks.pruning import progress
-from wandazeta.callbacks.pruning.export import prune_and_export
+from wandazeta.models.streaming import is_stored
 from wandazeta.modules import LanguageModel
-from wandazeta.stored import is_stored
+from wandazeta.pruning.export.pretrained import prune_and_export
+from wandazeta.pruning.progress import folder as progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -168,7 +168,7 @@ def test_a_complete_pruning_is_exported_again(tmp_path):
 
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("wandazeta.callbacks.pruning.export._SHARD_SIZE", "20KB")
+    monkeypatch.setattr("wandazeta.pruning.export.pretrained._SHARD_SIZE", "20KB")
     prune(save_sharded(tmp_path / "model"), tmp_path, streamed=True, method="wanda")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     weights = weights_of(tmp_path / "out")

@@ -12,8 +12,8 @@ import torch
 import yaml
 from helpers.fit_config import wandazeta, write_fit_config
 
-from wandazeta.main import main
-from wandazeta.run_record import RankLog
+from wandazeta.callbacks.run_record import RankLog
+from wandazeta.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 6
@@ -201,7 +201,7 @@ def test_the_log_is_there_while_it_prunes_and_says_what_went_wrong(config, capsy
         main(["fit", "-c", str(config), "--trainer.callbacks.init_args.exclude_modules", "[no_such_layer]"])
     assert "Traceback" not in capsys.readouterr().err
     log = Path("run/log/logs/rank-0.log").read_text()
-    assert "ERROR wandazeta.run_record: ended by ValueError" in log
+    assert "ERROR wandazeta.callbacks.run_record: ended by ValueError" in log
     assert "Traceback (most recent call last)" in log
     assert "no_such_layer" in log
 

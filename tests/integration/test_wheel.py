@@ -68,5 +68,5 @@ def test_the_wheel_runs_from_another_directory(wheel, tmp_path):
     shown = run(folder / "bin" / "wandazeta", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "prune" in shown.stdout
-    where = run(python, "-c", "import wandazeta.main as m; print(m.__file__)")
+    where = run(python, "-c", "import wandazeta.cli.main as m; print(m.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stderr

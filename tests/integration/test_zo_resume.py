@@ -11,8 +11,8 @@ from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 from torch.optim.lr_scheduler import PolynomialLR
 
-from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
-from wandazeta.modules.zo import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
+from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
+from wandazeta.zeroth_order import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
 
 
 @pytest.fixture(scope="module")

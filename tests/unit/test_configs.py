@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wandazeta.main import main
+from wandazeta.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -110,7 +110,7 @@ def test_the_papers_settings():
 
 
 def test_the_schedule_of_the_paper_is_the_released_codes():
-    from wandazeta.modules.zo import AdaZetaSchedule
+    from wandazeta.zeroth_order import AdaZetaSchedule
 
     adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
     ours = AdaZetaSchedule(**adazeta["model"]["init_args"]["schedule"]["init_args"])

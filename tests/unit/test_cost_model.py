@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wandazeta.modules.zo import RAdaZOUpdate, SGDUpdate
+from wandazeta.zeroth_order import RAdaZOUpdate, SGDUpdate
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from helpers.tokenizer import byte_tokenizer
 
-from wandazeta.main import main
-from wandazeta.modules.loading import load_tokenizer
+from wandazeta.cli.main import main
+from wandazeta.models.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -97,7 +97,7 @@ def test_the_recipe_of_the_encoder_comes_with_the_command_for_its_samples(parsed
     settings = parsed(["fit", "-c", "configs/finetune/encoder.yaml"])
     folder, name = os.path.split(settings["model"]["init_args"]["model_name_or_path"])
     text = settings["data"]["init_args"]["source"].removeprefix("sample:")
-    command = f"WANDAZETA_CACHE={folder} python -m wandazeta.datamodules.samples {name} {text}"
+    command = f"WANDAZETA_CACHE={folder} python -m wandazeta.data.samples {name} {text}"
     assert f"{command}\nwandazeta fit -c configs/finetune/encoder.yaml\n" in README
 
 

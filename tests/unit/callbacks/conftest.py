@@ -1,6 +1,6 @@
 import pytest
 
-from wandazeta.callbacks.pruning import run as run_module
+from wandazeta.pruning import session as run_module
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.tokenizer import byte_tokenizer
 
+from wandazeta.data.sources import split_of
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
-from wandazeta.datamodules.sources import split_of
 
 SPLITS = ("train", "val", "test")
 
@@ -220,7 +220,7 @@ def test_pad_token(source):
 
 @pytest.mark.samples
 def test_the_sentiment_sample_has_a_thousand_balanced_test_items():
-    from wandazeta.datamodules.samples import sample_model
+    from wandazeta.data.samples import sample_model
 
     data = PromptedClassificationDataModule(tokenizer=str(sample_model()), num_train=2000)
     data.setup("fit")

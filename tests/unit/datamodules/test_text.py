@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers.tokenizer import byte_tokenizer
 
+from wandazeta.data.sources import split_of
 from wandazeta.datamodules import TextDataModule
-from wandazeta.datamodules.sources import split_of
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_bad_numbers(name):
 
 @pytest.mark.samples
 def test_the_wikipedia_sample():
-    from wandazeta.datamodules.samples import sample_model
+    from wandazeta.data.samples import sample_model
 
     data = TextDataModule(tokenizer=str(sample_model()), sequence_length=512)
     data.setup()

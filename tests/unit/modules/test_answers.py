@@ -8,8 +8,9 @@ from helpers.zo_run import train
 from torch import nn
 from torch.nn import functional as F
 
-from wandazeta.modules import LanguageModel, ZerothOrderModule, load_adapters
-from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters, Weights
+from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
+from wandazeta.adapters.files import load_adapters
+from wandazeta.modules import LanguageModel, ZerothOrderModule
 
 OPTIONS = ((7,), (9,), (11,))
 WIDTH, NUM = SIZES["hidden_size"], len(OPTIONS)

@@ -6,9 +6,9 @@ from helpers.causal_lms import save_tiny_lm
 from helpers.zo_run import train
 from lightning.pytorch import LightningModule, Trainer
 
-from wandazeta.main import main
+from wandazeta.cli.main import main
 from wandazeta.modules.diagnose import EpsilonDiagnosis, report
-from wandazeta.modules.zo.diagnosis import EpsilonRow
+from wandazeta.zeroth_order.diagnosis import EpsilonRow
 
 
 @pytest.fixture(scope="module")

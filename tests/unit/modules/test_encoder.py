@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModel
 
+from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights, remove_adapters
+from wandazeta.adapters.files import load_adapters
 from wandazeta.callbacks import WandaPPPruneCallback
-from wandazeta.main import PruningTrainer
-from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule, load_adapters
-from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters, Weights, remove_adapters
-from wandazeta.modules.encoder import EncoderClassifier
-from wandazeta.modules.zo import direction
+from wandazeta.cli.main import PruningTrainer
+from wandazeta.models.encoder import EncoderClassifier
+from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
+from wandazeta.zeroth_order import direction
 
 NUM_CLASSES, WIDTH = 3, SIZES["hidden_size"]
 HEAD = NUM_CLASSES * WIDTH + NUM_CLASSES

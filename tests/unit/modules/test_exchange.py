@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wandazeta.modules.exchange import Exchange, checksum
-from wandazeta.modules.zo import Evaluations
+from wandazeta.zeroth_order import Evaluations
 
 
 class Ranks:

@@ -7,9 +7,9 @@ from lightning.pytorch import Callback, Trainer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from wandazeta.adapters.files import load_adapters
 from wandazeta.modules import FirstOrderModule, LanguageModel
 from wandazeta.modules import first_order as first_order_module
-from wandazeta.modules.adapter_files import load_adapters
 
 pytest.importorskip("peft")
 

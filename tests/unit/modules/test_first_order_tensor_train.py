@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from wandazeta.modules import FirstOrderModule, ZerothOrderModule, load_adapters
-from wandazeta.modules.adapters import TensorTrainAdapters, TTLinear
+from wandazeta.adapters import TensorTrainAdapters, TTLinear
+from wandazeta.adapters.files import load_adapters
+from wandazeta.modules import FirstOrderModule, ZerothOrderModule
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from helpers.zo_run import train, trainable_of
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from wandazeta.adapters import Weights
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.adapters import Weights
-from wandazeta.modules.zo import RAdaZOUpdate, SGDUpdate
+from wandazeta.zeroth_order import RAdaZOUpdate, SGDUpdate
 
 NUM_CLASSES, WIDTH = 3, SIZES["hidden_size"]
 HEAD = NUM_CLASSES * (WIDTH + 1)

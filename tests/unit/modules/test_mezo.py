@@ -7,10 +7,10 @@ from helpers.zo_run import train
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 
+from wandazeta.adapters import Weights
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.adapters import Weights
 from wandazeta.modules.exchange import require_whole_weights
-from wandazeta.modules.scoring import option_losses
+from wandazeta.scoring.scorer import option_losses
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ from helpers.causal_lms import classification_batch, save_tiny_lm, text_batch
 from helpers.zo_run import train, trainable_of
 from lightning.pytorch import Callback
 
+from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
+from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.adapter_files import backbone_fingerprint
-from wandazeta.modules.adapters import LoRAAdapters, TensorTrainAdapters
-from wandazeta.modules.scoring import option_losses
 from wandazeta.modules.zeroth_order import EPSILON
-from wandazeta.modules.zo import AdaZetaSchedule, ConstantSchedule, direction
+from wandazeta.scoring.scorer import option_losses
+from wandazeta.zeroth_order import AdaZetaSchedule, ConstantSchedule, direction
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_backbone_is_frozen_and_adapters_stay_fp32(model_dir, tmp_path):
     assert module.backbone.dtype == torch.bfloat16
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["anchor"]
     assert module.compute_dtype == torch.bfloat16
-    from wandazeta.modules.adapters import remove_adapters
+    from wandazeta.adapters import remove_adapters
 
     remove_adapters(module.backbone)
     assert backbone_fingerprint(module.backbone) == before

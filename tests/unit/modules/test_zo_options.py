@@ -6,10 +6,10 @@ from helpers.causal_lms import classification_batch, save_tiny_lm
 from helpers.zo_run import train
 from lightning.pytorch import Callback
 
+from wandazeta.adapters import TensorTrainAdapters, Weights
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.adapters import TensorTrainAdapters, Weights
-from wandazeta.modules.zo import ConstantSchedule, RAdaZOUpdate, VarianceSchedule, direction, rademacher
 from wandazeta.modules.zo_options import EPSILON
+from wandazeta.zeroth_order import ConstantSchedule, RAdaZOUpdate, VarianceSchedule, direction, rademacher
 
 
 @pytest.fixture(scope="module")

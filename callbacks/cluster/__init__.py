@@ -1,0 +1,1 @@
+"""Lightning callbacks for clusters: lost ranks, ranks that differ, requeued SLURM jobs."""

@@ -1,0 +1,62 @@
+"""Refusing ranks that would not do the same work."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from wandazeta import __version__
+
+# what decides the bits of a run, or cannot talk to another version of itself
+_PACKAGES = ("torch", "transformers", "lightning", "deepspeed")
+
+
+class RankConsistencyCheck(Callback):
+    """Refuses to fit where a rank has another version of a package, another model or other training data.
+
+    The ranks compare, before anything is pruned or trained, the versions of wandazeta, torch, transformers, lightning,
+    deepspeed and Python, and what `fingerprint()` of the module and of the data module returns, where they have one.
+    Put it before all callbacks but `RankWatchdog`. `wandazeta` adds it to every run.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares the ranks.
+
+        Raises:
+            ValueError: On every rank if one differs from rank 0, naming it and all that differs.
+        """
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        sources: dict[str, Any] = {"model": pl_module, "training data": getattr(trainer, "datamodule", None)}
+        digests = {name: source.fingerprint() for name, source in sources.items() if hasattr(source, "fingerprint")}
+        ranks: list[tuple[dict[str, str], dict[str, str]]] = [({}, {})] * trainer.world_size
+        dist.all_gather_object(ranks, (_versions(), digests))
+        first_versions, first_digests = ranks[0]
+        for rank, (versions, digests) in enumerate(ranks):
+            found = [
+                f"{name} {versions[name]} and not {first}"
+                for name, first in first_versions.items()
+                if versions[name] != first
+            ]
+            found += [f"another {name}" for name, first in first_digests.items() if digests.get(name) != first]
+            if found:
+                raise ValueError(
+                    f"Expected every rank to have what rank 0 has, but rank {rank} has {', '.join(found)}; give all "
+                    "machines the same packages, model and data, and seed what is random"
+                )
+
+
+def _versions() -> dict[str, str]:
+    found = {"wandazeta": __version__, "Python": platform.python_version().rpartition(".")[0]}
+    return found | {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(none)"

@@ -1,0 +1,237 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.fit_config import write_fit_config
+from helpers.tiny_model import save_tiny_llama
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+
+from wandazeta import __version__
+from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.cli.main import PruningTrainer, command_line, main
+from wandazeta.datamodules import TextDataModule
+from wandazeta.modules import ZerothOrderModule
+
+ROOT = Path(__file__).parents[2]
+MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
+DATA = ["--data", "TextDataModule"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["wandazeta"])
+
+
+def failing(capsys, *args):
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("fit", "prune", "diagnose", "validate", "test", "predict"):
+        assert command in shown
+
+
+def test_options_have_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "--help"])
+    assert "Directory to write: weights, tokenizer, masks" in capsys.readouterr().out
+    for option, text in (
+        ("--model.help=ZerothOrderModule", "Number of queries of a step"),
+        ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
+        ("--data.help=TextDataModule", "Windows of the training split"),
+        ("--trainer.callbacks.help=WandaPPPruneCallback", "Rounds of regional optimisation"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", option])
+        # wrapped to the terminal's width
+        assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_wrong_values_are_one_line(capsys):
+    for option, message in (
+        ([], "error: Expected argument `model_name_or_path`"),
+        (["--data.sequence_length", "0"], "error: Expected argument `sequence_length`"),
+        (["--trainer.devices", "0"], "error: "),
+    ):
+        shown = failing(capsys, "validate", *MODEL, *DATA, *option)
+        assert shown.splitlines()[-1].startswith(message)
+        assert "Traceback" not in shown
+
+
+def test_unknown_options_are_refused(capsys):
+    assert "not_an_option" in failing(capsys, "validate", *MODEL, *DATA, "--data.not_an_option", "1")
+
+
+def test_the_traceback_is_there_for_the_asking(monkeypatch):
+    monkeypatch.setenv("WANDAZETA_DEBUG", "1")
+    with pytest.raises(ValueError, match="Expected argument `model_name_or_path`"):
+        main(["validate", *MODEL, *DATA])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "diagnose"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere.ckpt", "does not exist"),
+        ("folder", "is another folder"),
+        ("empty", "cannot be read as one"),
+        ("notes.txt", "cannot be read as one"),
+        ("cut.ckpt", "cannot be read as one"),
+        ("tensor.ckpt", "cannot be read as one"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused_before_the_model_is_loaded(tmp_path, capsys, command, name, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "notes.txt").write_text("what was planned for the afternoon")
+    torch.save(torch.ones(1000), tmp_path / "tensor.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "tensor.ckpt").read_bytes()[:2000])
+    shown = failing(capsys, command, *MODEL, *DATA, "--ckpt_path", name)
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith("error: Expected argument `ckpt_path` to be last, best, null or the path of a checkpoint")
+    assert f"but got '{name}', which {reason}" in last
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("name", ["last", "https://somewhere/last.ckpt", "file.ckpt", "old.ckpt", "deepspeed.ckpt"])
+def test_what_may_be_a_checkpoint_is_left_to_its_reader(tmp_path, capsys, name):
+    torch.save({"state_dict": {}}, tmp_path / "file.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "deepspeed.ckpt/checkpoint").mkdir(parents=True)
+    # the model is what it looks at next
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *MODEL, *DATA, "--ckpt_path", name)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/down"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("diagnose", ["--output_dir"]),
+        ("fit", ["--trainer.default_root_dir"]),
+        ("fit", ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir"]),
+        ("fit", ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath"]),
+    ],
+)
+def test_a_file_where_a_folder_is_wanted_is_told_before_the_model_is_loaded(tmp_path, capsys, command, option, below):
+    (tmp_path / "taken").touch()
+    shown = failing(capsys, command, *MODEL, *DATA, *option, f"taken{below}")
+    argument = option[-1].removeprefix("--").replace("trainer.logger.", "").replace("trainer.callbacks.", "")
+    last = shown.strip().splitlines()[-1]
+    assert last.startswith(f"error: Expected argument `{argument}` to be a folder")
+    assert f"'{tmp_path}/taken' is a file" in last
+    assert "Traceback" not in shown
+
+
+def test_diagnose_looks_at_its_folder_before_it_measures(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match="Expected argument `output_dir`"):
+        PruningTrainer(accelerator="cpu", logger=False).diagnose(BoringModel(), output_dir=str(tmp_path / "taken"))
+
+
+def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
+    assert "Expected a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
+
+
+def test_a_missing_checkpoint_is_told_where_something_untrained_would_be_tested(tmp_path):
+    config = write_fit_config(tmp_path)
+    for command, said in (("fit", 0), ("test", 0), ("test", 1)):
+        main([command, "-c", str(config)])
+        log = (tmp_path / "run/log/logs/rank-0.log").read_text()
+        assert log.count("no last checkpoint available") == said
+        if command == "test":
+            (tmp_path / "run/checkpoints/last.ckpt").unlink(missing_ok=True)
+
+
+def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
+    model, text = save_tiny_llama(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("a paragraph")
+    before = sorted(tmp_path.rglob("*"))
+    cli = command_line(
+        [
+            *("--model", "ZerothOrderModule", "--model.model_name_or_path", str(model)),
+            *(*DATA, "--data.source", str(text), "--data.sequence_length", "16"),
+            *("--trainer.accelerator", "cpu", "--trainer.max_steps", "7"),
+            *("--trainer.callbacks", "WandaPPPruneCallback", "--trainer.callbacks.alpha", "5"),
+        ],
+        run=False,
+    )
+    assert isinstance(cli.model, ZerothOrderModule)
+    assert isinstance(cli.datamodule, TextDataModule)
+    assert cli.datamodule.sequence_length == 16
+    assert isinstance(cli.trainer, PruningTrainer)
+    assert cli.trainer.max_steps == 7
+    (pruning,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WandaPPPruneCallback))
+    assert pruning.options.alpha == 5
+    # nothing ran
+    assert cli.trainer.global_step == 0
+    assert cli.trainer.state.fn is None
+    assert pruning.report is None
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", ["null", "true"])
+def test_the_default_logger_is_csv_even_beside_tensorboard(tmp_path, monkeypatch, given):
+    connector = "lightning.pytorch.trainer.connectors.logger_connector.logger_connector"
+    monkeypatch.setattr(f"{connector}._TENSORBOARD_AVAILABLE", True)
+    model = save_tiny_llama(tmp_path / "model")
+    arguments = ["--model", "LanguageModel", "--model.model_name_or_path", str(model), "--trainer.accelerator", "cpu"]
+    cli = command_line([*arguments, *("--trainer.logger", given, "--trainer.default_root_dir", "here")], run=False)
+    assert type(cli.trainer.logger) is CSVLogger
+    assert cli.trainer.logger.log_dir == "here/lightning_logs/version_0"
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+
+def test_the_checkout_runs_the_same_program():
+    result = run(ROOT / "main.py", "--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"wandazeta {__version__}"
+
+
+def test_the_checkout_says_when_the_package_is_not_installed():
+    # without site-packages: an interpreter that has nothing
+    result = run("-S", ROOT / "main.py", "fit")
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines() == [
+        "error: wandazeta is not installed; run `pip install -e .` in the checkout"
+    ]
+
+
+def test_the_process_group_is_left_however_the_run_ends(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    def joining(args, log):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        raise ValueError("something does not fit")
+
+    monkeypatch.setattr("wandazeta.cli.main.command_line", joining)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    # left open, gloo's threads abort the process when the interpreter ends under them
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("form", ["in a list", "alone"])
+def test_prune_takes_a_subclass_of_its_callback_and_one_without_a_list(tmp_path, capsys, monkeypatch, form):
+    (tmp_path / "mine.py").write_text(
+        "from wandazeta.callbacks import WandaPPPruneCallback\n\nclass Mine(WandaPPPruneCallback):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"class_path": "mine.Mine"}
+    config = tmp_path / "trainer.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [given] if form == "in a list" else given}}))
+    # the callback is taken, so that the model is looked at
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "prune", "-c", str(config), *MODEL, *DATA)

@@ -1,0 +1,235 @@
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES, build, pad, token_batches
+from torch import nn
+
+from wandazeta.models.blocks import (
+    BlockCall,
+    CallCapture,
+    call_block,
+    capture_block_calls,
+    find_blocks,
+    override_forward,
+)
+
+
+class Block(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+class Plain(nn.Module):
+    def __init__(self, num_blocks=3, kind=nn.ModuleList):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.layers = kind(*([[Block() for _ in range(num_blocks)]] if kind is nn.ModuleList else []))
+        if kind is nn.Sequential:
+            self.layers = nn.Sequential(*(Block() for _ in range(num_blocks)))
+
+    def between(self, x, index):
+        return x
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            x = self.between(layer(x), index)
+        return x
+
+
+TOKENS = torch.arange(6)[None]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_blocks_are_found_in_every_architecture(name):
+    model, expected = build(name)
+    batch = token_batches(1)[0]
+    found, blocks = find_blocks(model, lambda: model(**batch))
+    assert found == expected
+    assert list(blocks) == list(model.get_submodule(expected))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_replayed_blocks_equal_the_real_forward_for_each_sample(name, side):
+    model, list_name = build(name)
+    blocks = model.get_submodule(list_name)
+    capture = CallCapture(blocks)
+    for number, batch in enumerate(token_batches(3)):
+        batch = pad(batch, 2 * number, side) if number else batch
+        wanted = []
+        hook = blocks[-1].register_forward_hook(
+            lambda _, __, out, wanted=wanted: wanted.append(out if torch.is_tensor(out) else out[0])
+        )
+        with torch.no_grad():
+            model(**batch)
+        hook.remove()
+        for hidden, calls in (
+            capture_block_calls(lambda b=batch: model(**b), blocks),
+            capture(lambda b=batch: model(**b)),
+        ):
+            assert len(calls) == len(blocks)
+            with torch.no_grad():
+                for block, call in zip(blocks, calls, strict=True):
+                    hidden = call_block(block, hidden, call)
+            assert torch.equal(hidden, wanted[0])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "modernbert"])
+def test_rotary_tables_differ_between_types_of_layers(name):
+    model, list_name = build(name)
+    _, calls = capture_block_calls(lambda: model(**token_batches(1)[0]), model.get_submodule(list_name))
+    assert not torch.equal(calls[0].kwargs["position_embeddings"][0], calls[1].kwargs["position_embeddings"][0])
+
+
+def test_gemma2_gets_a_mask_for_each_type_of_layer():
+    model, name = build("gemma2")
+    _, calls = capture_block_calls(lambda: model(**token_batches(1)[0]), model.get_submodule(name))
+    assert not torch.equal(calls[0].kwargs["attention_mask"], calls[1].kwargs["attention_mask"])
+    assert torch.equal(calls[0].kwargs["attention_mask"], calls[2].kwargs["attention_mask"])
+
+
+def test_no_cache_is_kept():
+    for name in ("llama", "gpt2", "opt"):
+        model, list_name = build(name)
+        _, calls = capture_block_calls(lambda m=model: m(**token_batches(1)[0]), model.get_submodule(list_name))
+        for call in calls:
+            for value in (*call.args, *call.kwargs.values()):
+                assert "Cache" not in type(value).__name__
+            assert not call.kwargs.get("use_cache")
+
+
+def test_further_samples_skip_the_blocks_only_where_nothing_depends_on_them():
+    runs = {"llama": 0, "t5": 0}
+    for name in runs:
+        model, list_name = build(name)
+        blocks = model.get_submodule(list_name)
+        capture = CallCapture(blocks)
+        linear = next(m for m in blocks[-1].modules() if isinstance(m, nn.Linear))
+        counted = []
+        linear.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        for batch in token_batches(4):
+            capture(lambda m=model, b=batch: m(**b))
+        runs[name] = len(counted)
+        assert not any("forward" in vars(block) for block in blocks)
+    assert runs == {"llama": 1, "t5": 4}
+
+
+def test_equal_tensors_of_samples_are_kept_once():
+    model, name = build("llama")
+    capture = CallCapture(model.get_submodule(name))
+    first, second = (capture(lambda b=batch: model(**b))[1] for batch in token_batches(2))
+    assert first[0].kwargs["position_embeddings"][0] is second[1].kwargs["position_embeddings"][0]
+
+
+def test_the_forward_stops_after_the_last_block():
+    model = Plain()
+    model.head = nn.Linear(4, 4)
+    reached = []
+    original = model.forward
+
+    def forward():
+        original(TOKENS)
+        reached.append(1)
+
+    capture_block_calls(forward, model.layers)
+    assert not reached
+    assert not model.layers[0]._forward_hooks
+    assert not model.layers[0]._forward_pre_hooks
+
+
+def test_hidden_states_may_come_by_name_and_outputs_in_tuples():
+    class Named(Block):
+        def forward(self, hidden_states, scale):
+            return super().forward(hidden_states) * scale, "rest"
+
+    class Model(Plain):
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            for index, layer in enumerate(self.layers):
+                x = layer(scale=index + 1.0, hidden_states=x)[0]
+            return x
+
+    model = Model()
+    model.layers = nn.ModuleList(Named() for _ in range(3))
+    hidden, calls = capture_block_calls(lambda: model(TOKENS), model.layers)
+    assert calls[1] == BlockCall((), {"scale": 2.0}, "hidden_states")
+    for block, call in zip(model.layers, calls, strict=True):
+        hidden = call_block(block, hidden, call)
+    assert torch.equal(hidden, model(TOKENS))
+
+
+def test_sequential_and_name():
+    model = Plain(kind=nn.Sequential)
+    assert find_blocks(model)[0] == "layers"
+    assert list(find_blocks(model, name="layers")[1]) == list(model.layers)
+    with pytest.raises(ValueError, match="did you mean `layers`"):
+        find_blocks(model, name="layer")
+    with pytest.raises(ValueError, match="not a Embedding"):
+        find_blocks(model, name="embedding")
+
+
+def test_experts_inside_blocks_are_not_blocks():
+    model = Plain(num_blocks=2)
+    for layer in model.layers:
+        layer.experts = nn.ModuleList(Block() for _ in range(5))
+    assert find_blocks(model)[0] == "layers"
+
+
+def test_of_two_lists_the_one_that_runs_counts():
+    model = Plain()
+    model.unused = nn.ModuleList(Block() for _ in range(9))
+    assert find_blocks(model, lambda: model(TOKENS))[0] == "layers"
+    model.layers_b = nn.ModuleList(Block() for _ in range(9))
+    with pytest.raises(ValueError, match="`unused`, `layers_b`"):
+        find_blocks(model)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="list of blocks"):
+        find_blocks(nn.Linear(2, 2))
+    model = Plain()
+    model.between = lambda x, index: x * 2
+    with pytest.raises(ValueError, match="output of block 0"):
+        capture_block_calls(lambda: model(TOKENS), model.layers)
+    model = Plain()
+    with pytest.raises(ValueError, match="ended after 0"):
+        capture_block_calls(lambda: None, model.layers)
+    with pytest.raises(ValueError, match="in order"):
+        capture_block_calls(lambda: model(TOKENS), nn.ModuleList(reversed(model.layers)))
+    model.layers[1] = model.layers[0]
+    with pytest.raises(ValueError, match="more than once"):
+        capture_block_calls(lambda: model(TOKENS), model.layers)
+
+
+def test_an_error_of_the_model_is_not_swallowed():
+    model = Plain()
+
+    def between(x, index):
+        raise RuntimeError("boom")
+
+    model.between = between
+    with pytest.raises(RuntimeError, match="boom"):
+        capture_block_calls(lambda: model(TOKENS), model.layers)
+    assert not model.layers[0]._forward_hooks
+
+
+def test_a_block_that_changes_its_input_is_refused():
+    class InPlace(Block):
+        def forward(self, x):
+            return x.add_(1)
+
+    with pytest.raises(ValueError, match="in place"):
+        call_block(InPlace(), torch.zeros(1, 2, 4), BlockCall())
+
+
+def test_forwards_are_restored_after_an_error():
+    layer = nn.Linear(2, 2)
+    original = layer.forward
+    with pytest.raises(RuntimeError, match="stop"), override_forward({layer: lambda x: x}):
+        raise RuntimeError("stop")
+    assert layer.forward == original
+    assert "forward" not in layer.__dict__

@@ -1,0 +1,306 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from wandazeta.pruning.method.regional import (
+    MasterWeights,
+    optimisation_loss,
+    optimise_block,
+    regional_gradients,
+    regional_loss,
+)
+from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.samples import Batches
+from wandazeta.utilities.ranks import Ranks
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
+HIDDEN = [torch.randn(1, length, 8, generator=torch.Generator().manual_seed(length)) for length in (5, 6, 7, 8)]
+MASKS = [None, None, torch.tensor([[True] * 5 + [False] * 2]), None]
+
+
+def parts(block):
+    layers = {"up": block.up, "down": block.down}
+    return lambda batch, hidden: block(hidden), layers, InputStatistics(layers)
+
+
+def test_gradients_equal_the_root_mean_square_of_autograd_sample_by_sample(block):
+    run, layers, norms = parts(block)
+    outputs = []
+    found = regional_gradients(run, layers, HIDDEN, MASKS, norms, outputs.append, Ranks())
+    for name, layer in layers.items():
+        squares = []
+        for hidden, mask in zip(HIDDEN, MASKS, strict=True):
+            output = block(hidden)
+            output = output if mask is None else output[:, : mask.sum()]
+            squares.append(torch.autograd.grad(output.pow(2).sum().sqrt(), layer.weight)[0] ** 2)
+        torch.testing.assert_close(found[name], torch.stack(squares).mean(0).sqrt())
+        assert layer.weight.grad is None
+    assert torch.equal(outputs[1], block(HIDDEN[1]))
+    assert not any(output.requires_grad for output in outputs)
+    assert norms.num_samples == 4
+    block(HIDDEN[0]).sum().backward()  # no hook is left to drop this gradient
+    assert block.up.weight.grad is not None
+
+
+def test_losses():
+    output, target = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    mask = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(regional_loss(output), output.flatten().norm())
+    torch.testing.assert_close(regional_loss(output, mask), output[:, :3].flatten().norm())
+    torch.testing.assert_close(optimisation_loss(output, target, mask), (output - target)[:, :3].pow(2).mean())
+    assert regional_loss(output.bfloat16()).dtype == torch.float32
+
+
+def halve(block, keep_pruned=False):
+    """A pruning that is easy to follow: the even columns go."""
+    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned)
+    kept = {name: torch.arange(weight.shape[1]).expand_as(weight) % 2 == 1 for name, weight in master.masters.items()}
+
+    def prune(number=0):
+        master.apply_masks(kept)
+        return kept
+
+    return master, prune
+
+
+def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
+    run, _, norms = parts(block)
+    targets = targets if targets is not None else [block(h).detach() for h in hidden]
+    master, prune = halve(block)
+    generator = torch.Generator().manual_seed(0)
+    optimise_block(run, master, prune, hidden, targets, Batches(masks), norms, options, generator, Ranks())
+    return norms
+
+
+def reference(block, options, optimizer_class):
+    """The rounds, written out for float32 weights."""
+    targets = [block(h).detach() for h in HIDDEN]
+    weights, generator = [block.up.weight, block.down.weight], torch.Generator().manual_seed(0)
+    optimizer = optimizer_class(weights, lr=options.learning_rate)
+    steps_left = num_steps = options.rounds * options.samples_per_round // options.samples_per_step
+    for _ in range(options.rounds):
+        for weight in weights:
+            weight.data[:, ::2] = 0
+        drawn = torch.randperm(4, generator=generator)[: options.samples_per_round].tolist()
+        for position, i in enumerate(drawn):
+            count = 5 if i == 2 else None
+            loss = (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean()
+            (loss / options.samples_per_step).backward()
+            if (position + 1) % options.samples_per_step == 0:
+                if options.lr_schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = options.learning_rate * steps_left / num_steps
+                optimizer.step()
+                optimizer.zero_grad()
+                steps_left -= 1
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", "linear"])
+@pytest.mark.parametrize("samples_per_step", [1, 2, 4])
+@pytest.mark.parametrize(("optimizer", "cls"), [("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.Adam)])
+def test_rounds_equal_a_plain_loop(samples_per_step, optimizer, cls, lr_schedule):
+    options = PruneOptions(
+        rounds=3,
+        samples_per_round=4,
+        samples_per_step=samples_per_step,
+        learning_rate=1e-2,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+    )
+    torch.manual_seed(0)
+    ours = Block()
+    torch.manual_seed(0)
+    theirs = Block()
+    run_rounds(ours, options)
+    reference(theirs, options, cls)
+    torch.testing.assert_close(ours.up.weight, theirs.up.weight)
+    torch.testing.assert_close(ours.down.weight, theirs.down.weight)
+
+
+def test_samples_in_one_batch_step_as_samples_apart():
+    """Equal to rounding: batches are for speed."""
+    hidden = [torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    options = PruneOptions(rounds=2, samples_per_round=4, samples_per_step=4, learning_rate=1e-2)
+    found = []
+    for samples in (Batches([None] * 4), Batches([None] * 4, keys=["a", "a", "a", "b"], num_tokens=[6] * 4)):
+        torch.manual_seed(0)
+        block = Block()
+        run, _, norms = parts(block)
+        master, prune = halve(block)
+        targets = [block(h).detach() for h in hidden]
+        generator = torch.Generator().manual_seed(0)
+        optimise_block(run, master, prune, hidden, targets, samples, norms, options, generator, Ranks())
+        assert norms.num_samples == 4
+        found.append((block.up.weight.detach(), norms.norm("down")))
+    for apart, together in zip(*found, strict=True):
+        torch.testing.assert_close(apart, together)
+
+
+def test_updates_are_masked_only_when_asked(block):
+    options = {"rounds": 1, "samples_per_round": 2, "learning_rate": 1e-2}
+    run_rounds(block, PruneOptions(mask_mode="free", **options))
+    assert (block.up.weight[:, ::2] != 0).any()
+    run_rounds(block, PruneOptions(mask_mode="fixed", **options))
+    assert (block.up.weight[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_straight_through_equals_a_plain_loop(dtype):
+    # masks by the size of the weights as they are, so that some come back
+    options = PruneOptions(rounds=3, samples_per_round=4, learning_rate=0.05, mask_mode="straight_through")
+    torch.manual_seed(0)
+    block = Block().to(dtype)
+    hidden = [h.to(dtype) for h in HIDDEN]
+    targets = [torch.randn_like(h) for h in hidden]
+    dense = {"up": block.up.weight.detach().clone(), "down": block.down.weight.detach().clone()}
+    dense = {name: weight if dtype == torch.float64 else weight.float() for name, weight in dense.items()}
+
+    def mask_of(weight):
+        return weight.abs() >= weight.abs().median(1, keepdim=True).values
+
+    # the reference: the gradient of a product with a mask, handed on as if there were none
+    optimizer = torch.optim.RMSprop([nn.Parameter(weight) for weight in dense.values()], lr=0.05)
+    parameters = dict(zip(dense, optimizer.param_groups[0]["params"], strict=True))
+    generator, first_masks = torch.Generator().manual_seed(0), None
+    twin = copy.deepcopy(block)
+    for _ in range(3):
+        masks = {name: mask_of(parameter.detach()) for name, parameter in parameters.items()}
+        first_masks = first_masks or masks
+        for i in torch.randperm(4, generator=generator).tolist():
+            sparse = {f"{n}.weight": (p.detach() * masks[n]).to(dtype).requires_grad_() for n, p in parameters.items()}
+            output = torch.func.functional_call(twin, sparse, (hidden[i],))
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            count = 5 if i == 2 else None
+            (output.to(wide) - targets[i].to(wide))[:, :count].pow(2).mean().backward()
+            for name, parameter in parameters.items():
+                parameter.grad = sparse[f"{name}.weight"].grad.to(parameter.dtype)
+            optimizer.step()
+
+    run, _, norms = parts(block)
+    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned=True)
+
+    def prune(number=0):
+        kept = {name: mask_of(weight.detach()) for name, weight in master.masters.items()}
+        master.apply_masks(kept)
+        return kept
+
+    generator.manual_seed(0)
+    optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
+    assert any((masks[name] & ~first_masks[name]).any() for name in masks)
+    for name, weight in (("up", block.up.weight), ("down", block.down.weight)):
+        torch.testing.assert_close(master.masters[name], parameters[name])
+        assert weight.dtype == dtype
+        assert not weight[~masks[name]].any()
+        torch.testing.assert_close(weight.detach(), (parameters[name].detach() * masks[name]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_positive(block, dtype):
+    block.to(dtype)
+    assert (block.up.weight[:, ::2] < 0).any()
+    _, prune = halve(block)
+    prune()
+    assert (block.up.weight[:, ::2] == 0).all()
+    assert not block.up.weight[:, ::2].signbit().any()
+
+
+def test_norms_come_from_the_rounds_own_forwards(block):
+    norms = run_rounds(block, PruneOptions(rounds=2, samples_per_round=3, learning_rate=1e-2))
+    assert norms.num_samples == 3
+
+
+def test_sixteen_bits_keep_a_float32_master():
+    # a step far below half an ulp of bfloat16: without a master nothing would ever move
+    torch.manual_seed(0)
+    block = Block().bfloat16()
+    hidden = [h.bfloat16() for h in HIDDEN]
+    targets = [torch.zeros_like(h) for h in hidden]
+    before = block.up.weight.detach().clone()
+    options = PruneOptions(rounds=1, samples_per_round=4, learning_rate=1e-4)
+    master, prune = halve(block)
+    run, _, norms = parts(block)
+    for _ in range(20):
+        generator = torch.Generator().manual_seed(0)
+        optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
+    assert block.up.weight.dtype == torch.bfloat16
+    assert master.masters["up"].dtype == torch.float32
+    assert torch.equal(block.up.weight, master.masters["up"].bfloat16())
+    assert (block.up.weight != before)[:, 1::2].any()
+
+
+def test_half_precision_gradients_do_not_vanish():
+    torch.manual_seed(0)
+    wide, half = Block(), Block().half()
+    half.load_state_dict(wide.state_dict())
+    found = []
+    for block in (wide, half):
+        run, layers, norms = parts(block)
+        hidden = [h.to(block.up.weight.dtype) for h in HIDDEN]
+        found.append(regional_gradients(run, layers, hidden, MASKS, norms, lambda _: None, Ranks()))
+    torch.testing.assert_close(found[0]["up"], found[1]["up"], rtol=2e-2, atol=2e-3)
+
+
+def test_small_half_precision_gradients_keep_their_digits():
+    torch.manual_seed(0)
+    half, wide = Block().half(), Block()
+    with torch.no_grad():
+        half.down.weight.mul_(1e-5)
+    wide.load_state_dict(half.state_dict())
+    hidden = torch.randn(1, 64, 8).half()
+    found = []
+    for block in (wide, half):
+        run, layers, norms = parts(block)
+        states = [hidden.to(block.up.weight.dtype)]
+        found.append(regional_gradients(run, layers, states, [None], norms, lambda _: None, Ranks())["up"])
+    assert (found[0] - found[1]).norm() < 1e-2 * found[0].norm()
+
+
+def test_masters_add_up_the_gradients_of_a_step(block):
+    layers = {"up": block.bfloat16().up}
+    master = MasterWeights(layers)
+    for value in (3.0, 5.0):
+        block.up.weight.grad = torch.full_like(block.up.weight, value)
+        master.take_gradients(scale=2.0)
+        assert block.up.weight.grad is None
+    assert torch.equal(master.masters["up"].grad, torch.full((12, 8), 4.0))
+
+
+def test_half_precision_steps_do_not_vanish():
+    """The loss is a mean over many values: unscaled, its gradient is zero in float16."""
+    hidden, updates = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(0)), []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        block = Block().to(dtype)
+        run, layers, norms = parts(block)
+        master, states = MasterWeights(layers), [hidden.to(dtype)]
+        before = master.masters["down"].detach().clone()
+        targets = [block(states[0]).detach().float() + 1e-4]
+        options, draw = PruneOptions(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
+        optimise_block(run, master, lambda _: {}, states, targets, Batches([None]), norms, options, draw, Ranks())
+        updates.append(master.masters["down"].detach() - before)
+    assert (updates[1] != 0).all()
+    assert (updates[0].sign() == updates[1].sign()).float().mean() > 0.9
+
+
+def test_weights_that_blow_up_are_an_error(block):
+    hidden = [h.clone() for h in HIDDEN]
+    targets = [torch.full_like(h, float("nan")) for h in hidden]
+    with pytest.raises(ValueError, match="`learning_rate` to keep the weights finite"):
+        run_rounds(block, PruneOptions(rounds=1, samples_per_round=2), hidden, MASKS, targets)

@@ -1,0 +1,211 @@
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from helpers.reports import made_up
+
+from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.page import main, write_page
+
+VOID = {"meta", "br", "img", "link", "input", "hr", "col", "source"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and words of a page; every element must be closed in its place."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.rows, self.words, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if {"style", "script"} & set(self._open):
+            return
+        self.words.append(data)
+        if "tr" in self._open and data.strip():
+            self.rows[-1].append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def written(tmp_path, report, *args, **kwargs):
+    write_page(report, tmp_path / "page.html", *args, **kwargs)
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def svgs(text):
+    return {
+        svg.get("aria-label"): svg for svg in map(ElementTree.fromstring, re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    }
+
+
+def test_every_block_and_layer_is_there(tmp_path):
+    report = made_up(12)
+    page = Page(written(tmp_path, report, model="org/model"))
+    expected = [[str(b.index), layer.name, f"{layer.sparsity:.2%}"] for b in report.blocks for layer in b.layers]
+    assert [[row[0], row[1], row[5]] for row in page.rows[1:]] == expected
+    for words in (
+        "org/model",
+        f"{report.sparsity:.1%} of the weights in 24 layers are zero",
+        "Wanda++ (regional gradients and regional optimisation)",
+        "calibrated on 4 samples with 40 tokens",
+        f"{round(report.sparsity * 7680):,} of 7,680 weights",
+        "of every 4 consecutive inputs, 2 kept",
+        "18.0 s",
+        "1 GiB",
+        report.gain,
+        "took 50% of it away",
+    ):
+        assert words in page.text
+    for name, value in report.options.items():
+        assert f"{name} {value if isinstance(value, str) else json.dumps(value)}" in page.text
+
+
+def test_the_page_refers_to_nothing_outside(tmp_path):
+    text = written(tmp_path, made_up(), {"dense": 20.0})
+    page = Page(text)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "image")
+        assert "src" not in attributes
+        for name in ("href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+    assert not re.findall(r"@import|@font-face|url\((?!#)", text)
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';")
+
+
+def test_pictures_are_svg_with_words_for_them(tmp_path):
+    text = written(tmp_path, made_up(), {"dense": 20.0, "pruned": 1000.0})
+    labels = " ".join(svgs(text))
+    assert len(svgs(text)) == 6
+    for words in (
+        "Of every 100",
+        "Heat map of 3 blocks by 2",
+        "RO loss of 3",
+        "dense 20.00, pruned 1,000.00",
+        " s.",
+        " GiB.",
+    ):
+        assert words in labels
+    ids = [attributes["id"] for _, attributes in Page(text).elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert "Logarithmic scale" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [(40, "of 7,680 weights"), (2 * 10**5, "of 38.4 million weights"), (10**8, "of 19.2 billion weights")],
+)
+def test_large_numbers_are_short(tmp_path, width, words):
+    report = made_up(12, width=width)
+    assert words in Page(written(tmp_path, report)).text
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    text = written(tmp_path, made_up(losses=(None, None), num_samples=0, num_tokens=0, options={"method": "magnitude"}))
+    assert len(svgs(text)) == 4
+    assert "No loss was measured" in text
+    assert "without calibration data" in text
+    assert "Perplexity" not in text
+    text = written(tmp_path, PruneReport({}, "model.layers"))
+    assert len(svgs(text)) == 1
+    assert "<table" not in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((0.5, 0.5), "does not optimise"),
+        ((0.5, 0.75), "1.5 times what it was: the optimisation did not help"),
+        ((0.0, 0.0), "Mean squared error"),
+    ],
+)
+def test_the_loss_is_put_into_words(tmp_path, losses, words):
+    assert words in written(tmp_path, made_up(losses=losses))
+
+
+def test_all_text_is_escaped(tmp_path):
+    evil = '</script><script>alert(1)</script><b title="x">&amp;\'$a$'
+    report = made_up(names=(evil,), options={evil: evil, "method": evil, "sparsity_pattern": "2:4", "list": [evil]})
+    report = PruneReport(report.options, evil, report.blocks)
+    harmless = {tag for tag, _ in Page(written(tmp_path, made_up(), {"a": 1.0})).elements}
+    text = written(tmp_path, report, {evil: 1.5}, model=evil)
+    page = Page(text)
+    assert {tag for tag, _ in page.elements} == harmless
+    assert text.count("<script") == 1
+    assert page.text.count(evil) >= 8
+    svgs(text)
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path):
+    assert written(tmp_path, made_up(), {"a": 1.0}) == written(tmp_path, made_up(), {"a": 1.0})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_perplexities_are_checked(tmp_path, value):
+    with pytest.raises(
+        ValueError, match=r"`perplexities` to hold numbers larger than 0, but got .* for 'dense'; leave out"
+    ):
+        write_page(made_up(), tmp_path / "page.html", {"dense": value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {package}; run `pip install 'wandazeta\[report\]'`"):
+        write_page(made_up(), tmp_path / "page.html")
+
+
+def test_the_command_makes_a_page_from_either_file(tmp_path):
+    report = made_up()
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
+    (tmp_path / "prune_report.json").write_text(json.dumps({"key": "0123", **report.to_dict()}))
+    main([str(tmp_path / "report.json")])
+    assert (tmp_path / "report.html").read_text() == written(tmp_path, report)
+    chosen = [
+        "--perplexity",
+        "dense=20.5",
+        "--perplexity",
+        "a=b=31",
+        "--model",
+        "mine",
+        "-o",
+        str(tmp_path / "out.html"),
+    ]
+    main([str(tmp_path / "prune_report.json"), *chosen])
+    expected = written(tmp_path, report, {"dense": 20.5, "a=b": 31.0}, model="mine")
+    assert (tmp_path / "out.html").read_text() == expected
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"error: Expected '.*none.json' to be a file that can be read \(No such file"):
+        main([str(tmp_path / "none.json")])
+    for content in ("{}", "[1]", "no JSON", '{"options": {}, "block_name": "x", "blocks": [1]}'):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(SystemExit, match=r"error: Expected '.*report.json' to hold the report of a pruning"):
+            main([str(tmp_path / "report.json")])
+    for argument in ("dense", "dense=low", "=3"):
+        with pytest.raises(SystemExit):
+            main(["report.json", "--perplexity", argument])
+        assert "--perplexity: invalid" in capsys.readouterr().err

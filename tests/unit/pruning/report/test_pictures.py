@@ -1,0 +1,122 @@
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+from helpers.reports import made_up
+
+from wandazeta.pruning.report import pictures
+
+SVG = "{http://www.w3.org/2000/svg}"
+BLOCKS = made_up().blocks
+DRAWN = {
+    "waffle": lambda: pictures.waffle(0.37),
+    "zeros": lambda: pictures.sparsity_map(BLOCKS),
+    "losses": lambda: pictures.losses(BLOCKS),
+    "seconds": lambda: pictures.block_bars(BLOCKS, [1.5, 0.0, 3.0], "seconds", "s"),
+    "perplexities": lambda: pictures.perplexity_bars({"dense": 20.0, "pruned": 31.5}),
+}
+
+
+def tips(svg):
+    root = ElementTree.fromstring(svg)
+    return {group.get("id"): group.findtext(f"{SVG}title") for group in root.iter() if group.get("class") == "tip"}
+
+
+def opacity(svg, key):
+    """How much of the colour a square has."""
+    group = next(group for group in ElementTree.fromstring(svg).iter() if group.get("id") == key)
+    style = dict(part.split(": ") for part in group.find(f"{SVG}path").get("style").split("; "))
+    assert style["fill"] == "var(--accent)"
+    return float(style.get("fill-opacity", 1))
+
+
+@pytest.mark.parametrize("key", list(DRAWN))
+def test_every_picture_is_svg_in_the_colours_of_the_page(key):
+    svg = DRAWN[key]()
+    root = ElementTree.fromstring(svg)
+    assert root.tag == f"{SVG}svg"
+    assert root.get("role") == "img"
+    assert root.get("aria-label").endswith(".")
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(set(ids)) == len(ids)
+    assert all(name.startswith(f"{key}-") for name in ids)
+    references = [value for element in root.iter() for value in element.attrib.values() if "#" in value]
+    for reference in references:
+        assert reference.removeprefix("url(").strip("#)") in ids
+    for element in root.iter():
+        assert "#" not in element.get("style", "")
+        assert element.tag not in (f"{SVG}style", f"{SVG}script", f"{SVG}image")
+
+
+def test_the_same_report_gives_the_same_bytes_and_leaves_matplotlib_alone():
+    before = dict(mpl.rcParams)
+    with mpl.rc_context({"text.usetex": True, "axes.facecolor": "#ff0000"}):  # the user's own settings
+        assert DRAWN["losses"]() == DRAWN["losses"]()
+        assert "#ff0000" not in DRAWN["zeros"]()
+        assert mpl.rcParams["text.usetex"]
+    assert dict(mpl.rcParams) == before
+
+
+def test_a_waffle_has_as_many_hollow_squares_as_zeros():
+    svg = DRAWN["waffle"]()
+    assert svg.count("fill: var(--accent)") == 63
+    assert svg.count("stroke: var(--line)") == 100
+    assert "of every 100 weights, 37 are zero" in svg.lower()
+
+
+def test_the_map_has_a_square_for_every_layer_deeper_with_more_zeros():
+    svg = DRAWN["zeros"]()
+    found = tips(svg)
+    assert len(found) == 6
+    assert found["zeros-cell-2-1"] == "block 2, down.weight: 40.00% zeros (2:4)"
+    assert opacity(svg, "zeros-cell-0-0") < opacity(svg, "zeros-cell-0-1") < opacity(svg, "zeros-cell-2-1")
+    assert "2%" not in [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert "40%" in [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_a_layer_that_a_block_lacks_leaves_its_place_empty():
+    blocks = (BLOCKS[0], made_up(2, names=("down.weight",)).blocks[1])
+    assert set(tips(pictures.sparsity_map(blocks))) == {"zeros-cell-0-0", "zeros-cell-0-1", "zeros-cell-1-1"}
+
+
+def test_many_blocks_give_a_wider_map_and_no_crowded_numbers():
+    svg = pictures.sparsity_map(made_up(80).blocks)
+    assert len(tips(svg)) == 160
+    assert len(ElementTree.fromstring(svg).findall(f".//{SVG}text")) < 80
+
+
+@pytest.mark.parametrize("name", ["$x^2$ & <b>", "#010101", "a\nb\x01", "x" * 300, "名前"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_are_only_text(name):
+    for svg in (pictures.perplexity_bars({name: 2.0}), pictures.sparsity_map(made_up(names=(name,)).blocks)):
+        texts = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+        assert any(text.startswith(name[:1]) for text in texts)
+        assert not ElementTree.fromstring(svg).findall(f".//{SVG}b")
+    if name.isprintable() and len(name) < 20:
+        assert name in texts
+
+
+def test_losses_that_are_no_numbers_are_left_out():
+    blocks = [made_up(1, losses=pair).blocks[0] for pair in ((1.0, 0.5), (None, None), (float("nan"), 1.0), (0.0, 0.0))]
+    blocks = [
+        type(block)(index, block.name, block.layers, block.loss_before, block.loss_after)
+        for index, block in enumerate(blocks)
+    ]
+    assert pictures.measured_losses(blocks) == {0: (1.0, 0.5), 3: (0.0, 0.0)}
+    found = tips(pictures.losses(blocks))
+    assert found == {"losses-column-0": "block 0: 1 → 0.5", "losses-column-3": "block 3: 0 → 0"}
+
+
+def test_values_far_apart_are_drawn_logarithmically():
+    assert pictures.is_logarithmic([1.0, 31.0])
+    assert not pictures.is_logarithmic([1.0, 30.0])
+    assert not pictures.is_logarithmic([0.0, 30.0])
+    assert ">1000<" in pictures.perplexity_bars({"a": 20.0, "b": 3000.0})
+
+
+def test_matplotlib_is_imported_when_something_is_drawn():
+    program = "import sys, wandazeta.pruning.report.page; print(sorted({'matplotlib', 'jinja2'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "matplotlib" not in done.stdout

@@ -1,0 +1,122 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad
+from helpers.prune_model import BATCHES, FAST, equal, linears, prune, rows_of, tiny
+from helpers.pruning import Tiny
+
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pruner import prune_model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_pruned(name):
+    batches = [*BATCHES[:4], *(pad(batch, 3) for batch in BATCHES[4:])]
+    options = {"target": "dense_stream", "exclude_modules": EXCLUDED.get(name, ())}
+    _, blocks, report = tiny(name, batches=batches, token_mask=lambda b: b["attention_mask"], **options)
+    for block, record in zip(blocks, report.blocks, strict=True):
+        assert len(record.layers) == len(linears(block)) > 0
+        for layer in linears(block):
+            assert ((rows_of(layer) != 0).reshape(-1, 4).sum(1) == 2).all()
+        assert record.loss_after < record.loss_before * 1.05
+
+
+def test_nothing_else_is_changed():
+    model, _ = build("bert")
+    model.train()
+    model.bert.encoder.layer[1].eval()
+    model.bert.embeddings.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    parameters = list(model.parameters())
+    torch.manual_seed(3)
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+
+    def forward(batch):
+        torch.rand(1), random.random(), np.random.rand()
+        return model(**batch)
+
+    prune_model(model, forward, BATCHES, PruneOptions(**FAST))
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(p.grad is None for p in parameters)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_the_global_random_state_has_no_say_and_the_seed_has():
+    torch.manual_seed(1)
+    first = tiny("bert")[0]
+    torch.manual_seed(2)
+    assert equal(tiny("bert")[0], first)
+    assert not equal(tiny("bert", seed=1)[0], first)
+
+
+def test_inside_inference_mode():
+    model, _ = build("llama")
+    with torch.inference_mode():
+        prune(model)
+    assert equal(model, tiny()[0])
+
+
+def test_excluded_modules_and_blocks_stay_dense():
+    _, blocks, report = tiny(exclude_modules=("q_proj", "layers.1"), target="dense_stream")
+    dense, _ = build("llama")
+    assert torch.equal(blocks[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
+    assert equal(blocks[1], dense.model.layers[1])
+    assert len(report.blocks[0].layers) == 6
+    assert report.blocks[1].layers == ()
+    assert (blocks[2].mlp.up_proj.weight == 0).any()
+
+
+def test_wrong_requests_are_refused_before_any_change():
+    model, _ = build("llama")
+    dense, _ = build("llama")
+    for options, message in (
+        ({"batches": []}, "calibration samples"),
+        ({"samples_per_round": 9}, r"at most the number of calibration samples \(8\)"),
+        ({"sparsity_pattern": "5:10"}, "16 inputs of `model.layers.0.self_attn.q_proj.weight`"),
+        ({"exclude_modules": ("up_prj",)}, "did you mean `mlp.up_proj`"),
+        ({"run": {"block_name": "model.layer"}}, "did you mean `model.layers`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(model, **options)
+    assert equal(model, dense)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "wanda++"])
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("inputs of `mlp.down_proj.weight` in block 0", lambda layers: layers[0].mlp.up_proj.weight.mul_(3e30)),
+        ("weights of `self_attn.q_proj.weight` in block 1", lambda layers: layers[1].self_attn.q_proj.weight.div_(0)),
+    ],
+    ids=["overflow", "broken weights"],
+)
+def test_what_is_not_finite_is_refused(method, what, spoil):
+    model, blocks = build("llama")
+    with torch.no_grad():
+        spoil(model.get_submodule(blocks))
+    with pytest.raises(ValueError, match=f"Expected finite {what}"):
+        prune(model, method=method)
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda++"])
+def test_compiled_blocks_are_pruned_as_others_are(method):
+    tokens = [torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    options = PruneOptions(method=method, samples_per_round=4, rounds=1)
+    torch.compiler.reset()
+    compiled, eager = Tiny().eval(), Tiny().eval()
+    for block in compiled.layers:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        for rows in (tokens[0][:1], tokens[0], torch.cat(tokens)):
+            compiled(rows)  # traced in the shapes to come, before there are hooks
+    for model in (compiled, eager):
+        prune_model(model, model, tokens, options)
+    assert equal(compiled, eager)

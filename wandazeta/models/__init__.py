@@ -1,0 +1,1 @@
+"""Finding, loading, streaming and sharding models."""

@@ -1,0 +1,393 @@
+"""Find the blocks of a model and call them one by one, with the arguments that a real forward gives them.
+
+Nothing is assumed about the architecture but that the blocks follow one another: what a block gets beside the hidden
+states (masks, rotary tables, position biases) differs between models and between blocks of one model, so it is taken
+from a real forward, for each block and each sample, and never made up.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.models.zero3 import full_shape
+
+__all__ = [
+    "BlockCall",
+    "CallCapture",
+    "block_lists",
+    "call_block",
+    "capture_block_calls",
+    "find_blocks",
+    "nearest",
+    "override_forward",
+]
+
+# arguments that carry a key-value cache: replayed without, every call starts from an empty one
+_CACHE_NAMES = frozenset({"past_key_values", "past_key_value", "layer_past", "past", "cache"})
+
+_ABSENT = object()
+
+
+class _StopForward(Exception):
+    """Private, so that no other error is mistaken for it."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Everything that a block was called with, but the hidden states.
+
+    Args:
+        args: Positional arguments, after the hidden states if those are positional.
+        kwargs: Named arguments, without the hidden states.
+        hidden_name: Name of the hidden states where they came by name, else None.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    hidden_name: str | None = None
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A remedy for an unknown name: the most similar candidates, or all of a few.
+
+    Example:
+        >>> nearest("mlp.up", ["mlp.up_proj", "attn.q_proj"])
+        'did you mean `mlp.up_proj`?'
+    """
+    candidates = list(candidates)
+    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
+    return f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "there is none"
+
+
+def find_blocks(
+    model: nn.Module, forward: Callable[[], object] | None = None, name: str | None = None
+) -> tuple[str, nn.ModuleList]:
+    """Find the list of blocks of a model: the longest outermost list of modules of one class that hold matrices.
+
+    Args:
+        model: The model.
+        forward: Runs the model; of several lists only those whose members all run in it count.
+        name: Dotted name of the list, where it is known.
+
+    Returns:
+        The list's dotted name and the blocks (an `nn.Sequential` comes back as a `ModuleList` of the same modules).
+
+    Raises:
+        ValueError: If there is no such list, more than one fits, or the name is unknown.
+    """
+    if name is not None:
+        return name, _blocks_by_name(model, name)
+    candidates = _candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential)
+    if len(candidates) > 1 and forward is not None:
+        ran = _modules_that_run(forward, [block for blocks in candidates.values() for block in blocks])
+        candidates = {n: blocks for n, blocks in candidates.items() if all(block in ran for block in blocks)}
+    if not candidates:
+        lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n]
+        raise ValueError(
+            "Expected a model with a list of blocks of one class that run one after another, but found none; "
+            f"give the dotted name of the list (lists in this model: {', '.join(lists) or 'none'})"
+        )
+    length = max(len(blocks) for blocks in candidates.values())
+    longest = [n for n, blocks in candidates.items() if len(blocks) == length]
+    if len(longest) > 1:
+        raise ValueError(
+            f"Expected one longest list of blocks, but found {', '.join(f'`{n}`' for n in longest)} with {length} "
+            "blocks each; give the dotted name of the one that you mean"
+        )
+    return longest[0], nn.ModuleList(candidates[longest[0]])
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Dotted names of all lists in a model that may be its blocks; of several, a forward tells which one runs.
+
+    Args:
+        model: The model.
+    """
+    return list(_candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential))
+
+
+def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
+    modules = dict(model.named_modules())
+    lists = {n: m for n, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    if name not in lists:
+        what = "a list of blocks" if name not in modules else f"a list of blocks, not a {type(modules[name]).__name__}"
+        raise ValueError(f"Expected the name of {what}, but got {name!r}; {nearest(name, lists)}")
+    return nn.ModuleList(lists[name])
+
+
+def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Module]]:
+    found: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        blocks = list(module) if isinstance(module, kind) else []  # type: ignore[call-overload]
+        if not blocks or any(type(block) is not type(blocks[0]) for block in blocks):
+            continue
+        # a leaf (one Linear) is a part of a block, not a block
+        if all(any(True for _ in b.children()) and any(map(_is_matrix, b.parameters())) for b in blocks):
+            found[name] = blocks
+    # lists inside the members of a longer structure (experts, attention heads) are parts of its blocks
+    outer = [name for name, blocks in found.items() if len(blocks) > 1]
+    return {
+        name: blocks
+        for name, blocks in found.items()
+        if not any(name.startswith(f"{other}." if other else "") and name != other for other in outer)
+    }
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return len(full_shape(parameter)) >= 2
+
+
+def _modules_that_run(forward: Callable[[], object], modules: list[nn.Module]) -> set[nn.Module]:
+    ran: set[nn.Module] = set()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(lambda module, _: ran.add(module)).remove)
+        forward()
+    return ran
+
+
+@contextmanager
+def override_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules for a while.
+
+    Set on the instance: hooks keep firing (ZeRO-3 gathers weights in them), attributes stay readable, and no user hook
+    is needed (strategies remove those).
+    """
+    saved = [(module, module.__dict__.get("forward", _ABSENT)) for module in forwards]
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in saved:
+            if forward is _ABSENT:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Run one block on hidden states, with the other arguments of a captured call.
+
+    Args:
+        block: The block.
+        hidden: Its input.
+        call: The rest of its arguments.
+
+    Returns:
+        The block's hidden states, the first element where it returns a tuple.
+
+    Raises:
+        ValueError: If the block returns no tensor, or changes its input in place.
+    """
+    version = None if hidden.is_inference() else hidden._version
+    if call.hidden_name is None:
+        output = block(hidden, *call.args, **call.kwargs)
+    else:
+        output = block(**{call.hidden_name: hidden}, **call.kwargs)
+    if version is not None and hidden._version != version:
+        raise ValueError(
+            f"Expected blocks that leave their input as it is, but {type(block).__name__} changes it in place; "
+            "write `x = x + …` instead of `x += …` in its forward"
+        )
+    return _hidden_of_output(block, output)
+
+
+def capture_block_calls(forward: Callable[[], object], blocks: nn.ModuleList) -> tuple[Tensor, list[BlockCall]]:
+    """Run a real forward up to the end of the last block and record how each block is called.
+
+    Args:
+        forward: Runs the model.
+        blocks: The blocks, in the order in which they run.
+
+    Returns:
+        The hidden states at the input of the first block, and one call for each block, without key-value caches.
+
+    Raises:
+        ValueError: If the blocks do not all run, once each, in order, each on the output of the one before.
+    """
+    hidden, calls, _ = _capture(forward, blocks, outputs=None)
+    return hidden, calls
+
+
+class CallCapture:
+    """Captures calls of many samples, at the cost of a real forward for the first one only where that is enough.
+
+    Where the other arguments do not depend on what the blocks compute (checked on the first sample), the blocks of
+    all further samples are skipped. Equal tensors (masks, rotary tables) of different samples are kept once.
+
+    Args:
+        blocks: The blocks, in the order in which they run.
+        device: Where the captured tensors go.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device | str = "cpu") -> None:
+        self.blocks = blocks
+        self.device = torch.device(device)
+        self._outputs: list[Any] | None = None
+        self._started = False
+        self._pool: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def __call__(self, forward: Callable[[], object]) -> tuple[Tensor, list[BlockCall]]:
+        """Capture one sample; see `capture_block_calls`."""
+        hidden, calls, outputs = _capture(forward, self.blocks, self._outputs)
+        if not self._started:
+            self._started = True
+            if all(_is_bare(output) for output in outputs):
+                _, skipped, _ = _capture(forward, self.blocks, outputs)
+                self._outputs = outputs if _equal(_plain(calls), _plain(skipped)) else None
+        moved: dict[int, Tensor] = {}
+        keep = [
+            BlockCall(_map(c.args, self._keep, moved), _map(c.kwargs, self._keep, moved), c.hidden_name) for c in calls
+        ]
+        return hidden.to(self.device), keep
+
+    def _keep(self, tensor: Tensor, moved: dict[int, Tensor]) -> Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = self._pooled(tensor)
+        return moved[id(tensor)]
+
+    def _pooled(self, tensor: Tensor) -> Tensor:
+        checksum = tensor.double().sum().item() if not tensor.is_complex() else 0.0
+        known = self._pool.setdefault((tensor.dtype, tuple(tensor.shape), str(checksum)), [])
+        tensor = tensor.to(self.device)
+        for other in known:
+            if torch.equal(other, tensor):
+                return other
+        known.append(tensor)
+        return tensor
+
+
+def _capture(
+    forward: Callable[[], object], blocks: nn.ModuleList, outputs: list[Any] | None
+) -> tuple[Tensor, list[BlockCall], list[Any]]:
+    """With `outputs`, skip the blocks: each returns its input, packed as its entry in `outputs` is."""
+    if len(set(blocks)) < len(blocks):
+        raise ValueError("Expected blocks that each run once, but the list holds the same block more than once")
+    calls: list[BlockCall] = []
+    seen: list[Any] = []
+    first: list[Tensor] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, call = _split_call(block, args, kwargs)
+        index = len(calls)
+        if index >= len(blocks) or blocks[index] is not block:
+            raise ValueError(
+                "Expected every block to run once and in order, but "
+                f"block {list(blocks).index(block)} ran as number {index}; shared or reordered blocks cannot be pruned"
+            )
+        if index == 0:
+            first.append(hidden.detach().clone())
+        elif not _same(hidden, _hidden_of_output(blocks[index - 1], seen[-1])):
+            raise ValueError(
+                f"Expected block {index} to run on the output of block {index - 1}, but the model changes the hidden "
+                "states in between; give the name of another list of blocks"
+            )
+        calls.append(call)
+
+    def after(block: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output)
+        if len(seen) == len(blocks):
+            raise _StopForward
+
+    with ExitStack() as undo, torch.no_grad():
+        for block in blocks:
+            undo.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(block.register_forward_hook(after).remove)
+        if outputs is not None:
+            skipped = {block: _identity(block, output) for block, output in zip(blocks, outputs, strict=True)}
+            undo.enter_context(override_forward(skipped))
+        try:
+            forward()
+        except _StopForward:
+            return first[0], calls, seen
+    raise ValueError(
+        f"Expected a forward that runs all {len(blocks)} blocks, but it ended after {len(seen)}; "
+        "check that the forward reaches the model, and the name of the list of blocks"
+    )
+
+
+def _identity(block: nn.Module, output: Any) -> Callable[..., Any]:
+    """A forward that returns the block's input, packed as `output` is."""
+
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        hidden, _ = _split_call(block, args, kwargs)
+        return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+
+    return identity
+
+
+def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    rest = {name: _without_cache(name, value) for name, value in kwargs.items()}
+    if args:
+        hidden, name = args[0], None
+    else:
+        floats = [n for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(floats), None)
+        hidden = rest.pop(name) if name is not None else None
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"Expected blocks that get their hidden states as the first argument, but {type(block).__name__} got "
+            f"{type(hidden).__name__}"
+        )
+    call_args = _map(tuple(_without_cache("", value) for value in args[1:]), _detach)
+    return hidden, BlockCall(call_args, _map(rest, _detach), name)
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    if name == "use_cache":
+        return False
+    is_cache = any(cls.__name__ == "Cache" for cls in type(value).__mro__)
+    return None if is_cache or name in _CACHE_NAMES else value
+
+
+def _hidden_of_output(block: nn.Module, output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"Expected blocks that return hidden states, alone or first in a tuple, but {type(block).__name__} "
+            f"returned {type(output).__name__}"
+        )
+    return hidden
+
+
+def _is_bare(output: Any) -> bool:
+    """Nothing but hidden states: what a block returns beside them may be an argument of the next."""
+    return isinstance(output, Tensor) or (type(output) in (tuple, list) and all(rest is None for rest in output[1:]))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _detach(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _map(value: Any, fn: Callable[..., Tensor], *extra: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value, *extra)
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, fn, *extra) for item in value)
+    if type(value) is dict:
+        return {key: _map(item, fn, *extra) for key, item in value.items()}
+    return value
+
+
+def _plain(calls: list[BlockCall]) -> list[Any]:
+    return [(call.args, call.kwargs, call.hidden_name) for call in calls]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b if isinstance(a, (bool, int, float, str)) else type(a) is type(b)

@@ -1,0 +1,292 @@
+"""The 2:4 packed form of a pruned model: one file that holds what was kept, and gives the plain weights back.
+
+Of every 4 consecutive inputs of a row the 2 kept values are stored, in order, and their 2 positions of 2 bits each, so
+a group takes two values and half a byte: 9/16 (0.5625) of its dense size in 16 bit, 17/32 (0.53125) in 32 bit. All
+other tensors are stored as they are. The file is a safetensors file: a weight NAME becomes `NAME.values` and
+`NAME.indices`, and the metadata entry `wandazeta` names version, pattern and packed weights.
+
+`python -m wandazeta.pruning.export.packed SRC DST` writes a plain Hugging Face directory from one that holds the
+packed file, so that the packed file alone need be shipped.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, stored, write_streamed
+from wandazeta.utilities.files import check_writable
+
+# in a folder of their own: some loaders take every safetensors file beside config.json for weights
+PACKED_FILE = "sparsity/model.2of4.safetensors"
+MASKS_FILE = "sparsity/masks.safetensors"
+
+_VERSION = 1
+_PATTERN = "2:4"
+_PLAIN_FILES = ("model.safetensors", "model-*-of-*.safetensors")
+_PLAIN_INDEX = "model.safetensors.index.json"
+# sixteen masks of a group to two positions, the first in the lower bits; fewer kept ones are filled up from the left
+_TOO_MANY = 0xFF
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _positions_of(code: int) -> int:
+    kept = [i for i in range(4) if code >> i & 1]
+    if len(kept) > 2:
+        return _TOO_MANY
+    removed = [i for i in range(4) if i not in kept]
+    first, second = sorted(kept + removed[: 2 - len(kept)])
+    return first | second << 2
+
+
+_POSITIONS = torch.tensor([_positions_of(code) for code in range(16)], dtype=torch.uint8)
+
+
+def pack_2of4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Packs a 2:4 pruned weight.
+
+    Args:
+        weight: Shape (out, in), 4 divides in; +0.0 where the mask is false.
+        mask: Bool of shape (out, in), at most two True in every group of 4 inputs.
+
+    Returns:
+        The kept values, of shape (out, in / 2) and the weight's type, and the positions: uint8 of shape
+        (ceil(out * in / 8),), four of 2 bits to a byte, the first in the lowest bits.
+
+    Raises:
+        ValueError: If the shapes do not fit, a group keeps more than two, or a removed weight is not +0.0.
+
+    Example:
+        >>> pack_2of4(torch.tensor([[0.0, 3.0, 0.0, 2.0]]), torch.tensor([[False, True, False, True]]))
+        (tensor([[3., 2.]]), tensor([13], dtype=torch.uint8))
+    """
+    if weight.ndim != 2 or weight.shape[1] % 4 or mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"Expected argument `weight` to be a matrix whose width 4 divides and `mask` a bool of its shape, but got "
+            f"{tuple(weight.shape)} and {mask.dtype} of {tuple(mask.shape)}; only 2:4 weights can be packed."
+        )
+    pairs = _pairs(mask)
+    # as integers, so that no arithmetic sees the values: the bits of -0.0 and NaN stay
+    bits = _bits(weight.contiguous())
+    kept = bits.view(-1, 4).gather(1, _halves(pairs, 2).long())
+    if torch.count_nonzero(kept) != torch.count_nonzero(bits):
+        raise ValueError("Expected argument `weight` to be +0.0 wherever `mask` is false, but it is not; prune it.")
+    return kept.view(weight.shape[0], weight.shape[1] // 2).view(weight.dtype), _join(pairs)
+
+
+def unpack_2of4(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Inverse of `pack_2of4`.
+
+    Args:
+        values: Shape (out, in / 2).
+        indices: uint8 of shape (ceil(out * in / 8),).
+        shape: (out, in).
+
+    Returns:
+        Shape (out, in), of the values' type, the bits of the weight that was packed.
+
+    Raises:
+        ValueError: If values or indices do not fit the shape.
+
+    Example:
+        >>> unpack_2of4(torch.tensor([[3.0, 2.0]]), torch.tensor([13], dtype=torch.uint8), (1, 4))
+        tensor([[0., 3., 0., 2.]])
+    """
+    rows, width = shape
+    if width % 4 or values.shape != (rows, width // 2) or indices.shape != (math.ceil(rows * width / 8),):
+        raise ValueError(
+            f"Expected argument `shape` to fit values and indices, but got {tuple(shape)} for {tuple(values.shape)} "
+            f"and {tuple(indices.shape)}; take all three from one weight."
+        )
+    pairs = _halves(indices, 4).view(-1)[: rows * width // 4]
+    bits = _bits(values.contiguous())
+    dense = torch.zeros((rows * width // 4, 4), dtype=bits.dtype, device=bits.device)
+    return dense.scatter_(1, _halves(pairs, 2).long(), bits.view(-1, 2)).view(rows, width).view(values.dtype)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def _pairs(mask: Tensor) -> Tensor:
+    """The two positions of every group in four bits, uint8 of shape (groups,)."""
+    kept = mask.contiguous().view(torch.uint8).view(-1, 4)
+    code = kept[:, 0] | kept[:, 1] << 1 | kept[:, 2] << 2 | kept[:, 3] << 3
+    pairs = _POSITIONS.to(mask.device)[code.long()]
+    if bool((pairs == _TOO_MANY).any()):
+        raise ValueError("Expected argument `mask` to keep at most 2 of every 4 inputs, but it keeps more; use 2:4.")
+    return pairs
+
+
+def _join(pairs: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(pairs, (0, pairs.numel() % 2))
+    return padded[0::2] | padded[1::2] << 4
+
+
+def _halves(joined: Tensor, num_bits: int) -> Tensor:
+    """The lower and the next `num_bits` bits of every element, uint8 of shape (elements, 2)."""
+    return torch.stack((joined & ((1 << num_bits) - 1), joined >> num_bits), dim=1)
+
+
+def write_packed(directory: str | os.PathLike[str]) -> Path:
+    """Writes the packed file of an exported directory beside its plain files, tensor by tensor.
+
+    Args:
+        directory: Holds `model*.safetensors`, in one file or in shards, and `sparsity/masks.safetensors`, which is
+            true where a weight was kept.
+
+    Returns:
+        The path of the packed file.
+
+    Raises:
+        ValueError: If a file is missing, or a mask is not 2:4 or not that of a weight.
+    """
+    directory = Path(directory)
+    paths = sorted(path for pattern in _PLAIN_FILES for path in directory.glob(pattern))
+    if not paths:
+        raise ValueError(f"Expected argument `directory` to hold `model.safetensors`, but '{directory}' does not.")
+    entries = {name: entry for path in paths for name, entry in stored(path).items()}
+    packed: dict[str, dict[str, Any]] = {}
+    for name, mask in sorted(stored(directory / MASKS_FILE).items()):
+        if name not in entries:
+            raise ValueError(f"Expected a weight for every mask, but '{directory}' holds none for `{name}`.")
+        weight = entries.pop(name)
+        transposed = _is_transposed(name, mask.read())
+        packed[name] = {"shape": weight.shape, "transposed": transposed}
+        entries |= _pack_entries(name, weight, mask.read, transposed)
+    note = {"version": _VERSION, "pattern": _PATTERN, "weights": packed}
+    check_writable(directory, "directory", sum(entry.num_bytes for entry in entries.values()))
+    (directory / PACKED_FILE).parent.mkdir(exist_ok=True)
+    write_streamed(directory / PACKED_FILE, entries, {"format": "pt", "wandazeta": json.dumps(note)})
+    return directory / PACKED_FILE
+
+
+def _is_transposed(name: str, mask: Tensor) -> bool:
+    """Whether the groups lie along the first dimension, as in the (in, out) of transformers' `Conv1D`."""
+    for transposed in (False, True) if mask.ndim == 2 else ():
+        rows = mask.t() if transposed else mask
+        if rows.shape[1] % 4 == 0 and bool((rows.reshape(-1, 4).sum(1) == 2).all()):
+            return transposed
+    raise ValueError(
+        f"Expected every mask to keep exactly 2 of every 4 inputs, but that of `{name}` does not; "
+        "only models pruned with sparsity_pattern='2:4' can be packed."
+    )
+
+
+def _pack_entries(
+    name: str, weight: LazyTensor, read_mask: Callable[[], Tensor], transposed: bool
+) -> dict[str, LazyTensor]:
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.t() if transposed else tensor
+
+    def values() -> Tensor:
+        return pack_2of4(rows(weight.read()), rows(read_mask()))[0]
+
+    def indices() -> Tensor:
+        return _join(_pairs(rows(read_mask())))
+
+    num_rows, width = reversed(weight.shape) if transposed else weight.shape
+    return {
+        f"{name}.values": LazyTensor(weight.dtype, (num_rows, width // 2), values),
+        f"{name}.indices": LazyTensor("U8", (math.ceil(num_rows * width / 8),), indices),
+    }
+
+
+def load_packed(directory_or_file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Loads the state dict that the plain files hold, bit for bit, from the packed file.
+
+    Args:
+        directory_or_file: The packed file, or a directory that holds it.
+
+    Returns:
+        Tensors by their names on disk; weights that are tied are there once.
+
+    Raises:
+        ValueError: If there is no packed file, or it is damaged or of another version.
+    """
+    return {name: entry.read() for name, entry in sorted(_plain_entries(_packed_path(directory_or_file)).items())}
+
+
+def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Writes a plain Hugging Face directory from one that holds the packed file; it appears whole or not at all.
+
+    Args:
+        source: Holds the packed file, configuration, tokenizer and whatever else is to be copied.
+        target: A new or empty directory; it gets all of that, and `model.safetensors` in place of the packed file.
+
+    Raises:
+        ValueError: If the source holds no readable packed file, or the target cannot be filled.
+    """
+    source, target = Path(source).absolute(), Path(target).absolute()
+    if target.is_relative_to(source):
+        raise ValueError(
+            f"Expected argument `target` to lie apart from the source, but got '{target}'; choose another."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"Expected argument `target` to be a new or empty folder, but got '{target}'; choose another.")
+    if not source.is_dir():
+        raise ValueError(f"Expected argument `source` to be a directory, but got '{source}'; give the one to restore.")
+    entries = _plain_entries(_packed_path(source))
+    check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
+    shutil.copytree(source, fresh, ignore=weights)
+    write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
+    fresh.rename(target)
+
+
+def _packed_path(directory_or_file: str | os.PathLike[str]) -> Path:
+    path = Path(directory_or_file)
+    return path / PACKED_FILE if path.is_dir() else path
+
+
+def _plain_entries(path: Path) -> dict[str, LazyTensor]:
+    with open_safetensors(path) as file:
+        note = json.loads((file.metadata() or {}).get("wandazeta", "{}"))
+    if note.get("version") != _VERSION or note.get("pattern") != _PATTERN:
+        raise ValueError(
+            f"Expected a {_PATTERN} packed file of version {_VERSION}, but got pattern {note.get('pattern')!r} and "
+            f"version {note.get('version')!r}; write it with `wandazeta prune --pack true`."
+        )
+    entries = stored(path)
+    for name, layout in note["weights"].items():
+        values, indices = entries.pop(f"{name}.values"), entries.pop(f"{name}.indices")
+        read = partial(_unpack, values.read, indices.read, tuple(layout["shape"]), layout["transposed"])
+        entries[name] = LazyTensor(values.dtype, tuple(layout["shape"]), read)
+    return entries
+
+
+def _unpack(
+    values: Callable[[], Tensor], indices: Callable[[], Tensor], shape: tuple[int, int], transposed: bool
+) -> Tensor:
+    if transposed:
+        return unpack_2of4(values(), indices(), (shape[1], shape[0])).t().contiguous()
+    return unpack_2of4(values(), indices(), shape)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Restore a plain directory from the command line."""
+    description = "Writes a plain Hugging Face directory from one that holds the 2:4 packed file."
+    parser = argparse.ArgumentParser(prog="python -m wandazeta.pruning.export.packed", description=description)
+    parser.add_argument("source", metavar="SRC", help=f"directory that holds {PACKED_FILE}, config and tokenizer")
+    parser.add_argument("target", metavar="DST", help="new or empty directory to write")
+    chosen = parser.parse_args(args)
+    try:
+        restore_plain(chosen.source, chosen.target)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    sys.stdout.write(f"restored model: {Path(chosen.target).absolute()}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The pruning of one block: scores, masks, statistics, SparseGPT and regional optimisation."""

@@ -1,0 +1,193 @@
+"""Which weights inside the blocks are pruned, seen as (output features, input features) whatever their layout."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.models.blocks import nearest
+from wandazeta.models.streaming import is_stored
+from wandazeta.pruning.options import PruneOptions, num_pruned
+
+# hold matrices that no pruning method of ours applies to: nothing to say about them
+_LEFT_DENSE = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def weight_view(layer: nn.Linear, tensor: Tensor | None = None) -> Tensor:
+    """The weight of a layer, or a tensor in its layout, as a view of shape (out, in).
+
+    Args:
+        layer: A layer that `prunable_layers` gave.
+        tensor: Something with the shape of its weight (gradient, mask); the weight itself if left out.
+
+    Returns:
+        A view: writing to it writes to the weight.
+    """
+    tensor = layer.weight.detach() if tensor is None else tensor
+    return tensor.t() if is_transposed(layer) else tensor
+
+
+def prunable_layers(block: nn.Module, options: PruneOptions, name: str = "") -> dict[str, nn.Linear]:
+    """The layers of a block that are pruned.
+
+    Args:
+        block: The block.
+        options: Gives the modules to leave out.
+        name: Dotted name of the block in the model.
+
+    Returns:
+        Layers by the name of their weight relative to the block, `mlp.up_proj.weight`.
+    """
+    # a Conv1D is no Linear, but has what is used of one
+    return {
+        f"{layer_name}.weight": cast(nn.Linear, layer)
+        for layer_name, layer in block.named_modules()
+        if (isinstance(layer, nn.Linear) or is_transposed(layer)) and not _excluded(f"{name}.{layer_name}", options)
+    }
+
+
+def validate_layers(
+    blocks: nn.ModuleList, options: PruneOptions, *, model: nn.Module | None = None, block_name: str = "blocks"
+) -> None:
+    """Check that every block can be pruned as asked, before any work.
+
+    Args:
+        blocks: The blocks.
+        options: The options.
+        model: The whole model, to find weights of blocks that it uses elsewhere too.
+        block_name: Dotted name of the list of blocks, for messages.
+
+    Raises:
+        ValueError: If a width does not fit the pattern, an excluded name matches nothing, nothing is left to prune,
+            or a block holds weights that cannot be pruned: they are named, never skipped in silence.
+    """
+    names = {f"{block_name}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in block.named_modules() if n}
+    for pattern in options.exclude_modules:
+        if not any(_matches(name, pattern) for name in names):
+            known = {_name_in_block(name, block_name) for name in names}
+            raise ValueError(
+                f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
+                f"none; {nearest(pattern, sorted(known))}"
+            )
+    wanted = {name: module for name, module in names.items() if not _excluded(name, options)}
+    for name, module in wanted.items():
+        _check_weight(name, module)
+    _check_own_matrices(wanted, block_name)
+    layers: dict[str, nn.Linear] = {}
+    for i, block in enumerate(blocks):
+        of_block = {f"{block_name}.{i}.{n}": m for n, m in prunable_layers(block, options, f"{block_name}.{i}").items()}
+        for name, layer in of_block.items():
+            _check_layer(name, layer, options.of_block(i, len(blocks)))
+        layers |= of_block
+    if not layers:
+        raise ValueError(
+            f"Expected Linear layers to prune in `{block_name}`, but found none; "
+            "check `exclude_modules` and the name of the list of blocks"
+        )
+    _check_shared(layers, model)
+
+
+def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
+    in_features = weight_view(layer).shape[1]
+    remedy = "choose another pattern or add the layer to `exclude_modules`"
+    if options.group is not None and in_features % options.group[1]:
+        raise ValueError(
+            f"Expected argument `sparsity_pattern` to fit the width of every layer, but {options.sparsity_pattern!r} "
+            f"does not divide the {in_features} inputs of `{name}`; {remedy}"
+        )
+    if options.group is None and num_pruned(in_features, options.target_sparsity) == 0:
+        raise ValueError(
+            f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity:g} of the "
+            f"{in_features} inputs of `{name}` is none; {remedy}"
+        )
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    remedy = "add it to `exclude_modules` to leave it dense"
+    if not (isinstance(module, nn.Linear) or is_transposed(module)):
+        return
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
+    if (weight.is_meta and not is_stored(weight)) or weight.numel() == 0:
+        raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
+        raise ValueError(
+            f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "
+            f"shape {tuple(weight.shape)}; prune the model before it is quantized, or {remedy}"
+        )
+
+
+def _check_own_matrices(modules: Mapping[str, nn.Module], block_name: str) -> None:
+    """Refuse Linears in disguise, all at once: a router, fused 3-D experts, `in_proj_weight` of MultiheadAttention."""
+    found: dict[str, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, *_LEFT_DENSE)) or is_transposed(module):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if sum(size > 1 for size in parameter.shape) >= 2:
+                kind = "fused experts" if parameter.ndim == 3 else "a matrix"
+                what = (
+                    f"`{name}` ({type(module).__name__}) holds {kind}, `{parameter_name}` of {tuple(parameter.shape)}"
+                )
+                found.setdefault(_name_in_block(name, block_name), what)
+    if found:
+        raise ValueError(
+            f"Expected blocks whose matrices are all in Linear layers, but {'; '.join(found.values())}, which cannot "
+            f"be pruned; add {', '.join(f'`{name}`' for name in found)} to `exclude_modules` to leave that dense"
+        )
+
+
+def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = owners.setdefault(_identity(layer.weight), name)
+        if other != name:
+            raise ValueError(
+                f"Expected weights of their own in every layer, but `{name}` and `{other}` share one; "
+                "add both to `exclude_modules` to leave them dense"
+            )
+    own = {id(layer) for layer in layers.values()}
+    # each module once: a second name for the blocks does not tie their weights
+    for name, module in model.named_modules() if model is not None else ():
+        for parameter_name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():
+            owner = owners.get(_identity(parameter))
+            if owner is not None:
+                raise ValueError(
+                    f"Expected weights of their own in every layer, but `{owner}` is tied to "
+                    f"`{name}.{parameter_name}`; add it to `exclude_modules` to leave it dense"
+                )
+
+
+def _identity(weight: Tensor) -> int:
+    # a stored one is nowhere in memory
+    return weight.data_ptr() or id(weight)
+
+
+def _name_in_block(name: str, block_name: str) -> str:
+    return name.removeprefix(f"{block_name}.").split(".", 1)[1]
+
+
+def _excluded(name: str, options: PruneOptions) -> bool:
+    return any(_matches(name, pattern) for pattern in options.exclude_modules)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A whole name, its tail at a dot, or a module above it; `pattern` is also tried as a regular expression."""
+    return any(_tail(part, pattern) for part in _prefixes(name))
+
+
+def _tail(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))

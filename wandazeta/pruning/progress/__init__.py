@@ -1,0 +1,1 @@
+"""The progress folder of a pruning and the key that identifies it."""

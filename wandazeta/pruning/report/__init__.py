@@ -1,0 +1,1 @@
+"""The report of a pruning as tables, pictures and an HTML page."""

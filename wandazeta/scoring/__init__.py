@@ -1,0 +1,1 @@
+"""Losses and scores of language models and encoders."""

@@ -1,0 +1,1 @@
+"""Files, signals, ranks, memory, argument checks and the environment of a run."""
