@@ -16,7 +16,7 @@ from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
 DATA = ["--data", "TextDataModule"]
 
