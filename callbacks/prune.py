@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.callbacks.calibration_data import calibration_loader
-from wandazeta.callbacks.cluster.requeue import requeue_signal
+from wandazeta.lightning_compat import requeue_signal
 from wandazeta.models.streaming import is_stored, require_whole
 from wandazeta.pruning.calibration import call_arguments
 from wandazeta.pruning.options import (

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, InPlaceWeights
 from wandazeta.adapters.files import load_adapter_files, require_same, save_adapter_files
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.utilities.arguments import describe_rates
 from wandazeta.zeroth_order import QuerySchedule, Update
@@ -63,7 +64,7 @@ class TrainedByForwards(LanguageModel, ABC):
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         here = self._description() | self._rules()
-        if self._trainer is not None and self._trainer.training:
+        if attached_trainer(self) is not None and self.trainer.training:
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:

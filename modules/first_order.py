@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters, train_linears
 from wandazeta.adapters.files import describe_backbone, require_same, save_adapter_files
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.zero3 import gathered, is_shared_out
 from wandazeta.modules.exchange import adjust_strategy
@@ -128,8 +129,8 @@ class FirstOrderModule(LanguageModel):
             self._require_adapters("train")
             # models come from their files in evaluation mode, without dropout
             self.backbone.train()
-        if self._trainer is not None:
-            adjust_strategy(self._trainer.strategy, save_frozen=self.train_mode == "full")
+        if attached_trainer(self) is not None:
+            adjust_strategy(self.trainer.strategy, save_frozen=self.train_mode == "full")
 
     def _check_target_modules(self) -> None:
         known = {name for name, module in self.backbone.named_modules() if name and not any(module.children())}
@@ -213,7 +214,7 @@ class FirstOrderModule(LanguageModel):
         saved = checkpoint.get("first_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
-        is_fitting = self._trainer is not None and self._trainer.training
+        is_fitting = attached_trainer(self) is not None and self.trainer.training
         require_same(saved, self._description() | (self._rates() if is_fitting else {}))
         # DeepSpeed has loaded files of its own by now
         if self.train_mode != "full" and set(checkpoint.get("state_dict", self.adapter_names)) != self.adapter_names:

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import check_loading, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_stored, require_whole
@@ -105,8 +106,8 @@ class LanguageModel(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if self._trainer is not None:
-            adjust_strategy(self._trainer.strategy)
+        if attached_trainer(self) is not None:
+            adjust_strategy(self.trainer.strategy)
         self._build_in_shares()
         require_whole(self)
 

@@ -21,6 +21,7 @@ from wandazeta.adapters import (
     train_linears,
 )
 from wandazeta.adapters.files import describe_backbone
+from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.zero3 import is_shared_out
 from wandazeta.modules.checkpoints import TrainedByForwards
@@ -209,7 +210,7 @@ class ZerothOrderModule(TrainedByForwards):
     @property
     def data_sharding(self) -> tuple[int, int]:
         """How the training data are shared out: (number of replicas, index of this one)."""
-        if self.parallel == "queries" or self._trainer is None:
+        if self.parallel == "queries" or attached_trainer(self) is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
@@ -218,12 +219,12 @@ class ZerothOrderModule(TrainedByForwards):
         """Freeze the backbone, which may have been pruned by now, and put the adapters in."""
         if stage == "fit" and isinstance(self.trainable, Weights):
             require_whole_weights(self.trainer.strategy)
-        if self._trainer is not None:
-            adjust_strategy(self._trainer.strategy)
+        if attached_trainer(self) is not None:
+            adjust_strategy(self.trainer.strategy)
         if self._build_in_shares():
             self.trainable.check(self.backbone, self.update_rule.num_states)
-        if self._trainer is not None:
-            hold_two_blocks(self._trainer.strategy, self.backbone)
+        if attached_trainer(self) is not None:
+            hold_two_blocks(self.trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -249,7 +250,7 @@ class ZerothOrderModule(TrainedByForwards):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        exclude_from_ddp(self, [name for name, _ in self.named_buffers()])
         self._backbone_modules = list(self.backbone.modules())
         rank_zero_info(f"{self.adapters.num_parameters:,} trainable values, {len(sites)} adapters")
 

@@ -18,11 +18,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
-
-from wandazeta import __version__
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
 from wandazeta.callbacks import (
@@ -36,7 +33,9 @@ from wandazeta.callbacks import (
 )
 from wandazeta.callbacks.run_record import RankLog, RunRecord, keep_metrics
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
+from wandazeta.lightning_compat import checkpoint_path
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
+from wandazeta.version import __version__
 
 __all__ = [
     "ClassificationDataModule",
@@ -130,9 +129,7 @@ class PruningTrainer(Trainer):
         checkpoint: str | Path | None = ckpt_path
         if ckpt_path in ("best", "last"):
             # found by the callbacks that go next
-            checkpoint = self._checkpoint_connector._parse_ckpt_path(
-                TrainerFn.FITTING, ckpt_path, model_provided=True, model_connected=False
-            )
+            checkpoint = checkpoint_path(self, ckpt_path)
         # nothing is trained: what they wrote would be the newest, and the next `fit` would go on from it
         self.callbacks[:] = [callback for callback in self.callbacks if not isinstance(callback, Checkpoint)]
         self.callbacks.append(diagnosis)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wandazeta import __version__
 from wandazeta.models.blocks import block_lists, find_blocks
 from wandazeta.pruning.calibration import collect_batches, digest_batches, isolated_rng
 from wandazeta.pruning.method.layers import validate_layers
@@ -23,6 +22,7 @@ from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.pruning.samples import split_rows
 from wandazeta.utilities.files import check_writable
 from wandazeta.utilities.ranks import Ranks
+from wandazeta.version import __version__
 
 _ARCHITECTURE = "(architecture)"
 # settings that say how, not what, is computed, and what a transformers model was loaded with
