@@ -107,6 +107,6 @@ def test_checkpoints_of_deepspeed_and_of_other_strategies_are_refused_by_the_oth
     done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"error: The provided path is not a valid DeepSpeed checkpoint: {last}; another strategy wrote this checkpoint: "
-        "use that strategy or another `ckpt_path`"
+        f"error: The provided path is not a valid DeepSpeed checkpoint: {last}; another strategy wrote this "
+        "checkpoint: use that strategy or another `ckpt_path`"
     )

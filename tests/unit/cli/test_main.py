@@ -150,7 +150,7 @@ def test_a_missing_checkpoint_is_told_where_something_untrained_would_be_tested(
     config = write_fit_config(tmp_path)
     for command, said in (("fit", 0), ("test", 0), ("test", 1)):
         main([command, "-c", str(config)])
-        log = (tmp_path / "run/log/logs/rank-0.log").read_text()
+        log = (tmp_path / "run/log" / ("" if command == "fit" else command) / "logs/rank-0.log").read_text()
         assert log.count("no last checkpoint available") == said
         if command == "test":
             (tmp_path / "run/checkpoints/last.ckpt").unlink(missing_ok=True)
@@ -292,9 +292,8 @@ def test_two_folders_for_one_run_are_refused(capsys):
 
 
 def test_a_pruning_comes_before_the_other_callbacks_and_after_the_checks_of_ranks(built):
-    kinds = [
-        type(callback) for callback in built("--prune", "{}", "--trainer.callbacks", "KeepSparsity").trainer.callbacks
-    ]
+    cli = built("--prune", "{}", "--trainer.callbacks", "KeepSparsity")
+    kinds = [type(callback) for callback in cli.trainer.callbacks]
     place = kinds.index(WandaPPPruneCallback)
     assert kinds.index(RankWatchdog) < kinds.index(RankConsistencyCheck) < place < kinds.index(KeepSparsity)
 
