@@ -14,6 +14,7 @@ from records import ROOT, describe, finished, is_finished, write
 from wandazeta.adapters import TensorTrainAdapters
 from wandazeta.cli.main import PruningTrainer
 from wandazeta.datamodules import PromptedClassificationDataModule
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.modules.diagnose import EpsilonDiagnosis
 
@@ -26,7 +27,10 @@ def measure(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
     """Measure one setting."""
     seed_everything(0)
     model = ZerothOrderModule(
-        str(ROOT / MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=8
+        str(ROOT / MODEL),
+        LoadingOptions(dtype),
+        trainable=TensorTrainAdapters(identity_start=identity_start),
+        query_chunk_size=8,
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",

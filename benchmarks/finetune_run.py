@@ -119,7 +119,8 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     options = dict(method.get("init_args", {}))
     if "with_head" in method:
         options |= method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
-    options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
+    loading = {"num_classes": data.num_classes if run["head"] else None}
+    options |= {"model_name_or_path": str(ROOT / run["path"]), "loading": options.get("loading", {}) | loading}
     if "class_path" in method:
         # a grid names an epsilon for methods that have one
         options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
