@@ -7,6 +7,7 @@ started again.
 """
 
 import itertools
+from typing import Literal
 
 from lightning.pytorch import seed_everything
 from records import ROOT, describe, finished, is_finished, write
@@ -23,7 +24,7 @@ RESULT = ROOT / "benchmarks" / "results" / "epsilon.json"
 BATCH_SIZE = 4
 
 
-def measure(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
+def measure(dtype: Literal["bfloat16", "float32"], identity_start: bool) -> EpsilonDiagnosis:
     """Measure one setting."""
     seed_everything(0)
     model = ZerothOrderModule(
