@@ -24,10 +24,10 @@ from wandazeta.adapters.files import describe_backbone
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
-from wandazeta.models.zero3 import is_shared_out
+from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import TrainedByForwards
 from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
-from wandazeta.modules.shares import hold_two_blocks
+from wandazeta.modules.strategies import limit_gathered_weights
 from wandazeta.modules.zo_options import (
     EPSILON,
     check_finite_steps,
@@ -37,9 +37,9 @@ from wandazeta.modules.zo_options import (
     make_estimator,
     warn_of_waste,
 )
+from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
-from wandazeta.scoring.prefix import FrozenPrefix
 from wandazeta.scoring.scorer import Prepared
 from wandazeta.utilities.arguments import check_range, stepped
 from wandazeta.zeroth_order import (
@@ -188,6 +188,7 @@ class ZerothOrderModule(TrainedByForwards):
         # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
+        self._head_gradient: HeadGradient | None = None
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update_rule.num_states)
 
@@ -205,10 +206,10 @@ class ZerothOrderModule(TrainedByForwards):
             require_whole_weights(self.trainer.strategy)
         if self._trainer is not None:
             adjust_strategy(self._trainer.strategy)
-        if self._build_in_shares():
+        if self._build_sharded():
             self.trainable.check(self.backbone, self.update_rule.num_states)
         if self._trainer is not None:
-            hold_two_blocks(self._trainer.strategy, self.backbone)
+            limit_gathered_weights(self._trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -222,14 +223,14 @@ class ZerothOrderModule(TrainedByForwards):
             config: Any = self.backbone.config
             answers = answers_head(config.get_text_config().hidden_size, self.num_answers)
             self.adapters.append({"answers": answers})
-            self.scorer.answers = partial(self.adapters.linear, "answers")
+            self.scorer.adapt(answers=partial(self.adapters.linear, "answers"))
         states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
         if isinstance(self.adapters, InPlaceWeights):
-            self.scorer.head_rows = self.adapters.rows
+            self.scorer.adapt(head_rows=self.adapters.rows)
         elif self.prefix_cache and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
@@ -254,16 +255,15 @@ class ZerothOrderModule(TrainedByForwards):
     @override
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
-        sharded = any(map(is_shared_out, self.backbone.parameters()))
+        sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
         if isinstance(self.adapters, InPlaceWeights):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         dtype = self.compute_dtype
         self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
-        self._head_gradient: HeadGradient | None = None
         if self.head_gradient == "exact":
             assert isinstance(self.adapters, AdapterVector)
-            self._head_gradient = HeadGradient(self.adapters, self.scorer)
+            self._head_gradient = HeadGradient(self.adapters)
         warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
@@ -386,7 +386,10 @@ class ZerothOrderModule(TrainedByForwards):
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
         assert self.adapters is not None
         losses = []
+        on_scores = None if self._head_gradient is None else self._head_gradient.note_scores
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
             with self.adapters.use(part):
-                losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
+                losses.append(
+                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, on_scores)
+                )
         return torch.cat(losses)
