@@ -331,7 +331,7 @@ class WandaPPPruneCallback(Callback):
                 raise explained from error
             raise
         # one that came during the last block, or to one rank only, stops all of them
-        return None if ranks.total(float(signals.received is not None)) else report
+        return None if ranks.sum(float(signals.received is not None)) else report
 
     def _stop(self, trainer: Trainer, signals: DeferredSignals) -> NoReturn:
         name = signals.received.name if signals.received is not None else "a signal"
@@ -341,7 +341,7 @@ class WandaPPPruneCallback(Callback):
             requeued = requeue_slurm_job()
             rank_zero_info(requeued)
         # no rank ends before the job is back in the queue: the others would take that for an error
-        Ranks.of_process_group(trainer.strategy.root_device).first(requeued)
+        Ranks.of_process_group(trainer.strategy.root_device).broadcast_object(requeued)
         rank_zero_info(
             f"Stopped by {name} while pruning: finished blocks are in '{self.output_dir}'; start the same command "
             "again to go on."

@@ -23,11 +23,12 @@ from wandazeta.adapters import (
 from wandazeta.adapters.files import describe_backbone
 from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
 from wandazeta.models.blocks import find_blocks
-from wandazeta.models.zero3 import is_shared_out
+from wandazeta.models.loading import LoadingOptions
+from wandazeta.models.modes import evaluation_mode
+from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import TrainedByForwards
 from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
-from wandazeta.modules.language_model import evaluating
-from wandazeta.modules.shares import hold_two_blocks
+from wandazeta.modules.strategies import limit_gathered_weights
 from wandazeta.modules.zo_options import (
     EPSILON,
     check_finite_steps,
@@ -37,9 +38,9 @@ from wandazeta.modules.zo_options import (
     make_estimator,
     warn_of_waste,
 )
+from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
-from wandazeta.scoring.prefix import FrozenPrefix
 from wandazeta.scoring.scorer import Prepared
 from wandazeta.utilities.arguments import check_range, stepped
 from wandazeta.zeroth_order import (
@@ -74,15 +75,9 @@ class ZerothOrderModule(TrainedByForwards):
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
-        dtype: Precision that the backbone is loaded in; the adapters are fp32 always.
-        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
-        trust_remote_code: Run code that comes with the model; only for sources that you trust.
-        pad_token: Token to pad with, for tokenizers that have none.
-        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        loading: Precision, attention kernels, pad token and other options of loading; see `LoadingOptions`.
         num_answers: Answer options of a language model to train a matrix and a bias for, which add to their scores from
             the state that the answer begins at; zero at first, so that training begins with the prompt's own answers.
-        shard_on_load: Load every weight in shares, one for each rank, to train on a model that one process cannot hold;
-            for DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
             default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
         schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
@@ -117,13 +112,8 @@ class ZerothOrderModule(TrainedByForwards):
     def __init__(
         self,
         model_name_or_path: str,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        pad_token: str | None = None,
-        num_classes: int | None = None,
+        loading: LoadingOptions | None = None,
         num_answers: int | None = None,
-        shard_on_load: bool = False,
         objective: Objective | None = None,
         schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
         estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
@@ -151,6 +141,9 @@ class ZerothOrderModule(TrainedByForwards):
         check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
+        loading = loading or LoadingOptions()
+        loading.refuse("stream_weights", type(self).__name__, "it is for `prune` with LanguageModel")
+        num_classes = loading.num_classes
         schedule = schedule or ConstantSchedule(8)
         check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
         check_objective(objective, epsilon, estimator)
@@ -161,15 +154,7 @@ class ZerothOrderModule(TrainedByForwards):
         check_head_learning_rate(head_learning_rate, num_trained, weights)
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
-        super().__init__(
-            model_name_or_path,
-            dtype,
-            attn_implementation,
-            trust_remote_code,
-            pad_token,
-            num_classes,
-            shard_on_load=shard_on_load,
-        )
+        super().__init__(model_name_or_path, loading)
         if self.tokenizer.pad_token is None:
             raise ValueError(
                 f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
@@ -204,7 +189,8 @@ class ZerothOrderModule(TrainedByForwards):
         # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
-        if not shard_on_load:
+        self._head_gradient: HeadGradient | None = None
+        if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update_rule.num_states)
 
     @property
@@ -221,10 +207,10 @@ class ZerothOrderModule(TrainedByForwards):
             require_whole_weights(self.trainer.strategy)
         if attached_trainer(self) is not None:
             adjust_strategy(self.trainer.strategy)
-        if self._build_in_shares():
+        if self._build_sharded():
             self.trainable.check(self.backbone, self.update_rule.num_states)
         if attached_trainer(self) is not None:
-            hold_two_blocks(self.trainer.strategy, self.backbone)
+            limit_gathered_weights(self.trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -238,14 +224,14 @@ class ZerothOrderModule(TrainedByForwards):
             config: Any = self.backbone.config
             answers = answers_head(config.get_text_config().hidden_size, self.num_answers)
             self.adapters.append({"answers": answers})
-            self.scorer.answers = partial(self.adapters.linear, "answers")
+            self.scorer.adapt(answers=partial(self.adapters.linear, "answers"))
         states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
         # in the bank, which keeps its precision whatever the strategy casts to
         self.adapters.register_buffer("update_states", states)
         self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
         sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
         if isinstance(self.adapters, InPlaceWeights):
-            self.scorer.head_rows = self.adapters.rows
+            self.scorer.adapt(head_rows=self.adapters.rows)
         elif self.prefix_cache and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
@@ -270,16 +256,15 @@ class ZerothOrderModule(TrainedByForwards):
     @override
     def on_fit_start(self) -> None:
         # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
-        sharded = any(map(is_shared_out, self.backbone.parameters()))
+        sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
         if isinstance(self.adapters, InPlaceWeights):
             self.adapters.require_fp32()  # a precision plugin may have cast them by now
         self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
         dtype = self.compute_dtype
         self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
-        self._head_gradient: HeadGradient | None = None
         if self.head_gradient == "exact":
             assert isinstance(self.adapters, AdapterVector)
-            self._head_gradient = HeadGradient(self.adapters, self.scorer)
+            self._head_gradient = HeadGradient(self.adapters)
         warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
@@ -388,7 +373,7 @@ class ZerothOrderModule(TrainedByForwards):
     def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
-        with torch.no_grad(), evaluating(self._backbone_modules):
+        with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
             points = self._exchange.share(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)
@@ -402,7 +387,10 @@ class ZerothOrderModule(TrainedByForwards):
         """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
         assert self.adapters is not None
         losses = []
+        on_scores = None if self._head_gradient is None else self._head_gradient.note_scores
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
             with self.adapters.use(part):
-                losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
+                losses.append(
+                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, on_scores)
+                )
         return torch.cat(losses)

@@ -19,7 +19,7 @@ class Noise(torch.optim.SGD):
 
 
 def whole_weights(module):
-    """Copies of all weights by name, whatever the strategy has made of them."""
+    """Copies of all weights by name, gathered if the strategy shards them."""
     from wandazeta.models.zero3 import gathered
 
     weights = {}
@@ -30,7 +30,7 @@ def whole_weights(module):
 
 
 def watch(found):
-    """Callback that notes what is shared out while the strategy is set up, and what validations say."""
+    """Callback that records the weights at the start, what is sharded, and the losses of validations."""
     from lightning.pytorch import Callback
 
     class Watch(Callback):
@@ -84,7 +84,7 @@ def train(
     resume=False,
     validate=False,
     evaluate=False,
-    adapter=False,
+    save_adapters=False,
     noise=False,
     trainer_options=None,
     **options,
@@ -96,13 +96,15 @@ def train(
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader
 
+    from wandazeta import adapters
     from wandazeta.callbacks import KeepSparsity
     from wandazeta.modules import FirstOrderModule
 
     found = {}
     held_out = DataLoader([classification_batch(8, seed=1)], batch_size=None)
     options["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 6)
-    module = FirstOrderModule(str(model_dir), **options)
+    trainable = getattr(adapters, options.pop("trainable"))()
+    module = FirstOrderModule(str(model_dir), trainable=trainable, **options)
     if noise:
         module.configure_optimizers = lambda: Noise(module.parameters())
     callbacks = [watch(found)]
@@ -137,8 +139,8 @@ def train(
     except ValueError as error:
         return found | {"error": str(error)}
     found["weights"] = whole_weights(module)
-    if adapter:
-        module.save_adapter(Path(root) / "adapter")
+    if save_adapters:
+        module.save_adapters(Path(root) / "adapter")
         try:
             module.merge(keep_mask=True)
         except ValueError as error:

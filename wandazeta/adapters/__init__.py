@@ -6,7 +6,7 @@ from wandazeta.adapters.inject import AdaptedModule, inject_adapters, remove_ada
 from wandazeta.adapters.layout import AdapterLayout
 from wandazeta.adapters.lora import LoRASite, LoRAVector, inject_lora
 from wandazeta.adapters.tensor_train import TTLinear, TTShape, tt_matrices
-from wandazeta.adapters.trainables import LoRAAdapters, TensorTrainAdapters, Trainable, Weights
+from wandazeta.adapters.trainables import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Trainable, Weights
 from wandazeta.adapters.weights import InPlaceWeights
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LoRAAdapters",
     "LoRASite",
     "LoRAVector",
+    "PeftLoRA",
     "Site",
     "TTLinear",
     "TTShape",

@@ -17,7 +17,7 @@ from wandazeta.models.blocks import find_blocks
 from wandazeta.models.zero3 import gathered
 
 _WHAT = {
-    "train": "`train`",
+    "trainable": "`trainable`",
     "backbone_key": "the backbone that training began from (model and pruning)",
     "backbone_fingerprint": "the model that the adapters were trained on (weights, pruning and precision)",
     "kind": "the kind of `trainable`",
@@ -31,8 +31,6 @@ _WHAT = {
     "lr_scheduler": "`lr_scheduler`",
     "weight_decay": "`weight_decay`",
     "schedule_states": "what `schedule` remembers",
-    "lora_rank": "`lora_rank`",
-    "lora_alpha": "`lora_alpha`",
     "target_modules": "`target_modules`",
     "num_parameters": "the number of trainable values",
 }
@@ -134,7 +132,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterVector:
 
     Args:
         model: The model that they were trained on, pruned as it was then and in the same precision.
-        directory: What `ZerothOrderModule.save_adapters` wrote, or `FirstOrderModule.save_adapter` for tensor trains;
+        directory: What `ZerothOrderModule.save_adapters` wrote, or `FirstOrderModule.save_adapters` for tensor trains;
             its LoRA is peft's, which loads it by `PeftModel.from_pretrained`.
 
     Returns:

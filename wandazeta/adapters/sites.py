@@ -91,8 +91,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def unread_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules that a model names in `unread` as ones whose output it does not use, with all that is in them."""
-    unread: list[nn.Module] = getattr(model, "unread", [])
+    """Modules that a model names in `unused_modules` as ones whose output it does not use, with all that is in them."""
+    unread: list[nn.Module] = getattr(model, "unused_modules", [])
     return {inner for module in unread for inner in module.modules()}
 
 

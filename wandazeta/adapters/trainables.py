@@ -1,11 +1,18 @@
 """What of a model is trained: the choices that a configuration names by class."""
 
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from wandazeta.adapters.flat_vector import AdapterVector
+from wandazeta.adapters.gradient_training import (
+    GradientTraining,
+    PeftLoRATraining,
+    TensorTrainTraining,
+    WeightTraining,
+)
 from wandazeta.adapters.inject import inject_adapters
 from wandazeta.adapters.lora import inject_lora
 from wandazeta.adapters.sites import unread_modules
@@ -90,6 +97,10 @@ class TensorTrainAdapters:
             generator=torch.Generator().manual_seed(seed),
         )
 
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation (LoRETTA, arXiv 2402.11417)."""
+        return TensorTrainTraining(self)
+
 
 class LoRAAdapters:
     """Low-rank factors beside Linears (LoRA, arXiv 2106.09685); trained by plain SGD this is MeZO-LoRA.
@@ -135,6 +146,46 @@ class LoRAAdapters:
         )
 
 
+class PeftLoRA:
+    """LoRA adapters of the package peft (arXiv 2106.09685), trained by back-propagation.
+
+    Args:
+        rank: Inner width of the factors.
+        alpha: Scale of the adapters, which add alpha / rank times their product.
+        dropout: Dropout probability at the input of the adapters.
+        target_modules: Names of the modules with adapters; by default all Linears except the head, and of an encoder
+            those of its blocks.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self, rank: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules: list[str] | None = None
+    ) -> None:
+        check_range("rank", rank, rank >= 1, "at least 1")
+        check_range("alpha", alpha, alpha > 0, "above 0")
+        check_range("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+        check_range("target_modules", target_modules, target_modules != [], "one name or more")
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation.
+
+        Raises:
+            ValueError: If peft is not installed.
+        """
+        if find_spec("peft") is None:
+            raise ValueError(
+                "Expected the package peft for PeftLoRA, but it is not installed; run `pip install peft`, or set "
+                "`trainable` to TensorTrainAdapters or Weights"
+            )
+        return PeftLoRATraining(self)
+
+
 class Weights:
     """The model's own weights, without a copy of them (MeZO, arXiv 2305.17333): in 32 bits, by plain SGD.
 
@@ -164,6 +215,14 @@ class Weights:
     def insert(self, model: nn.Module, seed: int) -> InPlaceWeights:
         """Return what moves the weights; the model stays as it is."""
         return InPlaceWeights(model, self._names(model))
+
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation.
+
+        Raises:
+            ValueError: If `parts` is not all.
+        """
+        return WeightTraining(self)
 
     def _names(self, model: nn.Module) -> list[str]:
         unread = {weight for module in unread_modules(model) for weight in module.parameters()}

@@ -19,11 +19,13 @@ from wandazeta.utilities.arguments import closest_names
 __all__ = [
     "BlockCall",
     "CallCapture",
+    "StopForward",
     "block_lists",
     "call_block",
     "capture_block_calls",
     "find_blocks",
     "override_forward",
+    "run_until_stopped",
 ]
 
 # arguments that carry a key-value cache: replayed without, every call starts from an empty one
@@ -32,8 +34,36 @@ _CACHE_NAMES = frozenset({"past_key_values", "past_key_value", "layer_past", "pa
 _ABSENT = object()
 
 
-class _StopForward(Exception):
-    """Private, so that no other error is mistaken for it."""
+class StopForward(Exception):  # noqa: N818 - a signal, like StopIteration
+    """Signal, raised inside a forward, to end it before its last operation.
+
+    Args:
+        token: Identifies who raised it, so that a caller further out does not take the signal of an inner one for its
+            own: compare it by identity and raise the signal again if it is another's.
+    """
+
+    def __init__(self, token: object = None) -> None:
+        super().__init__("A forward was ended early")
+        self.token = token
+
+
+def run_until_stopped(forward: Callable[[], object], token: object) -> bool:
+    """Run a forward that a hook may end by `raise StopForward(token)`.
+
+    Args:
+        forward: Runs the model.
+        token: The token of the signal to catch; any other signal passes through.
+
+    Returns:
+        Whether the forward was ended by the signal.
+    """
+    try:
+        forward()
+    except StopForward as signal:
+        if signal.token is not token:
+            raise
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -280,7 +310,7 @@ def _capture(
     def after(block: nn.Module, args: Any, output: Any) -> None:
         seen.append(output)
         if len(seen) == len(blocks):
-            raise _StopForward
+            raise StopForward(calls)
 
     with ExitStack() as undo, torch.no_grad():
         for block in blocks:
@@ -289,9 +319,7 @@ def _capture(
         if outputs is not None:
             skipped = {block: _identity(block, output) for block, output in zip(blocks, outputs, strict=True)}
             undo.enter_context(override_forward(skipped))
-        try:
-            forward()
-        except _StopForward:
+        if run_until_stopped(forward, token=calls):
             return first[0], calls, seen
     raise ValueError(
         f"Expected a forward that runs all {len(blocks)} blocks, but it ended after {len(seen)}; "

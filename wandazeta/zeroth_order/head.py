@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters
-from wandazeta.scoring.scorer import Scorer
+from wandazeta.scoring.scorer import Scores
 from wandazeta.utilities.arguments import check_range
 from wandazeta.zeroth_order import Directions
 
@@ -25,12 +25,11 @@ class HeadGradient:
 
     Args:
         bank: Holds the adapters and, at the end of its vector, the head.
-        scorer: Runs the model.
     """
 
-    def __init__(self, bank: AdapterVector, scorer: Scorer) -> None:
+    def __init__(self, bank: AdapterVector) -> None:
         self.bank = bank
-        self.scorer = scorer
+        self._scores: Scores | None = None
         # the only Linear that is trained in full
         ((self._classes, self._width),) = bank.linear_shapes.values()
         self._found: Tensor | None = None
@@ -62,6 +61,10 @@ class HeadGradient:
 
         return watched
 
+    def note_scores(self, scores: Scores) -> None:
+        """Keep the scores of the losses that are watched, for `objective_losses`."""
+        self._scores = scores
+
     def take(self, exchange: Any, batch_size: int) -> Tensor:
         """The gradient `(C·(D + 1),)` of what was watched, the same bits on every rank.
 
@@ -77,7 +80,9 @@ class HeadGradient:
         self._head(grad).copy_(head_grad)
 
     def _of_first(self, num_copies: int, labels: Tensor) -> Tensor:
-        features_PBD, scores_PBC = self.scorer.last_features.unflatten(0, (num_copies, -1)), self.scorer.last_scores
+        assert self._scores is not None
+        assert self._scores.features is not None
+        features_PBD, scores_PBC = self._scores.features.unflatten(0, (num_copies, -1)), self._scores.values
         wrong_BC = scores_PBC[0].softmax(-1) - F.one_hot(labels, scores_PBC.shape[-1])
         grad_CD = wrong_BC.mT @ features_PBD[0].to(wrong_BC) / len(labels)
         return torch.cat([grad_CD.flatten(), wrong_BC.mean(0)]).to(self.bank.theta)

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.modules.zeroth_order import EPSILON
 from wandazeta.scoring.scorer import option_losses
@@ -42,7 +43,7 @@ def test_one_step_is_the_update_written_out(model_dir, tmp_path, text, trainable
         with torch.no_grad():
             prepared = plain.scorer.prepare(batch)
             if not text:
-                return option_losses(plain.scorer.option_scores(prepared), batch["label"])[0].item()
+                return option_losses(plain.scorer.option_scores(prepared).values, batch["label"])[0].item()
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             return plain.backbone(**batch, labels=labels).loss.item()
 
@@ -91,9 +92,9 @@ def test_pruned_weights_are_what_the_prefix_holds(model_dir):
     pruned._insert_adapters()
     batch = classification_batch(6)
     with torch.no_grad():
-        scores = [m.scorer.option_scores(m.scorer.prepare(batch)) for m in (dense, pruned)]
+        scores = [m.scorer.option_scores(m.scorer.prepare(batch)).values for m in (dense, pruned)]
         pruned.scorer.prefix = None
-        plain = pruned.scorer.option_scores(pruned.scorer.prepare(batch))
+        plain = pruned.scorer.option_scores(pruned.scorer.prepare(batch)).values
     assert not torch.allclose(scores[0], scores[1], atol=1e-3)
     torch.testing.assert_close(scores[1], plain, atol=1e-5, rtol=1e-5)
 
@@ -136,7 +137,7 @@ def test_nothing_is_disturbed(model_dir, tmp_path):
 
 
 def test_backbone_is_frozen_and_adapters_stay_fp32(model_dir, tmp_path):
-    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), dtype="bfloat16").backbone)
+    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), LoadingOptions("bfloat16")).backbone)
     _, module, _ = train(model_dir, tmp_path, steps=2, trainer_options={"precision": "bf16-true"})
     assert module.adapters.theta.dtype == torch.float32
     assert module.backbone.dtype == torch.bfloat16
@@ -242,7 +243,7 @@ def test_tokenizer_without_pad_token(tmp_path):
     directory = save_tiny_lm(tmp_path, pad=False)
     with pytest.raises(ValueError, match="pad_token"):
         ZerothOrderModule(str(directory))
-    assert ZerothOrderModule(str(directory), pad_token="<eos>").tokenizer.pad_token == "<eos>"
+    assert ZerothOrderModule(str(directory), LoadingOptions(pad_token="<eos>")).tokenizer.pad_token == "<eos>"
 
 
 def test_gradient_accumulation_is_refused(model_dir, tmp_path):
