@@ -1,7 +1,6 @@
 """Reading calibration samples from any loader, and calling a model that was written without us in mind."""
 
 import copy
-import hashlib
 import inspect
 import random
 import sys
@@ -53,13 +52,18 @@ def _generators_kept(loader: Any) -> Iterator[None]:
             generator.set_state(states[key])
 
 
-def _leaves(batch: Any) -> Iterator[Any]:
+def leaves(batch: Any) -> Iterator[Any]:
+    """Yield the values of a batch that are no mappings, lists or tuples, in order.
+
+    Args:
+        batch: Any nesting of mappings, lists and tuples.
+    """
     if isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _leaves(value)
+            yield from leaves(value)
     else:
         yield batch
 
@@ -70,7 +74,7 @@ def count_rows(batch: Any) -> int:
     Args:
         batch: Tensors in any nesting of mappings, lists and tuples, the samples along their first dimension.
     """
-    for leaf in _leaves(batch):
+    for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
     return 1
@@ -97,7 +101,7 @@ def take_rows(batch: Any, num_rows: int) -> Any:
             return type(value)(*(take(item) for item in value))
         if isinstance(value, (list, tuple)):
             # strings and other plain values that come one per sample
-            plain = len(value) == rows and not any(isinstance(leaf, Tensor) for leaf in _leaves(value))
+            plain = len(value) == rows and not any(isinstance(leaf, Tensor) for leaf in leaves(value))
             return type(value)(value[:num_rows] if plain else [take(item) for item in value])
         return value
 
@@ -169,38 +173,3 @@ def call_arguments(function: Callable[..., Any], batch: Any) -> tuple[tuple[Any,
         if wanted <= len(batch):
             return tuple(batch[:wanted]), {}
     return (batch,), {}
-
-
-def digest_tensor(tensor: Tensor) -> str:
-    """Hashes the shape, the type and every byte of a tensor.
-
-    Args:
-        tensor: Any dense tensor, on any device.
-
-    Returns:
-        A hexadecimal SHA-256, cut to 32 digits.
-    """
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-def digest_batches(batches: list[Any], token_mask: Callable[[Any], Tensor | None]) -> str:
-    """Hashes calibration batches: their tensors, plain values and token masks, in order.
-
-    Args:
-        batches: What `collect_batches` returned.
-        token_mask: The function that marks the tokens that count.
-
-    Returns:
-        A hexadecimal SHA-256, cut to 32 digits.
-    """
-    digest = hashlib.sha256()
-    for batch in batches:
-        for leaf in [*_leaves(batch), token_mask(batch)]:
-            if isinstance(leaf, Tensor):
-                digest.update(digest_tensor(leaf).encode())
-            elif leaf is None or isinstance(leaf, (str, int, float, bool)):
-                digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:32]

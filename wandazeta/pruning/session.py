@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from wandazeta import __version__
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.pruning.calibration import collect_batches, digest_batches, isolated_rng
+from wandazeta.pruning.calibration import collect_batches, isolated_rng
 from wandazeta.pruning.method.layers import validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.progress.key import PruneKey, digest_model
+from wandazeta.pruning.progress.key import PruneKey, digest_batches, digest_model
 from wandazeta.pruning.pruner import PruningInterrupted, prune_model
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.pruning.samples import split_rows

@@ -19,11 +19,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from wandazeta.models.streaming import Stored, is_stored, store
-from wandazeta.pruning.calibration import digest_tensor
 from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.utilities import files
+from wandazeta.utilities.hashing import digest_tensor
 
 _COSTS = ("seconds", "peak_memory")
 _REMEDY = "; choose another `output_dir`, restore what changed, or delete the folder to prune anew."
