@@ -37,7 +37,7 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport, table
 from wandazeta.pruning.session import PruneRun
 from wandazeta.utilities.ranks import Ranks
-from wandazeta.utilities.signals import DeferredSignals, requeue_slurm_job
+from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
 
 
 class WandaPPPruneCallback(Callback):
@@ -286,7 +286,8 @@ class WandaPPPruneCallback(Callback):
         # of a fit before this one, in a process that survived it
         self._exit_code = None
         run = self._run(pl_module)
-        with DeferredSignals(requeue_signal(trainer)) as signals, _quiet(pl_module):
+        stop_signals = STOP_SIGNALS | {found for found in (requeue_signal(trainer),) if found is not None}
+        with DeferredSignals(stop_signals, deliver=False) as signals, _quiet(pl_module):
             report = self._make(trainer, pl_module, run, signals)
         if report is None:
             self._stop(trainer, signals)

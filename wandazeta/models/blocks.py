@@ -5,8 +5,7 @@ states (masks, rotary tables, position biases) differs between models and betwee
 from a real forward, for each block and each sample, and never made up.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.zero3 import full_shape
+from wandazeta.utilities.arguments import closest_names
 
 __all__ = [
     "BlockCall",
@@ -24,7 +24,6 @@ __all__ = [
     "call_block",
     "capture_block_calls",
     "find_blocks",
-    "nearest",
     "override_forward",
     "run_until_stopped",
 ]
@@ -82,18 +81,6 @@ class BlockCall:
     hidden_name: str | None = None
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """A remedy for an unknown name: the most similar candidates, or all of a few.
-
-    Example:
-        >>> nearest("mlp.up", ["mlp.up_proj", "attn.q_proj"])
-        'did you mean `mlp.up_proj`?'
-    """
-    candidates = list(candidates)
-    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
-    return f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "there is none"
-
-
 def find_blocks(
     model: nn.Module, forward: Callable[[], object] | None = None, name: str | None = None
 ) -> tuple[str, nn.ModuleList]:
@@ -146,7 +133,7 @@ def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
     lists = {n: m for n, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
     if name not in lists:
         what = "a list of blocks" if name not in modules else f"a list of blocks, not a {type(modules[name]).__name__}"
-        raise ValueError(f"Expected the name of {what}, but got {name!r}; {nearest(name, lists)}")
+        raise ValueError(f"Expected the name of {what}, but got {name!r}; {closest_names(name, lists)}")
     return nn.ModuleList(lists[name])
 
 
