@@ -34,7 +34,7 @@ from wandazeta.datamodules import TextDataModule
 from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel
 from wandazeta.pruning.options import Method, PruneOptions
-from wandazeta.pruning.pruner import BlockResult, PruningInterrupted, prune_model
+from wandazeta.pruning import BlockResult, PruningInterrupted, prune_model
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_bf16.json"
 CONFIG = ROOT / "configs" / "prune" / "best.yaml"
