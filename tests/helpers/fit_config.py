@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from helpers.prune_options import method_arguments
 from helpers.tiny_model import save_tiny_llama
 
 
@@ -24,7 +25,7 @@ def fit_settings(inputs, run_dir):
     return {
         "run_dir": run_dir,
         "checkpoint_every": 2,
-        "prune": {"rounds": 1, "samples_per_round": 4, "num_calibration_samples": 6},
+        "prune": {"method": method_arguments(rounds=1, samples_per_round=4), "num_calibration_samples": 6},
         "model": {
             "class_path": "ZerothOrderModule",
             "init_args": {

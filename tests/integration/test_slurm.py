@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers import slurm
 from helpers.fit_config import fit_settings, write_inputs
+from helpers.prune_options import method_arguments
 
 pytestmark = [
     pytest.mark.slurm,
@@ -58,7 +59,7 @@ def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     }
     logger = {"save_dir": "run", "name": "log", "version": "", "flush_logs_every_n_steps": 1}
     config["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": logger}
-    config["prune"]["rounds"] = 2
+    config["prune"]["method"]["init_args"]["optimisation"]["rounds"] = 2
     # only a preempted job writes a checkpoint before the end
     config["checkpoint_every"] = STEPS
     folder.mkdir()
@@ -190,7 +191,7 @@ def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inpu
             },
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    small = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6}
+    small = {"method": method_arguments(rounds=2, samples_per_round=4), "num_calibration_samples": 6}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({"prune": small}))
     script = SCRIPTS / "prune_array.sbatch"
     array = cluster.submit(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from wandazeta.adapters.sites import is_linear
 from wandazeta.models.blocks import override_forward
+from wandazeta.models.sparsity import is_pruned
 from wandazeta.utilities.signals import DeferredSignals
 from wandazeta.zeroth_order.directions import Direction, Directions, direction, stream
 
@@ -60,7 +61,7 @@ class InPlaceWeights(nn.Module):
                 key = keys.setdefault(id(parameter), len(keys))
                 self._owners.setdefault(module, {})[name] = key
                 model_names.append(f"{prefix}.{name}".lstrip("."))
-                if name == "weight" and is_linear(module) and _is_pruned(parameter):
+                if name == "weight" and is_linear(module) and is_pruned(parameter):
                     self._pruned.add(key)
         self.model_names = frozenset(model_names)
         self.num_parameters = sum(parameter.numel() for parameter in self.weights())
@@ -264,10 +265,3 @@ def _swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(own)
-
-
-def _is_pruned(weight: Any) -> bool:
-    """Whether a matrix was pruned: then every row lost some; a zero by chance is in few of them."""
-    # part by part: of a whole table of tokens these would be as large as the table, and a dense one ends it at once
-    parts = weight.detach().split(_rows_of_part(weight))
-    return all(bool((part == 0).any(1).all()) for part in parts) and any(bool(part.any()) for part in parts)

@@ -16,6 +16,7 @@ from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog
 from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
+from wandazeta.pruning import RGS
 
 ROOT = Path(__file__).parents[3]
 MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
@@ -51,8 +52,8 @@ def test_options_have_help(capsys):
         ("--model.help=ZerothOrderModule", "Number of queries of a step"),
         ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
         ("--data.help=TextDataModule", "Windows of the training split"),
-        ("--prune.help", "Folder that keeps the pruning"),
-        ("--trainer.callbacks.help=WandaPPPruneCallback", "Folder that keeps the pruning"),
+        ("--prune.help", "Pruning method: a name"),
+        ("--trainer.callbacks.help=WandaPPPruneCallback", "Pruning method: a name"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main(["fit", option])
@@ -165,7 +166,7 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
             *("--model", "ZerothOrderModule", "--model.model_name_or_path", str(model)),
             *(*DATA, "--data.source", str(text), "--data.sequence_length", "16"),
             *("--trainer.accelerator", "cpu", "--trainer.max_steps", "7"),
-            *("--prune.seed", "5"),
+            *("--prune.method", "RGS", "--prune.method.alpha", "5"),
         ],
         run=False,
     )
@@ -175,7 +176,7 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
     assert isinstance(cli.trainer, PruningTrainer)
     assert cli.trainer.max_steps == 7
     (pruning,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WandaPPPruneCallback))
-    assert pruning.options.seed == 5
+    assert pruning.options.method == RGS(alpha=5.0)
     # nothing ran
     assert cli.trainer.global_step == 0
     assert cli.trainer.state.fn is None
