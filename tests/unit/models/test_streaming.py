@@ -126,7 +126,7 @@ def test_ordinary_blocks_are_left_alone():
     assert torch.equal(weight, before["0.weight"] + 1)
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_model_with_its_blocks_left_in_the_file(tmp_path):
