@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from wandazeta.callbacks.calibration_data import calibration_loader
 from wandazeta.lightning_compat import requeue_signal
-from wandazeta.models.streaming import is_stored, require_whole
+from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
 from wandazeta.pruning.calibration import call_arguments
 from wandazeta.pruning.methods import MethodName, PruningMethod, make_method
@@ -154,7 +154,7 @@ class WandaPPPruneCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.state.status == TrainerStatus.RUNNING:
             # the module would raise this error, too, but only after the pruning
-            require_whole(pl_module)
+            require_in_memory(pl_module)
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
             return
@@ -301,7 +301,7 @@ class WandaPPPruneCallback(Callback):
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
                 weight = parameters[name]
-                nonzero = weight.numel() if is_stored(weight) else int(torch.count_nonzero(weight))
+                nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if isinstance(pl_module, HasPrunedBackboneKey):
             pl_module.pruned_backbone_key = self.key

@@ -13,7 +13,7 @@ from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
-from wandazeta.models.streaming import is_stored, require_whole
+from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.strategies import loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
@@ -75,7 +75,7 @@ class LanguageModel(LightningModule):
         """
         if "backbone" not in self._modules:
             return ""
-        require_whole(self)
+        require_in_memory(self)
         return backbone_fingerprint(self.backbone)
 
     @override
@@ -83,12 +83,12 @@ class LanguageModel(LightningModule):
         if attached_trainer(self) is not None:
             adjust_strategy(self.trainer.strategy)
         self._build_sharded()
-        require_whole(self)
+        require_in_memory(self)
 
     @override
     def cpu(self) -> Self:
         # the trainer calls this after an error too; streamed weights cannot be moved
-        return self if any(map(is_stored, self.parameters())) else super().cpu()
+        return self if any(map(is_file_backed, self.parameters())) else super().cpu()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
