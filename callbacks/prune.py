@@ -34,7 +34,8 @@ from wandazeta.pruning.options import (
     Target,
 )
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.records import PruneReport, table
+from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.table import report_table
 from wandazeta.pruning.session import PruneRun
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.signals import DeferredSignals, requeue_slurm_job
@@ -298,7 +299,7 @@ class WandaPPPruneCallback(Callback):
             rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
         elif trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
-            console.print(table(report), width=console.width if console.is_terminal else 120)
+            console.print(report_table(report), width=console.width if console.is_terminal else 120)
         return report
 
     def _run(self, pl_module: LightningModule) -> PruneRun:

@@ -109,7 +109,7 @@ class PruneRun:
             for block, record in zip(blocks, finished.blocks, strict=True):
                 parameters = dict(block.named_parameters())
                 ranks.broadcast_([parameters[layer.name] for layer in record.layers])
-            self.folder.lend_weights(blocks, finished)
+            self.folder.redirect_stored_weights(blocks, finished)
             return finished
         with _progress_bar(len(blocks), show_progress and ranks.rank == 0) as advance:
             try:
@@ -129,7 +129,7 @@ class PruneRun:
             except PruningInterrupted:
                 return None
         ranks.together(lambda: self.folder.finish(report) if ranks.rank == 0 else None)
-        self.folder.lend_weights(blocks, report)
+        self.folder.redirect_stored_weights(blocks, report)
         return report
 
     def _prepare(
