@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.language_model import evaluating
 from wandazeta.modules.zo_options import NonFiniteLossError, make_estimator
 
 
@@ -63,7 +63,7 @@ class Curve(Callback):
 def accuracy(module: Any, batches: list[Any]) -> float:
     """Share of the examples that are classified rightly."""
     right, total = 0, 0
-    with torch.no_grad(), evaluating(list(module.modules())):
+    with torch.no_grad(), evaluation_mode(list(module.modules())):
         for index, batch in enumerate(batches):
             batch = {name: values.to(module.device) for name, values in batch.items()}
             right += int((module.predict_step(batch, index)["prediction"] == batch["label"]).sum())
@@ -165,7 +165,7 @@ def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple
 
     def read(split: Any) -> tuple[Any, Any, int]:
         features, labels = [], []
-        with torch.no_grad(), evaluating(list(module.modules())):
+        with torch.no_grad(), evaluation_mode(list(module.modules())):
             for batch in DataLoader(data.examples(split), data.batch_size, collate_fn=data.collate):  # type: ignore[arg-type]
                 module.scorer.option_scores(module.scorer.prepare(batch))
                 features.append(module.scorer.last_features)

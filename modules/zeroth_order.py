@@ -22,10 +22,10 @@ from wandazeta.adapters import (
 )
 from wandazeta.adapters.files import describe_backbone
 from wandazeta.models.blocks import find_blocks
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_shared_out
 from wandazeta.modules.checkpoints import TrainedByForwards
 from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
-from wandazeta.modules.language_model import evaluating
 from wandazeta.modules.shares import hold_two_blocks
 from wandazeta.modules.zo_options import (
     EPSILON,
@@ -387,7 +387,7 @@ class ZerothOrderModule(TrainedByForwards):
     def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
-        with torch.no_grad(), evaluating(self._backbone_modules):
+        with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
             points = self._exchange.share(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from helpers.prune_options import method_arguments
 from helpers.tiny_model import save_tiny_llama
 
 
@@ -21,7 +22,8 @@ def write_inputs(root, num_blocks=2):
 def fit_settings(inputs, outputs):
     """Settings of `wandazeta fit` that prune the model of one folder and fine-tune it for six steps in another."""
     calibration = {"source": f"{inputs}/text.txt", "sequence_length": 16, "num_calibration_samples": 6}
-    pruning = {"rounds": 1, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"{outputs}/pruning"}
+    method = method_arguments(rounds=1, samples_per_round=4)
+    pruning = {"method": method, "num_calibration_samples": 6, "output_dir": f"{outputs}/pruning"}
     checkpoint = {"dirpath": f"{outputs}/checkpoints", "every_n_train_steps": 2, "save_top_k": 0, "save_last": True}
     return {
         "model": {

@@ -234,7 +234,7 @@ def change_model(inputs):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-ALPHA = ["--trainer.callbacks.init_args.alpha", "5"]
+ALPHA = ["--trainer.callbacks.init_args.method.init_args.alpha", "5"]
 SHORTER = ["--data.init_args.sequence_length", "12"]
 
 

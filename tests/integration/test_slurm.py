@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers import slurm
 from helpers.fit_config import fit_settings, write_inputs
+from helpers.prune_options import method_arguments
 
 pytestmark = [
     pytest.mark.slurm,
@@ -59,7 +60,7 @@ def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     }
     config["trainer"]["logger"]["init_args"]["flush_logs_every_n_steps"] = 1
     pruning, checkpoint = (callback["init_args"] for callback in config["trainer"]["callbacks"])
-    pruning["rounds"] = 2
+    pruning["method"]["init_args"]["optimisation"]["rounds"] = 2
     # nothing is written before the end, but for what a preempted job writes itself
     checkpoint["every_n_train_steps"] = STEPS
     folder.mkdir()
@@ -179,7 +180,8 @@ def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inpu
     (tmp_path / "runs" / "slurm").mkdir(parents=True)
     data = {"source": str(inputs / "text.txt"), "sequence_length": 16}
     for name, seconds in (("quick", 0.0), ("slow", 0.05)):
-        pruning = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"runs/{name}"}
+        method = method_arguments(rounds=2, samples_per_round=4)
+        pruning = {"method": method, "num_calibration_samples": 6, "output_dir": f"runs/{name}"}
         model = {"model_name_or_path": str(inputs / "model"), "seconds": seconds}
         config = {
             "model": {"class_path": "helpers.slow_module.SlowLanguageModel", "init_args": model},

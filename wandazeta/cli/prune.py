@@ -42,10 +42,10 @@ def prune_module(
         OSError: If the disk is full; finished blocks are kept for the next run.
     """
     target, progress = Path(output_dir).absolute(), ProgressFolder(Path(callback.output_dir).absolute())
-    if pack and callback.options.sparsity_pattern != "2:4":
+    if pack and callback.options.pattern.sparsity_pattern != "2:4":
         raise ValueError(
             "Expected argument `pack` to be False unless sparsity_pattern='2:4', the only pattern with a packed form, "
-            f"but got '{callback.options.sparsity_pattern}'; prune 2:4 or leave out `pack`."
+            f"but got '{callback.options.pattern.sparsity_pattern}'; prune 2:4 or leave out `pack`."
         )
     if trainer.world_size > 1:
         raise ValueError(

@@ -1,10 +1,9 @@
 """Records of a pruning: what was done to every layer and block, as plain values for JSON."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["BlockRecord", "LayerRecord", "PruneReport", "flatten_settings"]
+__all__ = ["BlockRecord", "LayerRecord", "PruneReport"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class PruneReport:
     """Everything that a pruning did.
 
     Args:
-        options: The options as plain values, as `PruneOptions.to_dict` returns them.
+        options: The options by name, in plain values, as `PruneOptions.to_dict` returns them.
         block_name: Dotted name of the `ModuleList` that holds the blocks.
         blocks: One record per block, in order.
     """
@@ -93,20 +92,14 @@ class PruneReport:
     blocks: tuple[BlockRecord, ...] = ()
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The options without nesting, by dotted name, for tables."""
-        return flatten_settings(self.options)
-
-    @property
     def method_name(self) -> str:
         """Name of the pruning method, such as `wanda++`; `?` if it was not recorded."""
-        return str(self.settings.get("method", "?"))
+        return str(self.options.get("method", "?"))
 
     @property
     def sparsity_pattern(self) -> str:
         """The requested pattern, `2:4` or `unstructured`; `?` if it was not recorded."""
-        settings = self.settings
-        return str(settings.get("pattern.sparsity_pattern", settings.get("sparsity_pattern", "?")))
+        return str(self.options.get("sparsity_pattern", "?"))
 
     @property
     def num_samples(self) -> int:
@@ -169,28 +162,3 @@ class PruneReport:
             "kernels (`wandazeta.pruning.export.semi_structured`) can be faster; they need an NVIDIA GPU (Ampere or "
             "newer) and 16-bit weights."
         )
-
-
-def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested options to one level of dotted names.
-
-    A component is a dictionary with its `name` among its options; the name stands for it under its own key.
-
-    Args:
-        settings: Options, nested in dictionaries.
-        prefix: Put before every name.
-
-    Example:
-        >>> flatten_settings({"method": {"name": "rgs", "alpha": 100.0}, "seed": 0})
-        {'method': 'rgs', 'method.alpha': 100.0, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if not isinstance(value, Mapping):
-            flat[f"{prefix}{name}"] = value
-            continue
-        if "name" in value:
-            flat[f"{prefix}{name}"] = value["name"]
-        options = {key: item for key, item in value.items() if key != "name"}
-        flat |= flatten_settings(options, f"{prefix}{name}.")
-    return flat

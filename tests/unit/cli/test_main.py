@@ -15,6 +15,7 @@ from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
+from wandazeta.pruning import RGS
 
 ROOT = Path(__file__).parents[3]
 MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
@@ -50,7 +51,7 @@ def test_options_have_help(capsys):
         ("--model.help=ZerothOrderModule", "Number of queries of a step"),
         ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
         ("--data.help=TextDataModule", "Windows of the training split"),
-        ("--trainer.callbacks.help=WandaPPPruneCallback", "Rounds of regional optimisation"),
+        ("--trainer.callbacks.help=WandaPPPruneCallback", "Pruning method: a name"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main(["fit", option])
@@ -162,7 +163,8 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
             *("--model", "ZerothOrderModule", "--model.model_name_or_path", str(model)),
             *(*DATA, "--data.source", str(text), "--data.sequence_length", "16"),
             *("--trainer.accelerator", "cpu", "--trainer.max_steps", "7"),
-            *("--trainer.callbacks", "WandaPPPruneCallback", "--trainer.callbacks.alpha", "5"),
+            *("--trainer.callbacks", "WandaPPPruneCallback", "--trainer.callbacks.method", "RGS"),
+            *("--trainer.callbacks.method.alpha", "5"),
         ],
         run=False,
     )
@@ -172,7 +174,7 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
     assert isinstance(cli.trainer, PruningTrainer)
     assert cli.trainer.max_steps == 7
     (pruning,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WandaPPPruneCallback))
-    assert pruning.options.alpha == 5
+    assert pruning.options.method == RGS(alpha=5.0)
     # nothing ran
     assert cli.trainer.global_step == 0
     assert cli.trainer.state.fn is None

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.language_model import evaluating
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +102,3 @@ def test_pad_token(tmp_path):
     tokenizer.unk_token = "<eos>"
     tokenizer.save_pretrained(directory)
     assert LanguageModel(directory, pad_token="<eos>").tokenizer.pad_token == "<eos>"
-
-
-def test_evaluating_restores_each_mode():
-    modules = [torch.nn.Dropout(), torch.nn.Dropout().eval()]
-    with evaluating(modules):
-        assert not any(module.training for module in modules)
-    assert [module.training for module in modules] == [True, False]

@@ -76,7 +76,7 @@ def model_card(
         "",
         "| option | value |",
         "|---|---|",
-        *(f"| `{name}` | `{value}` |" for name, value in report.settings.items()),
+        *(f"| `{name}` | `{value}` |" for name, value in report.options.items()),
         "",
     ]
     return "\n".join(lines)

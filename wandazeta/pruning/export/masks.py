@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wandazeta.models.blocks import nearest
 from wandazeta.models.pretrained import names_in_memory
+from wandazeta.utilities.arguments import closest_names
 
 __all__ = ["MASKS_FILE", "match_masks", "read_masks"]
 
@@ -71,6 +71,6 @@ def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
         if name not in in_memory:
             raise ValueError(
                 f"Expected masks of weights of {type(module).__name__}, but it has no `{name}`; "
-                f"{nearest(name, in_memory or parameters)}"
+                f"{closest_names(name, in_memory or parameters)}"
             )
     return {in_memory[name]: mask for name, mask in masks.items()}

@@ -13,6 +13,7 @@ block before it, so that blocks of two different runs are never mixed.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -159,6 +160,10 @@ class ProgressFolder:
             )
 
     # -- single blocks ----------------------------------------------------------------------------------------------
+
+    def num_saved(self) -> int:
+        """Number of block files, from the first block on, without reading them."""
+        return next(index for index in itertools.count() if not self._block_path(index).exists())
 
     def save(self, block_index: int, result: BlockResult) -> None:
         """Save a finished block.

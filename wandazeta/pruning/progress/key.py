@@ -10,7 +10,6 @@ from torch import Tensor
 
 from wandazeta.models.streaming import whole
 from wandazeta.pruning.calibration import leaves
-from wandazeta.pruning.records import flatten_settings
 from wandazeta.utilities.hashing import digest_tensor
 
 __all__ = ["PruneKey", "digest_batches", "digest_model"]
@@ -62,7 +61,7 @@ class PruneKey:
         mine, theirs = self.to_dict(), found.to_dict()
         phrases = []
         for part in parts:
-            here, there = flatten_settings(mine[part]), flatten_settings(theirs[part])
+            here, there = mine[part], theirs[part]
             names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
             if not names:
                 continue

@@ -77,7 +77,7 @@ def test_every_block_and_layer_is_there(tmp_path):
         "reduced it by 50%",
     ):
         assert words in page.text
-    for name, value in report.settings.items():
+    for name, value in report.options.items():
         assert f"{name} {value if isinstance(value, str) else json.dumps(value)}" in page.text
 
 
