@@ -27,7 +27,8 @@ from wandazeta.pruning.methods import MethodName, PruningMethod, make_method
 from wandazeta.pruning.options import ComputeDtype, PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.records import PruneReport, table
+from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.table import report_table
 from wandazeta.pruning.session import PruningSession
 from wandazeta.utilities.arguments import check_at_least
 from wandazeta.utilities.ranks import Ranks
@@ -242,7 +243,7 @@ class WandaPPPruneCallback(Callback):
             rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
         elif trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
-            console.print(table(report), width=console.width if console.is_terminal else 120)
+            console.print(report_table(report), width=console.width if console.is_terminal else 120)
         return report
 
     def _session(self, pl_module: LightningModule) -> PruningSession:
