@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
@@ -64,3 +66,27 @@ def requeue_slurm_job() -> str:
     except OSError as error:
         return f"`scontrol requeue {job}` could not be run: {error}"
     return f"`scontrol requeue {job}` " + ("done" if code == 0 else f"failed with code {code}")
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Defer every signal that has a handler in Python to the end of the context, where its handler runs.
+
+    Otherwise a handler such as Lightning's for SLURM may write a checkpoint between any two instructions. Outside the
+    main thread, where no handler runs, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
