@@ -17,8 +17,8 @@ from wandazeta.adapters.files import describe_backbone, require_same, save_adapt
 from wandazeta.models.blocks import find_blocks, nearest
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered, is_shared_out
-from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, describe_rates, stepped

@@ -14,8 +14,8 @@ from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_stored, require_whole
-from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.modules.shares import loading_in_shares
+from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 

@@ -3,6 +3,7 @@
 Legend: B examples, C classes, D hidden size, d length of the trained vector.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from wandazeta.utilities.arguments import check_choice, check_range
 from wandazeta.utilities.random_streams import Directions
 
 
+@dataclass(frozen=True)
 class TrainedHead:
     """Options of a linear head that is trained together with adapters.
 
@@ -31,22 +33,16 @@ class TrainedHead:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        num_answers: int | None = None,
-        gradient: Literal["estimated", "exact"] = "estimated",
-        learning_rate: float | None = None,
-    ) -> None:
-        check_range("num_answers", num_answers, num_answers is None or num_answers >= 2, "at least 2")
-        check_choice("gradient", gradient, ("estimated", "exact"))
-        check_range("learning_rate", learning_rate, learning_rate is None or learning_rate > 0, "above 0")
-        self.num_answers = num_answers
-        self.gradient = gradient
-        self.learning_rate = learning_rate
+    num_answers: int | None = None
+    gradient: Literal["estimated", "exact"] = "estimated"
+    learning_rate: float | None = None
 
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"TrainedHead({arguments})"
+    def __post_init__(self) -> None:
+        check_range("num_answers", self.num_answers, self.num_answers is None or self.num_answers >= 2, "at least 2")
+        check_choice("gradient", self.gradient, ("estimated", "exact"))
+        check_range(
+            "learning_rate", self.learning_rate, self.learning_rate is None or self.learning_rate > 0, "above 0"
+        )
 
 
 class HeadGradient:
