@@ -155,8 +155,8 @@ class FiniteDifferences(Estimator):
         aggregation: Literal["mean", "align", "fzoo"] = "mean",
     ) -> None:
         check_range("epsilon", epsilon, epsilon is None or epsilon > 0, "above 0")
-        super().__init__(directions, aggregation)
         self.epsilon = epsilon
+        super().__init__(directions, aggregation)
 
     @override
     def with_default_epsilon(self, dtype: torch.dtype) -> Self:
