@@ -7,6 +7,7 @@ started again.
 """
 
 import itertools
+from typing import Literal
 
 from lightning.pytorch import seed_everything
 from records import ROOT, describe, finished, is_finished, write
@@ -14,6 +15,7 @@ from records import ROOT, describe, finished, is_finished, write
 from wandazeta.adapters import TensorTrainAdapters
 from wandazeta.cli.main import PruningTrainer
 from wandazeta.datamodules import PromptedClassificationDataModule
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.modules.diagnose import EpsilonDiagnosis
 
@@ -22,11 +24,14 @@ RESULT = ROOT / "benchmarks" / "results" / "epsilon.json"
 BATCH_SIZE = 4
 
 
-def measure(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
+def measure(dtype: Literal["bfloat16", "float32"], identity_start: bool) -> EpsilonDiagnosis:
     """Measure one setting."""
     seed_everything(0)
     model = ZerothOrderModule(
-        str(ROOT / MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=8
+        str(ROOT / MODEL),
+        LoadingOptions(dtype),
+        trainable=TensorTrainAdapters(identity_start=identity_start),
+        query_chunk_size=8,
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",

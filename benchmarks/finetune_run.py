@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.language_model import evaluating
 from wandazeta.modules.zo_options import NonFiniteLossError, make_estimator
 
 
@@ -63,7 +63,7 @@ class Curve(Callback):
 def accuracy(module: Any, batches: list[Any]) -> float:
     """Share of the examples that are classified rightly."""
     right, total = 0, 0
-    with torch.no_grad(), evaluating(list(module.modules())):
+    with torch.no_grad(), evaluation_mode(list(module.modules())):
         for index, batch in enumerate(batches):
             batch = {name: values.to(module.device) for name, values in batch.items()}
             right += int((module.predict_step(batch, index)["prediction"] == batch["label"]).sum())
@@ -119,7 +119,8 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     options = dict(method.get("init_args", {}))
     if "with_head" in method:
         options |= method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
-    options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
+    loading = {"num_classes": data.num_classes if run["head"] else None}
+    options |= {"model_name_or_path": str(ROOT / run["path"]), "loading": options.get("loading", {}) | loading}
     if "class_path" in method:
         # a grid names an epsilon for methods that have one
         options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
@@ -165,7 +166,7 @@ def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple
 
     def read(split: Any) -> tuple[Any, Any, int]:
         features, labels = [], []
-        with torch.no_grad(), evaluating(list(module.modules())):
+        with torch.no_grad(), evaluation_mode(list(module.modules())):
             for batch in DataLoader(data.examples(split), data.batch_size, collate_fn=data.collate):  # type: ignore[arg-type]
                 module.scorer.option_scores(module.scorer.prepare(batch))
                 features.append(module.scorer.last_features)

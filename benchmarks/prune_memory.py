@@ -137,7 +137,8 @@ def config_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "samples_per_round": min(arguments.samples, 32),
         "output_dir": str(folder / "progress"),
     }
-    model = {"model_name_or_path": str(folder / "model"), "dtype": "bfloat16", "stream_weights": not arguments.whole}
+    loading = {"dtype": "bfloat16", "stream_weights": not arguments.whole}
+    model = {"model_name_or_path": str(folder / "model"), "loading": loading}
     data = {
         "source": "sample:wikipedia",
         "sequence_length": arguments.tokens,

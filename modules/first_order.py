@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters, train_linears
 from wandazeta.adapters.files import describe_backbone, require_same, save_adapter_files
-from wandazeta.models.blocks import find_blocks, nearest
+from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered, is_shared_out
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
-from wandazeta.utilities.arguments import check_range, describe_rates, stepped
+from wandazeta.utilities.arguments import check_range, closest_names, describe_rates, stepped
 
 
 class FirstOrderModule(LanguageModel):
@@ -133,7 +133,7 @@ class FirstOrderModule(LanguageModel):
             if not any(name == target or name.endswith(f".{target}") for name in known):
                 raise ValueError(
                     f"Expected argument `target_modules` to name modules of the model, but got {target!r}; "
-                    f"{nearest(target, sorted({name.rpartition('.')[2] for name in known}))}"
+                    f"{closest_names(target, sorted({name.rpartition('.')[2] for name in known}))}"
                 )
 
     def _insert_tensor_trains(self) -> None:

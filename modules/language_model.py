@@ -1,7 +1,6 @@
 """A language model as a LightningModule: perplexity, accuracy over answer options or of a classification head."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -150,19 +149,3 @@ class LanguageModel(LightningModule):
 def _metrics() -> nn.ModuleDict:
     # fp64: a perplexity over millions of tokens is a long sum
     return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put modules into evaluation mode for a while, each back into its own afterwards.
-
-    Takes a flat list and writes the flag itself: `train()` walks the tree, a millisecond in every step.
-    """
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.__dict__["training"] = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.__dict__["training"] = True

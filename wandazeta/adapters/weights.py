@@ -26,7 +26,7 @@ from wandazeta.adapters.trained_vector import TrainedVector
 from wandazeta.models.blocks import override_forward
 from wandazeta.models.sparsity import is_pruned
 from wandazeta.utilities.random_streams import Direction, Directions, direction, stream
-from wandazeta.utilities.signals import signals_deferred
+from wandazeta.utilities.signals import DeferredSignals
 
 PART = 1 << 20
 """Values that are drawn at once; each part of a weight has its own random stream."""
@@ -137,7 +137,7 @@ class InPlaceWeights(TrainedVector):
         self._moves = _moves(theta_Pd[0])
         forwards = {owner: self._moved_forward(owner) for owner in self._owners} if self._moves else {}
         try:
-            with signals_deferred(), override_forward(forwards):
+            with DeferredSignals(), override_forward(forwards):
                 yield
         finally:
             self._moves = []
@@ -145,7 +145,7 @@ class InPlaceWeights(TrainedVector):
     @override
     def apply_update(self, updated: Tensor, decay: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         moves = _moves(updated)
-        with torch.no_grad(), signals_deferred():
+        with torch.no_grad(), DeferredSignals():
             for key, weight in self._keyed().items():
                 if decay and weight.ndim >= 2:
                     weight.mul_(1 - decay)
