@@ -303,7 +303,7 @@ class ZerothOrderModule(LanguageModel):
         theta, head = self.adapters.theta, self._head_gradient
         if head is not None:
             directions = head.directions(directions)
-        values = self._evaluate(batch, directions, num_queries)
+        values = self._evaluate_points(batch, directions, num_queries)
         slopes = projected_gradients(self._estimator.slopes(values))
         grad = self.estimator.gradient(theta, slopes, directions)
         if head is not None:
@@ -360,7 +360,7 @@ class ZerothOrderModule(LanguageModel):
             (head, learning_rate * self.head.learning_rate / self.learning_rate),
         ]
 
-    def _evaluate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
+    def _evaluate_points(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         """Return the values of all points of a step `(V, P)`, the same bits on every rank."""
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
