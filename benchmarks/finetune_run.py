@@ -168,8 +168,7 @@ def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple
         features, labels = [], []
         with torch.no_grad(), evaluation_mode(list(module.modules())):
             for batch in DataLoader(data.examples(split), data.batch_size, collate_fn=data.collate):  # type: ignore[arg-type]
-                module.scorer.option_scores(module.scorer.prepare(batch))
-                features.append(module.scorer.last_features)
+                features.append(module.scorer.option_scores(module.scorer.prepare(batch)).features)
                 labels.append(batch["label"])
         return torch.cat(features).numpy(), torch.cat(labels).numpy(), len(features)
 

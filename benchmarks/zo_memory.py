@@ -22,7 +22,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM  # noqa: F401  (the same for every method's model)
 
-from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
+from wandazeta.adapters import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Weights
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 from wandazeta.zeroth_order import ConstantSchedule
 
@@ -35,9 +35,9 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "tensor_train": (ZerothOrderModule, FORWARD_ONLY | {"trainable": TensorTrainAdapters()}),
     "lora": (ZerothOrderModule, FORWARD_ONLY | {"trainable": LoRAAdapters()}),
     "mezo": (ZerothOrderModule, FORWARD_ONLY | {"trainable": Weights()}),
-    "tensor_train_backprop": (FirstOrderModule, {"train": "tensor_train"}),
-    "lora_backprop": (FirstOrderModule, {"train": "lora"}),
-    "full_backprop": (FirstOrderModule, {"train": "full"}),
+    "tensor_train_backprop": (FirstOrderModule, {"trainable": TensorTrainAdapters()}),
+    "lora_backprop": (FirstOrderModule, {"trainable": PeftLoRA()}),
+    "full_backprop": (FirstOrderModule, {"trainable": Weights()}),
 }
 
 console = Console()

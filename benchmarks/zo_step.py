@@ -134,7 +134,7 @@ class Forwards:
     @torch.no_grad()
     def run(self, copies: int) -> None:
         """One forward of so many copies of the batch."""
-        option_losses(self.scorer.option_scores(self.prepared, copies), self.prepared.labels)
+        option_losses(self.scorer.option_scores(self.prepared, copies).values, self.prepared.labels)
 
 
 class Clock(Callback):

@@ -26,8 +26,8 @@ class KeepSparsity(Callback):
     alone are masked, which is enough for SGD, Adam and all that move a value by its own gradient; sparsity is checked
     after the first step, too. Every rank holds whole masks, a byte for each weight.
 
-    Masked full fine-tuning is this callback beside `FirstOrderModule(train="full")`. In a list of callbacks its place
-    does not matter.
+    Masked full fine-tuning is this callback beside `FirstOrderModule(trainable=Weights())`. In a list of callbacks its
+    place does not matter.
 
     Args:
         masks: A `masks.safetensors`, or the directory of a `wandazeta prune` that holds it; by default the zeros of

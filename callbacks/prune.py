@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from wandazeta.callbacks.calibration_data import calibration_loader
 from wandazeta.callbacks.cluster.requeue import requeue_signal
-from wandazeta.models.streaming import is_stored, require_whole
+from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.pruning.calibration import call_arguments
 from wandazeta.pruning.options import (
     Alpha,
@@ -209,7 +209,7 @@ class WandaPPPruneCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.state.status == TrainerStatus.RUNNING:
             # the module would say so too, but after the pruning
-            require_whole(pl_module)
+            require_in_memory(pl_module)
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
             return
@@ -356,7 +356,7 @@ class WandaPPPruneCallback(Callback):
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
                 weight = parameters[name]
-                nonzero = weight.numel() if is_stored(weight) else int(torch.count_nonzero(weight))
+                nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if hasattr(pl_module, "pruned_backbone_key"):
             pl_module.pruned_backbone_key = self.key  # type: ignore[assignment]

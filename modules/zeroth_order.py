@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,13 +17,12 @@ from wandazeta.adapters.files import describe_backbone, load_adapter_files, requ
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
-from wandazeta.models.zero3 import is_shared_out
+from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.language_model import LanguageModel
-from wandazeta.modules.shares import hold_two_blocks
-from wandazeta.modules.strategies import configure_deepspeed, refuse_sharded_weights
+from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
-from wandazeta.scoring.prefix import FrozenPrefix
-from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
+from wandazeta.scoring.scorer import Prepared, Scores
 from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
 from wandazeta.zeroth_order import (
     DEFAULT_EPSILON,
@@ -49,18 +48,6 @@ class NonFiniteLossError(ValueError):
     """Training has diverged, or its data or precision lead to losses that are not finite."""
 
 
-class Scores(NamedTuple):
-    """Scores of answer options or classes, and the inputs of the head that they were computed from.
-
-    Args:
-        values: Scores `[P, B, C]` in fp64.
-        features: Hidden states `[P·B, D]`.
-    """
-
-    values: Tensor
-    features: Tensor
-
-
 class ZerothOrderModule(LanguageModel):
     """A language model that is fine-tuned with forward passes alone: adapters (and a new head), or its own weights.
 
@@ -77,8 +64,8 @@ class ZerothOrderModule(LanguageModel):
             `Weights`.
         head: Options of a head that is trained together with adapters; see `TrainedHead`.
         objective: What is minimised: one minus a metric of torchmetrics (of scores and labels) or of `GeneratedText`;
-            by default the cross-entropy. A metric is piecewise constant: it needs an `epsilon` of its own and large
-            batches.
+            by default the cross-entropy. A metric is a step function, which needs large batches and an explicit
+            `epsilon`.
         estimator: How the gradient is estimated: `TwoSided` differences (2 forwards for each query, the default),
             `OneSided` differences (1 for each query and 1 more) or exact `ForwardMode` derivatives (counted as 2).
         schedule: Number of queries of a step: `ConstantSchedule` (8 by default), `AdaZetaSchedule` (by the epoch) or
@@ -194,10 +181,10 @@ class ZerothOrderModule(LanguageModel):
             if stage == "fit" and self.trainable.needs_whole_weights:
                 refuse_sharded_weights(self._trainer.strategy)
             configure_deepspeed(self._trainer.strategy)
-        if self._build_in_shares():
+        if self._build_sharded():
             self.trainable.check(self.backbone, self.update.num_states)
         if self._trainer is not None:
-            hold_two_blocks(self._trainer.strategy, self.backbone)
+            limit_gathered_weights(self._trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -209,11 +196,11 @@ class ZerothOrderModule(LanguageModel):
         if self.head.num_answers is not None:
             config: Any = self.backbone.config
             width = config.get_text_config().hidden_size
-            self.scorer.answers = adapters.append_linear("answers", width, self.head.num_answers)
+            self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
         # buffers of the vector, which keeps its precision whatever the strategy casts to
         adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
         adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
-        self.scorer.head_rows = adapters.rows
+        self.scorer.adapt(head_rows=adapters.rows)
         sites = adapted_modules(self.backbone)
         if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
@@ -236,7 +223,7 @@ class ZerothOrderModule(LanguageModel):
     def on_fit_start(self) -> None:
         assert self.adapters is not None
         # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
-        sharded = any(map(is_shared_out, self.backbone.parameters()))
+        sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
         self.adapters.prepare_fit()
         reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
@@ -379,6 +366,7 @@ class ZerothOrderModule(LanguageModel):
         """Compute the head's gradient if the first of the vectors is the trained one, the base of one-sided slopes."""
         assert self.adapters is not None
         assert self._head_gradient is not None
+        assert scores.features is not None
         if torch.equal(theta_Pd[0], self.adapters.theta):
             features_BD = scores.features.unflatten(0, (len(theta_Pd), -1))[0]
             self._head_gradient.observe(features_BD, scores.values[0], labels)
@@ -391,20 +379,16 @@ class ZerothOrderModule(LanguageModel):
         Args:
             theta_Pd: The vectors.
             prepared: The batch, prepared by the scorer.
-            on_scores: Called with vectors and their scores; given if the head has an exact gradient, of the
-                cross-entropy.
+            on_scores: Called with vectors and their scores; given if the head has an exact gradient.
         """
         assert self.adapters is not None
         losses = []
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds_queries else 1):
             with self.adapters.use(part):
-                if on_scores is None:
-                    losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
-                else:
-                    assert prepared.labels is not None
-                    scores = _option_scores(self.scorer, prepared, len(part))
-                    on_scores(part, scores)
-                    losses.append(option_losses(scores.values, prepared.labels))
+                observe = None if on_scores is None else partial(on_scores, part)
+                losses.append(
+                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, observe)
+                )
         return torch.cat(losses)
 
     # -- checkpoints and saved adapters
@@ -495,11 +479,6 @@ class ZerothOrderModule(LanguageModel):
         return inner == name or inner in self.adapters.parameter_names
 
 
-def _option_scores(scorer: Scorer, prepared: Prepared, repeats: int) -> Scores:
-    values = scorer.option_scores(prepared, repeats)
-    return Scores(values, scorer.last_features)
-
-
 def _check_schedule(schedule: QuerySchedule, estimator: Estimator, max_forwards: int | None) -> None:
     if schedule.min_queries < estimator.min_queries:
         raise ValueError(
@@ -520,12 +499,12 @@ def _check_objective(objective: Objective | None, estimator: Estimator) -> None:
     if estimator.needs_differentiable_loss:
         raise ValueError(
             f"Expected argument `estimator` to be TwoSided or OneSided for the objective {name}, but got "
-            f"{type(estimator).__name__}; a metric is piecewise constant and has no derivative"
+            f"{type(estimator).__name__}; a metric is a step function and has no derivative"
         )
     if estimator.epsilon is None:
         raise ValueError(
             f"Expected argument `epsilon` of `estimator` to be set for the objective {name}, but got None; a metric is "
-            "piecewise constant, and with the small default both sides have the same value: try 0.1"
+            "a step function, and with the small default both sides have the same value: try 0.1"
         )
 
 

@@ -175,7 +175,7 @@ def test_the_loop_that_steps_are_compared_with_takes_the_same_slopes(tmp_path, m
     for adapter in loop.model.modules():
         if isinstance(adapter, zo_step.LoopedAdapter):
             adapter.up.cores[-1].data.zero_()  # changes nothing now
-    scores = plain.scorer.option_scores(plain.prepared)
+    scores = plain.scorer.option_scores(plain.prepared).values
     loss = zo_step.option_losses(scores, batch["label"])
     with torch.no_grad():
         assert loop._loss(batch) == pytest.approx(float(loss), rel=1e-4)

@@ -25,7 +25,7 @@ ZEROTH = {
 }
 LORA = {
     "class_path": "wandazeta.modules.FirstOrderModule",
-    "init_args": {"train": "lora", "lora_rank": 2},
+    "init_args": {"trainable": {"class_path": "wandazeta.adapters.PeftLoRA", "init_args": {"rank": 2}}},
     "forwards_per_step": 3,
 }
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wandazeta.models.streaming import Stored, whole
+from wandazeta.models.streaming import StoredTensor, materialize
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -94,7 +94,7 @@ def stored(path: Path) -> dict[str, LazyTensor]:
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             piece = file.get_slice(name)
-            tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), Stored(path, name).read)
+            tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), StoredTensor(path, name).read)
     return tensors
 
 
@@ -104,7 +104,7 @@ def lazy(tensor: Tensor) -> LazyTensor:
     Args:
         tensor: Any dense tensor.
     """
-    return LazyTensor(_NAMES[tensor.dtype], tuple(tensor.shape), partial(whole, tensor))
+    return LazyTensor(_NAMES[tensor.dtype], tuple(tensor.shape), partial(materialize, tensor))
 
 
 def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:

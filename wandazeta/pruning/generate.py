@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wandazeta.models.streaming import is_stored
+from wandazeta.models.streaming import is_file_backed
 from wandazeta.pruning.calibration import isolated_rng
 
 # of the sample, to begin with; no more than a quarter of it
@@ -34,7 +34,7 @@ def find_writer(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     """
     for module in model.modules():
         if callable(getattr(module, "generate", None)) and blocks[0] in module.modules():
-            if any(is_stored(parameter) for parameter in module.parameters()):
+            if any(is_file_backed(parameter) for parameter in module.parameters()):
                 raise ValueError(
                     "Expected a model that is whole in memory for `generated_copies`, but its weights are streamed "
                     "from their files; set `generated_copies` to 0"

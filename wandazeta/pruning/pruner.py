@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wandazeta.models.blocks import call_block, find_blocks
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.models.streaming import resident
+from wandazeta.models.streaming import parameters_loaded
 from wandazeta.pruning.calibration import isolated_rng
 from wandazeta.pruning.generate import find_writer, with_tokens, write_copies
 from wandazeta.pruning.method.block import BlockPruner
@@ -353,7 +353,7 @@ class _Pruner:
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
         """One block on the device, its layers to prune."""
         block = self.blocks[index]
-        with resident(block):
+        with parameters_loaded(block):
             home = next(block.parameters()).device
             block.to(self.device)
             try:

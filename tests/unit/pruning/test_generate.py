@@ -9,7 +9,7 @@ from helpers.prune_model import Memory, equal, prune, tiny
 from helpers.pruning import Tiny, Writer, callback, loader, trainer
 from torch import nn
 
-from wandazeta.models.streaming import Stored, store
+from wandazeta.models.streaming import StoredTensor, back_by_file
 from wandazeta.pruning import generate
 from wandazeta.pruning.generate import find_writer, with_tokens, write_copies
 from wandazeta.pruning.pruner import PruningInterrupted
@@ -190,7 +190,7 @@ def test_models_that_write_no_text_are_refused(tmp_path):
 def test_streamed_models_are_refused(tmp_path):
     model, blocks = build("llama")
     weight = nn.Parameter(torch.empty(16, 16, device="meta"))
-    model.model.layers[1].self_attn.q_proj.weight = store(weight, Stored(tmp_path / "file", "weight"))
+    model.model.layers[1].self_attn.q_proj.weight = back_by_file(weight, StoredTensor(tmp_path / "file", "weight"))
     with pytest.raises(ValueError, match=r"whole in memory for `generated_copies`"):
         find_writer(model, model.get_submodule(blocks))
 

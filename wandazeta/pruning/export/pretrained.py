@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from wandazeta.models.safetensors_io import lazy, open_safetensors, write_streamed
-from wandazeta.models.streaming import Stored, is_stored, whole
+from wandazeta.models.streaming import StoredTensor, is_file_backed, materialize
 from wandazeta.pruning.export.packed import MASKS_FILE, PACKED_FILE, write_packed
 from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
@@ -203,7 +203,7 @@ def _write_weights(model: Any, directory: Path) -> None:
 
 
 def _is_streamed(model: nn.Module) -> bool:
-    return any(is_stored(parameter) for parameter in model.parameters())
+    return any(is_file_backed(parameter) for parameter in model.parameters())
 
 
 def _fresh(directory: Path) -> Path:
@@ -260,7 +260,7 @@ def names_on_disk(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
 
     # the files of a streamed model have its own names
     if isinstance(model, PreTrainedModel) and not _is_streamed(model):
-        masks = revert_weight_conversion(model, {name: whole(mask) for name, mask in masks.items()})
+        masks = revert_weight_conversion(model, {name: materialize(mask) for name, mask in masks.items()})
     return {name: masks[name] for name in sorted(masks)}
 
 
@@ -271,7 +271,7 @@ def _check_masks(directory: Path, masks: Mapping[str, Tensor]) -> None:
             names = unseen & set(file.keys())
         for name in names:
             # opened for each, so that no mapped page stays
-            if bool(Stored(path, name).read()[~whole(masks[name])].any()):
+            if bool(StoredTensor(path, name).read()[~materialize(masks[name])].any()):
                 raise ValueError(f"Expected the mask of `{name}` to fit the model, but a removed weight is not zero.")
         unseen -= names
     if unseen:

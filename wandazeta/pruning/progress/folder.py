@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from wandazeta.models.streaming import Stored, is_stored, store
+from wandazeta.models.streaming import StoredTensor, back_by_file, is_file_backed
 from wandazeta.pruning.calibration import digest_tensor
 from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
@@ -265,7 +265,7 @@ class ProgressFolder:
         """
         path = self._path(block_index)
         return {
-            name: store(torch.empty_like(mask, device="meta"), Stored(path, f"mask:{name}"))
+            name: back_by_file(torch.empty_like(mask, device="meta"), StoredTensor(path, f"mask:{name}"))
             for name, mask in result.masks.items()
         }
 
@@ -279,8 +279,8 @@ class ProgressFolder:
         for block, record in zip(blocks, report.blocks, strict=True):
             parameters = dict(block.named_parameters())
             for layer in record.layers:
-                if is_stored(parameters[layer.name]):
-                    store(parameters[layer.name], Stored(self._path(record.index), f"weight:{layer.name}"))
+                if is_file_backed(parameters[layer.name]):
+                    back_by_file(parameters[layer.name], StoredTensor(self._path(record.index), f"weight:{layer.name}"))
 
     def load_into(self, blocks: nn.ModuleList) -> bool:
         """Puts a complete pruning into a model; stored weights are left to `lend_weights`.
@@ -300,7 +300,7 @@ class ProgressFolder:
             return False
         if marker != {"key": self._key, "num_blocks": len(blocks), "last": self._chain[len(blocks) - 1]}:
             return False
-        if all(is_stored(parameter) for parameter in blocks.parameters()):
+        if all(is_file_backed(parameter) for parameter in blocks.parameters()):
             return True
         for block, result in zip(blocks, self.results(len(blocks)), strict=True):
             parameters = dict(block.named_parameters())

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wandazeta.models.streaming import whole
+from wandazeta.models.streaming import materialize
 from wandazeta.pruning.calibration import digest_tensor
 
 _PARTS = ("options", "model", "calibration", "environment")
@@ -82,4 +82,4 @@ def digest_model(tensors: dict[str, Tensor]) -> dict[str, str]:
     Args:
         tensors: Parameters and buffers; those that are stored are read one at a time.
     """
-    return {name: digest_tensor(whole(tensors[name])) for name in sorted(tensors)}
+    return {name: digest_tensor(materialize(tensors[name])) for name in sorted(tensors)}
