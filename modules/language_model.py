@@ -14,8 +14,7 @@ from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_file_backed, require_in_memory
-from wandazeta.modules.exchange import adjust_strategy
-from wandazeta.modules.strategies import loading_sharded_by
+from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
@@ -81,7 +80,7 @@ class LanguageModel(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if attached_trainer(self) is not None:
-            adjust_strategy(self.trainer.strategy)
+            configure_deepspeed(self.trainer.strategy)
         self._build_sharded()
         require_in_memory(self)
 

@@ -73,7 +73,7 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If an argument does not fit.
         """
-        from wandazeta.modules.diagnose import EpsilonDiagnosis, report
+        from wandazeta.modules.diagnose import EpsilonDiagnosis
         from wandazeta.utilities.files import check_writable
 
         # before the measurement, which takes minutes
@@ -87,4 +87,4 @@ class PruningTrainer(Trainer):
         self.callbacks.append(diagnosis)
         self.num_sanity_val_steps = 0
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        report(diagnosis, output_dir)
+        diagnosis.write_report(output_dir)
