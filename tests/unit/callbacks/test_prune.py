@@ -323,12 +323,9 @@ def test_a_wrong_method_in_a_file_is_named(tmp_path, capsys, method, message):
     parser.add_subclass_arguments(WandaPPPruneCallback, "pruning")
     config = tmp_path / "config.yaml"
     config.write_text(f"class_path: wandazeta.callbacks.WandaPPPruneCallback\ninit_args: {{method: {method}}}")
-    try:
+    with pytest.raises((ValueError, SystemExit)) as error:
         parser.instantiate_classes(parser.parse_args([f"--pruning={config}"]))
-    except (ValueError, SystemExit) as error:
-        assert message in f"{error}{capsys.readouterr().err}"
-    else:
-        pytest.fail("accepted")
+    assert message in f"{error.value}{capsys.readouterr().err}"
 
 
 def test_padding_is_found_in_the_attention_mask():
