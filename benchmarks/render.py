@@ -17,6 +17,7 @@ from tables import (
     METHODS,
     ablation_table,
     bf16_table,
+    cost_list,
     demo_table,
     epsilon_table,
     finetune_table,
@@ -44,6 +45,7 @@ PLAIN, OURS = "#9aa0a6", "#1a73e8"
 
 # marker in the pages -> names of its result files, and the function that makes the text of them
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "cost": (("demo_seeds", "prune_quality", "prune_memory"), cost_list),
     "summary": (("prune_quality", "finetune"), readme_table),
     "demo": (("demo_seeds",), demo_table),
     "prompts": (("prompts",), prompt_table),

@@ -99,6 +99,25 @@ def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     )
 
 
+def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, Any]) -> str:
+    """Time and memory by size of the model, for README."""
+    runs = demo["records"]
+    minutes = mean(r["minutes"]["total"] for r in runs)
+    gib = max(max(r["peak_memory_gib"].values()) for r in runs)
+    best = [r for r in quality["records"] if (r["method"], r["pattern"], r["text"]) == ("best", "2:4", "wikipedia")]
+    threads = sorted({r["threads"] for r in best})
+    streamed = max(memory["records"], key=lambda r: r["model_gib"])
+    return (
+        f"- 135M parameters, {demo['hardware']['threads']} CPU threads: the demo (pruning, fine-tuning, all "
+        f"evaluations) takes {minutes:.0f} minutes and at most {gib:.1f} GiB; pruning with `best.yaml` takes "
+        f"{spread([r['seconds'] / 60 for r in best], '.0f')} minutes on {' or '.join(map(str, threads))} threads.\n"
+        f"- {streamed['model'].split()[-1].upper()} parameters, {streamed['threads']} CPU threads: pruning by "
+        f"{streamed['method'].capitalize()} with weights streamed from disk takes {streamed['peak_gib']:.1f} GiB for a "
+        f"model of {streamed['model_gib']:.1f} GiB, and {streamed['seconds'] / 60:.0f} minutes with "
+        f"{streamed['samples']} short samples."
+    )
+
+
 def demo_table(result: dict[str, Any]) -> str:
     """Perplexities, accuracies and costs of the demo, by seed and in the mean."""
     records = result["records"]
