@@ -67,7 +67,7 @@ def pruned(path: str, head: bool, pattern: str) -> str:
         config = yaml.safe_load(PRUNE.read_text())
         options = config["trainer"]["callbacks"][0]["init_args"]
         options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | options_of("best", pattern, 0)
-        config["model"]["init_args"] = {"model_name_or_path": path, "num_classes": 2 if head else None}
+        config["model"]["init_args"] = {"model_name_or_path": path, "loading": {"num_classes": 2 if head else None}}
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")
         written.write_text(yaml.safe_dump(config, sort_keys=False))

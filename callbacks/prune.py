@@ -37,7 +37,7 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport, table
 from wandazeta.pruning.session import PruneRun
 from wandazeta.utilities.ranks import Ranks
-from wandazeta.utilities.signals import DeferredSignals, requeue_slurm_job
+from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
 
 
 class WandaPPPruneCallback(Callback):
@@ -286,7 +286,8 @@ class WandaPPPruneCallback(Callback):
         # of a fit before this one, in a process that survived it
         self._exit_code = None
         run = self._run(pl_module)
-        with DeferredSignals(requeue_signal(trainer)) as signals, _quiet(pl_module):
+        stop_signals = STOP_SIGNALS | {found for found in (requeue_signal(trainer),) if found is not None}
+        with DeferredSignals(stop_signals, deliver=False) as signals, _quiet(pl_module):
             report = self._make(trainer, pl_module, run, signals)
         if report is None:
             self._stop(trainer, signals)
@@ -330,7 +331,7 @@ class WandaPPPruneCallback(Callback):
                 raise explained from error
             raise
         # one that came during the last block, or to one rank only, stops all of them
-        return None if ranks.total(float(signals.received is not None)) else report
+        return None if ranks.sum(float(signals.received is not None)) else report
 
     def _stop(self, trainer: Trainer, signals: DeferredSignals) -> NoReturn:
         name = signals.received.name if signals.received is not None else "a signal"
@@ -340,7 +341,7 @@ class WandaPPPruneCallback(Callback):
             requeued = requeue_slurm_job()
             rank_zero_info(requeued)
         # no rank ends before the job is back in the queue: the others would take that for an error
-        Ranks.of_process_group(trainer.strategy.root_device).first(requeued)
+        Ranks.of_process_group(trainer.strategy.root_device).broadcast_object(requeued)
         rank_zero_info(
             f"Stopped by {name} while pruning: finished blocks are in '{self.output_dir}'; start the same command "
             "again to go on."

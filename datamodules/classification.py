@@ -18,13 +18,13 @@ from wandazeta.data.sources import (
     Document,
     Split,
     check_fractions,
-    check_positive,
     load_tokenizer,
     read_documents,
     split_of,
 )
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.datamodules.text import TextDataModule
+from wandazeta.utilities.arguments import check_positive
 
 Batch = dict[str, torch.Tensor]
 

@@ -13,12 +13,12 @@ from wandazeta.data.sources import (
     SPLITS,
     Split,
     check_fractions,
-    check_positive,
     load_tokenizer,
     read_documents,
     split_of,
 )
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
+from wandazeta.utilities.arguments import check_positive
 
 Batch = dict[str, torch.Tensor]
 

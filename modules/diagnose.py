@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wandazeta.adapters import Weights
-from wandazeta.modules.language_model import evaluating
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules.zeroth_order import ZerothOrderModule
 from wandazeta.modules.zo_options import EPSILON
 from wandazeta.utilities.arguments import check_range
@@ -69,7 +69,7 @@ class EpsilonDiagnosis(Callback):
         assert pl_module.adapters is not None
         self.dtype = pl_module.compute_dtype
         forward = trainer.precision_plugin.forward_context()
-        with torch.no_grad(), evaluating(list(pl_module.backbone.modules())), forward:
+        with torch.no_grad(), evaluation_mode(list(pl_module.backbone.modules())), forward:
             self.rows = measure_epsilons(
                 self._losses(trainer, pl_module),
                 pl_module.adapters.theta,

@@ -14,13 +14,14 @@ from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters, train_linears
 from wandazeta.adapters.files import describe_backbone, require_same, save_adapter_files
-from wandazeta.models.blocks import find_blocks, nearest
+from wandazeta.models.blocks import find_blocks
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered, is_shared_out
 from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
-from wandazeta.utilities.arguments import check_range, describe_rates, stepped
+from wandazeta.utilities.arguments import check_range, closest_names, describe_rates, stepped
 
 
 class FirstOrderModule(LanguageModel):
@@ -34,11 +35,7 @@ class FirstOrderModule(LanguageModel):
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
-        dtype: Precision that the weights are loaded in; what is trained wants float32, LoRA's adapters are so anyway.
-        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
-        trust_remote_code: Run code that comes with the model; only for sources that you trust.
-        pad_token: Token to pad with, for tokenizers that have none.
-        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        loading: Precision, attention kernels, pad token and other options of loading; see `LoadingOptions`.
         train: What is trained, `lora` or `tensor_train` adapters beside frozen weights, or the `full` model.
         learning_rate: Learning rate of AdamW.
         lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
@@ -59,11 +56,7 @@ class FirstOrderModule(LanguageModel):
     def __init__(
         self,
         model_name_or_path: str,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        pad_token: str | None = None,
-        num_classes: int | None = None,
+        loading: LoadingOptions | None = None,
         train: Literal["lora", "tensor_train", "full"] = "lora",
         learning_rate: float = 1e-4,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -89,7 +82,10 @@ class FirstOrderModule(LanguageModel):
                 "Expected the package peft for train='lora', but it is not installed; "
                 "run `pip install peft`, or set `train` to 'tensor_train' or 'full'"
             )
-        super().__init__(model_name_or_path, dtype, attn_implementation, trust_remote_code, pad_token, num_classes)
+        loading = loading or LoadingOptions()
+        loading.refuse("stream_weights", type(self).__name__, "it is for `prune` with LanguageModel")
+        loading.refuse("shard_on_load", type(self).__name__, "DeepSpeed shards the weights after loading them")
+        super().__init__(model_name_or_path, loading)
         self.train_mode = train
         self.strict_loading = train == "full"
         self.learning_rate = learning_rate
@@ -137,7 +133,7 @@ class FirstOrderModule(LanguageModel):
             if not any(name == target or name.endswith(f".{target}") for name in known):
                 raise ValueError(
                     f"Expected argument `target_modules` to name modules of the model, but got {target!r}; "
-                    f"{nearest(target, sorted({name.rpartition('.')[2] for name in known}))}"
+                    f"{closest_names(target, sorted({name.rpartition('.')[2] for name in known}))}"
                 )
 
     def _insert_tensor_trains(self) -> None:

@@ -1,9 +1,7 @@
 """A language model as a LightningModule: perplexity, accuracy over answer options or of a classification head."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,7 +11,7 @@ from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.models.encoder import EncoderClassifier
-from wandazeta.models.loading import check_loading, load_backbone, load_tokenizer
+from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_stored, require_whole
 from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.shares import loading_in_shares
@@ -29,50 +27,24 @@ class LanguageModel(LightningModule):
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
-        dtype: Precision that the weights are loaded in, such as float32 or bfloat16.
-        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
-        trust_remote_code: Run code that comes with the model; only for sources that you trust.
-        pad_token: Token to pad with, for tokenizers that have none.
-        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
-        stream_weights: Leave the blocks' weights in the model's safetensors and bring in one block at a time, to prune
-            a model larger than memory; for `prune` alone, from a local directory.
-        shard_on_load: Load every weight in shares, one for each rank, to use a model that one process cannot hold; for
-            DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
+        loading: Precision, attention kernels, pad token and other options of loading; see `LoadingOptions`.
 
     Raises:
-        ValueError: If the model cannot be loaded or an argument does not fit it.
+        ValueError: If the model cannot be loaded or an option does not fit it.
     """
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        pad_token: str | None = None,
-        num_classes: int | None = None,
-        stream_weights: bool = False,
-        shard_on_load: bool = False,
-    ) -> None:
+    def __init__(self, model_name_or_path: str, loading: LoadingOptions | None = None) -> None:
         super().__init__()
-        check_loading(model_name_or_path, dtype, num_classes, stream_weights, shard_on_load)
-        self.tokenizer = load_tokenizer(model_name_or_path, trust_remote_code, pad_token)
-        self._dtype_name = dtype
-        self._load = partial(
-            load_backbone,
-            model_name_or_path,
-            dtype,
-            attn_implementation,
-            trust_remote_code,
-            num_classes,
-            stream_weights,
-        )
-        if not shard_on_load:
+        self.loading = loading or LoadingOptions()
+        self.loading.check_source(model_name_or_path)
+        self._model_name_or_path = model_name_or_path
+        self.tokenizer = load_tokenizer(model_name_or_path, self.loading.trust_remote_code, self.loading.pad_token)
+        if not self.loading.shard_on_load:
             self._build()
         self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
 
     def _build(self) -> None:
-        self.backbone = self._load()
+        self.backbone = load_backbone(self._model_name_or_path, self.loading)
         self.scorer = (
             HeadScorer(self.backbone) if isinstance(self.backbone, EncoderClassifier) else Scorer(self.backbone)
         )
@@ -85,7 +57,7 @@ class LanguageModel(LightningModule):
         """
         if "backbone" in self._modules:
             return False
-        with loading_in_shares(self.trainer.strategy, self._dtype_name):
+        with loading_in_shares(self.trainer.strategy, self.loading.dtype):
             self._build()
         return True
 
@@ -177,19 +149,3 @@ class LanguageModel(LightningModule):
 def _metrics() -> nn.ModuleDict:
     # fp64: a perplexity over millions of tokens is a long sum
     return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put modules into evaluation mode for a while, each back into its own afterwards.
-
-    Takes a flat list and writes the flag itself: `train()` walks the tree, a millisecond in every step.
-    """
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.__dict__["training"] = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.__dict__["training"] = True

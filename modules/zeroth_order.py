@@ -22,10 +22,11 @@ from wandazeta.adapters import (
 )
 from wandazeta.adapters.files import describe_backbone
 from wandazeta.models.blocks import find_blocks
+from wandazeta.models.loading import LoadingOptions
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_shared_out
 from wandazeta.modules.checkpoints import TrainedByForwards
 from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
-from wandazeta.modules.language_model import evaluating
 from wandazeta.modules.shares import hold_two_blocks
 from wandazeta.modules.zo_options import (
     EPSILON,
@@ -73,15 +74,9 @@ class ZerothOrderModule(TrainedByForwards):
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
-        dtype: Precision that the backbone is loaded in; the adapters are fp32 always.
-        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default the model's best.
-        trust_remote_code: Run code that comes with the model; only for sources that you trust.
-        pad_token: Token to pad with, for tokenizers that have none.
-        num_classes: Classes of a new head on an encoder such as BERT; without, the model is a causal language model.
+        loading: Precision, attention kernels, pad token and other options of loading; see `LoadingOptions`.
         num_answers: Answer options of a language model to train a matrix and a bias for, which add to their scores from
             the state that the answer begins at; zero at first, so that training begins with the prompt's own answers.
-        shard_on_load: Load every weight in shares, one for each rank, to train on a model that one process cannot hold;
-            for DeepSpeed with stage 3. What prunes it has to come before: `wandazeta prune` with `stream_weights`.
         objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
             default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
         schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
@@ -116,13 +111,8 @@ class ZerothOrderModule(TrainedByForwards):
     def __init__(
         self,
         model_name_or_path: str,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        pad_token: str | None = None,
-        num_classes: int | None = None,
+        loading: LoadingOptions | None = None,
         num_answers: int | None = None,
-        shard_on_load: bool = False,
         objective: Objective | None = None,
         schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
         estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
@@ -150,6 +140,9 @@ class ZerothOrderModule(TrainedByForwards):
         check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
         check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
         check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
+        loading = loading or LoadingOptions()
+        loading.refuse("stream_weights", type(self).__name__, "it is for `prune` with LanguageModel")
+        num_classes = loading.num_classes
         schedule = schedule or ConstantSchedule(8)
         check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
         check_objective(objective, epsilon, estimator)
@@ -160,15 +153,7 @@ class ZerothOrderModule(TrainedByForwards):
         check_head_learning_rate(head_learning_rate, num_trained, weights)
         if isinstance(trainable, Weights):
             check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
-        super().__init__(
-            model_name_or_path,
-            dtype,
-            attn_implementation,
-            trust_remote_code,
-            pad_token,
-            num_classes,
-            shard_on_load=shard_on_load,
-        )
+        super().__init__(model_name_or_path, loading)
         if self.tokenizer.pad_token is None:
             raise ValueError(
                 f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
@@ -203,7 +188,7 @@ class ZerothOrderModule(TrainedByForwards):
         # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
-        if not shard_on_load:
+        if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update_rule.num_states)
 
     @property
@@ -387,7 +372,7 @@ class ZerothOrderModule(TrainedByForwards):
     def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
-        with torch.no_grad(), evaluating(self._backbone_modules):
+        with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
             points = self._exchange.share(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)

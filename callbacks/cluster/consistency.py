@@ -1,17 +1,15 @@
 """Refusing ranks that would not do the same work."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from wandazeta import __version__
+from wandazeta.utilities import environment
 
-# what decides the bits of a run, or cannot talk to another version of itself
-_PACKAGES = ("torch", "transformers", "lightning", "deepspeed")
+# those that decide the bits of a run, or whose versions cannot exchange data
+_COMPARED = ("wandazeta", "python", "torch", "transformers", "lightning", "deepspeed")
 
 
 class RankConsistencyCheck(Callback):
@@ -51,12 +49,7 @@ class RankConsistencyCheck(Callback):
 
 
 def _versions() -> dict[str, str]:
-    found = {"wandazeta": __version__, "Python": platform.python_version().rpartition(".")[0]}
-    return found | {package: _version(package) for package in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(none)"
+    found = environment.versions()
+    # bugfix releases of Python work together
+    found["python"] = found["python"].rpartition(".")[0]
+    return {name: found.get(name, "(none)") for name in _COMPARED}

@@ -2,6 +2,7 @@
 
 import torch
 from helpers.causal_lms import classification_batch, step_loader, text_batch
+from helpers.loading import loading_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,8 @@ def block_weights(model):
 
 
 def fit(directory, root, *callbacks, steps=4, text=False, resume=False, save=False, module=None, **options):
-    module = module or FirstOrderModule(str(directory), **{"learning_rate": 1e-2, "lora_rank": 2, "seed": 3} | options)
+    options = {"learning_rate": 1e-2, "lora_rank": 2, "seed": 3} | options
+    module = module or FirstOrderModule(str(directory), loading_of(options), **options)
     saving = (
         [ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)] if save else []
     )

@@ -15,6 +15,7 @@ def main():
     from lightning.pytorch import Trainer
 
     from wandazeta.datamodules import TextDataModule
+    from wandazeta.models.loading import LoadingOptions
     from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 
     settings = json.loads(Path(sys.argv[1]).read_text())
@@ -23,8 +24,8 @@ def main():
     for kind in (LanguageModel, ZerothOrderModule, FirstOrderModule):
         strategy = CPUDeepSpeedStrategy(stage=settings["stage"]) if settings["stage"] else "auto"
         trainer = Trainer(accelerator="cpu", devices=settings["devices"], strategy=strategy, **quiet)
-        shares = {"shard_on_load": True} if settings["shard"] and kind is not FirstOrderModule else {}
-        module = kind(settings["model_dir"], **shares)
+        loading = LoadingOptions(shard_on_load=settings["shard"] and kind is not FirstOrderModule)
+        module = kind(settings["model_dir"], loading)
         data = TextDataModule(settings["text"], sequence_length=16, batch_size=2, eval_windows=8)
         losses = []
         for verb in (trainer.validate, trainer.test):

@@ -85,6 +85,7 @@ def train(
     """Train; return the trainer, the module and the recorder."""
     from helpers.causal_lms import classification_batch, step_loader, text_batch
     from helpers.encoders import labelled_batch
+    from helpers.loading import loading_of
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -120,6 +121,7 @@ def train(
         )
     options = {"learning_rate": 3e-3, "query_chunk_size": 1, "schedule": ConstantSchedule(queries)} | options
     options["trainable"] = trainable_of(options)
+    options["loading"] = loading_of(options)
     module = ZerothOrderModule(str(model_dir), **options)
     trainer = Trainer(
         accelerator="cpu",
@@ -135,8 +137,8 @@ def train(
         callbacks=every,
         **(trainer_options or {}),
     )
-    if batch is None and "num_classes" in options:
-        batch = labelled_batch(num_examples, options["num_classes"])
+    if batch is None and options["loading"].num_classes:
+        batch = labelled_batch(num_examples, options["loading"].num_classes)
     if batch is None:
         batch = text_batch(num_examples) if text else classification_batch(num_examples)
     seed = trainer.global_rank if shuffle_per_rank else 0

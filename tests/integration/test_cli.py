@@ -140,7 +140,7 @@ def test_bad_input_ends_with_one_line(config, tmp_path, capsys):
         (["--trainer.callbacks.init_args.exclude_modules", "[no_such_layer]"], "no_such_layer"),
         (["--trainer.callbacks.init_args.sparsity_pattern", "2:5"], "2:5"),
         (["--trainer.callbacks.init_args.output_dir", "empty.jsonl/pruning"], "`output_dir`"),
-        (["--model.init_args.pad_token", "no_such_token"], "`pad_token`"),
+        (["--model.init_args.loading.pad_token", "no_such_token"], "`pad_token`"),
         (["--data.init_args.source", "empty.jsonl"], "all of it is empty"),
         (["--data.init_args.options", "['', ' good']"], "tokenises to nothing"),
         (["--data.init_args.num_test", "1000"], "`num_test` to be at most"),

@@ -111,7 +111,7 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
     assert "encoder dense lora 1 final" in capsys.readouterr().err
     assert run() == records
     assert capsys.readouterr().err == ""
-    config["methods"]["zero_shot"] |= {"init_args": {"dtype": "bfloat16"}}
+    config["methods"]["zero_shot"] |= {"init_args": {"loading": {"dtype": "bfloat16"}}}
     more = run()
     kept = [r for r in records if r["method"] != "zero_shot"]
     assert more[: len(kept)] == kept
@@ -159,7 +159,7 @@ def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
         options = written["trainer"]["callbacks"][0]["init_args"]
         chosen = ("sparsity_pattern", "sparsity", "sparsity_slope", "num_calibration_samples")
         assert [options[name] for name in chosen] == ["unstructured", 0.5, 0.2, 64]
-        assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "num_classes": 2}
+        assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "loading": {"num_classes": 2}}
     finally:
         shutil.rmtree(benchmark.finetune.FOLDER)
 

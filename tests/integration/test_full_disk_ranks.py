@@ -59,7 +59,7 @@ def test_all_ranks_end_and_the_next_run_goes_on(prepared, small_disk, middle):
         assert "error: rank 0 ended with an error" in output
         trained(small_disk)
     else:
-        assert "error: Pruning failed on rank 0: [Errno 28]" in output
+        assert "error: Failed on rank 0: [Errno 28]" in output
     (small_disk / "ballast").unlink()
     run(small_disk)
     assert_same(small_disk, prepared / "undisturbed")

@@ -164,7 +164,7 @@ def test_stopped_and_started_again_the_same_bytes_come_out(repository, tmp_path)
     ("case", "options", "messages"),
     [
         ("prune", {"exclude_modules": ["upp"]}, ("did you mean `up`", "did you mean `up`")),
-        ("other model", {}, ("Pruning failed on rank 1: Expected every rank to prune the same model", "model tensors")),
+        ("other model", {}, ("Failed on rank 1: Expected every rank to prune the same model", "model tensors")),
     ],
 )
 def test_what_does_not_fit_on_one_rank_ends_all(repository, tmp_path, case, options, messages):

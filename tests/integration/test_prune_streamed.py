@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.streaming import is_stored
 from wandazeta.modules import LanguageModel
 from wandazeta.pruning.export.pretrained import prune_and_export
@@ -36,7 +37,7 @@ def save_sharded(directory, kind="llama", dtype=torch.float32, **changes):
 
 def prune(model, folder, *, streamed, dtype="float32", **options):
     pruning = callback(folder / "progress", **options)
-    module = LanguageModel(str(model), dtype=dtype, stream_weights=streamed)
+    module = LanguageModel(str(model), LoadingOptions(dtype=dtype, stream_weights=streamed))
     assert any(map(is_stored, module.parameters())) == streamed
     prune_and_export(trainer(pruning), module, Data(), pruning, folder / "out")
     return module, pruning
@@ -109,7 +110,7 @@ def test_the_streamed_model_computes_as_the_pruned_one(tmp_path):
 def test_one_block_at_a_time_is_in_memory(tmp_path, monkeypatch):
     model = save_sharded(tmp_path / "model")
     save, seen = progress.ProgressFolder.save, []
-    module = LanguageModel(str(model), stream_weights=True)
+    module = LanguageModel(str(model), LoadingOptions(stream_weights=True))
 
     def saving(folder, index, result):
         layers = module.backbone.model.layers
@@ -164,7 +165,7 @@ def test_a_complete_pruning_is_exported_again(tmp_path):
         prune_and_export(trainer(pruning), module, Data(), pruning, tmp_path / "out")
         assert all(torch.equal(weight, first[name]) for name, weight in weights_of(tmp_path / "out").items())
         pruning = callback(tmp_path / "progress", method="wanda")
-        module = LanguageModel(str(model), stream_weights=True)
+        module = LanguageModel(str(model), LoadingOptions(stream_weights=True))
 
 
 def test_shards_have_an_index(tmp_path, monkeypatch):
@@ -182,7 +183,7 @@ def test_shards_have_an_index(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("with_callback", [True, False])
 def test_only_prune_takes_a_streamed_model(tmp_path, stage, with_callback):
-    module = LanguageModel(str(save_tiny_lm(tmp_path / "model")), stream_weights=True)
+    module = LanguageModel(str(save_tiny_lm(tmp_path / "model")), LoadingOptions(stream_weights=True))
     module.training_step = lambda batch, batch_idx: None
     module.configure_optimizers = lambda: None
     pruning = [callback(tmp_path / "progress")] if with_callback else []

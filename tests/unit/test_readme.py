@@ -139,10 +139,10 @@ def test_commands_parse(page, parsed):
 def test_the_recipe_with_the_papers_settings_takes_a_model_without_llamas_token(parsed, tmp_path):
     (recipe,) = (r for r in commands(RECIPES, "fit") if "configs/finetune/adazeta_paper.yaml" in r)
     byte_tokenizer((" good",)).save_pretrained(tmp_path)
-    pad_token = parsed(recipe)["model"]["init_args"]["pad_token"]
-    assert load_tokenizer(str(tmp_path), trust_remote_code=False, pad_token=pad_token).pad_token is not None
+    pad_token = parsed(recipe)["model"]["init_args"]["loading"]["pad_token"]
+    assert load_tokenizer(str(tmp_path), pad_token=pad_token).pad_token is not None
     with pytest.raises(ValueError, match="`pad_token`"):
-        load_tokenizer(str(tmp_path), trust_remote_code=False, pad_token="</s>")
+        load_tokenizer(str(tmp_path), pad_token="</s>")
 
 
 def test_the_recipe_of_the_encoder_comes_with_the_command_for_its_samples(parsed):

@@ -16,8 +16,8 @@ from typing_extensions import override
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.inject import AdaptedModule, refuse_adapted
 from wandazeta.adapters.sites import is_linear, unread_modules
-from wandazeta.models.blocks import nearest
 from wandazeta.models.zero3 import full_shape
+from wandazeta.utilities.arguments import closest_names
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def inject_lora(
         if not any(_is_named(name, target) for name in linears):
             raise ValueError(
                 f"Expected argument `targets` to name Linears of the model other than its head, but got {target!r}; "
-                f"{nearest(target, sorted({name.rpartition('.')[2] for name in linears}))}."
+                f"{closest_names(target, sorted({name.rpartition('.')[2] for name in linears}))}."
             )
     inside = None if within is None else {inner for module in within for inner in module.modules()}
     found = {

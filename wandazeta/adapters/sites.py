@@ -1,11 +1,11 @@
 """Which modules of a decoder or encoder block carry an adapter."""
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 from torch import nn
 
 from wandazeta.models.zero3 import full_shape
+from wandazeta.utilities.arguments import closest_names
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 # the first family whose modules are all there decides
@@ -74,7 +74,7 @@ def parse_site(site: str, block: nn.Module) -> tuple[str, str, int]:
     if name not in names:
         raise ValueError(
             f"Expected argument `sites` to name modules of {type(block).__name__}, but got {site!r}; "
-            f"{_nearest(name, names)}"
+            f"{closest_names(name, names)}"
         )
     width = _width(block.get_submodule(name), position)
     if width is None:
@@ -130,8 +130,3 @@ def _norm_width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     shape = () if weight is None else full_shape(weight)
     return shape[0] if len(shape) == 1 else None
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"did you mean {near[0]!r}?" if near else "it has no submodules."

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wandazeta.adapters.sites import is_linear
-from wandazeta.adapters.uninterrupted import uninterrupted
 from wandazeta.models.blocks import override_forward
+from wandazeta.utilities.signals import DeferredSignals
 from wandazeta.zeroth_order.directions import Direction, Directions, direction, stream
 
 PART = 1 << 20
@@ -129,7 +129,7 @@ class InPlaceWeights(nn.Module):
         self._moves = _moves(theta_Pd[0])
         forwards = {owner: self._moved_forward(owner) for owner in self._owners} if self._moves else {}
         try:
-            with uninterrupted(), override_forward(forwards):
+            with DeferredSignals(), override_forward(forwards):
                 yield
         finally:
             self._moves = []
@@ -144,7 +144,7 @@ class InPlaceWeights(nn.Module):
             new: Their new values.
         """
         moves = _moves(updated)
-        with torch.no_grad(), uninterrupted():
+        with torch.no_grad(), DeferredSignals():
             for key, weight in self._keyed().items():
                 if shrink and weight.ndim >= 2:
                     weight.mul_(1 - shrink)

@@ -156,17 +156,6 @@ def check_fractions(fractions: tuple[float, float, float]) -> None:
         )
 
 
-def check_positive(**arguments: int | None) -> None:
-    """Refuse given arguments that are no positive integers.
-
-    Raises:
-        ValueError: If one is smaller than 1.
-    """
-    for name, value in arguments.items():
-        if value is not None and value < 1:
-            raise ValueError(f"Expected argument `{name}` to be an integer larger than 0, but got {value}")
-
-
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None, trainer: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer that is given, named, or (None) the trained module's own attribute `tokenizer`.
 

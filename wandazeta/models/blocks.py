@@ -5,8 +5,7 @@ states (masks, rotary tables, position biases) differs between models and betwee
 from a real forward, for each block and each sample, and never made up.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.zero3 import full_shape
+from wandazeta.utilities.arguments import closest_names
 
 __all__ = [
     "BlockCall",
     "CallCapture",
+    "StopForward",
     "block_lists",
     "call_block",
     "capture_block_calls",
     "find_blocks",
-    "nearest",
     "override_forward",
+    "run_until_stopped",
 ]
 
 # arguments that carry a key-value cache: replayed without, every call starts from an empty one
@@ -33,8 +34,36 @@ _CACHE_NAMES = frozenset({"past_key_values", "past_key_value", "layer_past", "pa
 _ABSENT = object()
 
 
-class _StopForward(Exception):
-    """Private, so that no other error is mistaken for it."""
+class StopForward(Exception):  # noqa: N818 - a signal, like StopIteration
+    """Signal, raised inside a forward, to end it before its last operation.
+
+    Args:
+        token: Identifies who raised it, so that a caller further out does not take the signal of an inner one for its
+            own: compare it by identity and raise the signal again if it is another's.
+    """
+
+    def __init__(self, token: object = None) -> None:
+        super().__init__("A forward was ended early")
+        self.token = token
+
+
+def run_until_stopped(forward: Callable[[], object], token: object) -> bool:
+    """Run a forward that a hook may end by `raise StopForward(token)`.
+
+    Args:
+        forward: Runs the model.
+        token: The token of the signal to catch; any other signal passes through.
+
+    Returns:
+        Whether the forward was ended by the signal.
+    """
+    try:
+        forward()
+    except StopForward as signal:
+        if signal.token is not token:
+            raise
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -50,18 +79,6 @@ class BlockCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     hidden_name: str | None = None
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """A remedy for an unknown name: the most similar candidates, or all of a few.
-
-    Example:
-        >>> nearest("mlp.up", ["mlp.up_proj", "attn.q_proj"])
-        'did you mean `mlp.up_proj`?'
-    """
-    candidates = list(candidates)
-    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or candidates[:8]
-    return f"did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else "there is none"
 
 
 def find_blocks(
@@ -116,7 +133,7 @@ def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
     lists = {n: m for n, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
     if name not in lists:
         what = "a list of blocks" if name not in modules else f"a list of blocks, not a {type(modules[name]).__name__}"
-        raise ValueError(f"Expected the name of {what}, but got {name!r}; {nearest(name, lists)}")
+        raise ValueError(f"Expected the name of {what}, but got {name!r}; {closest_names(name, lists)}")
     return nn.ModuleList(lists[name])
 
 
@@ -293,7 +310,7 @@ def _capture(
     def after(block: nn.Module, args: Any, output: Any) -> None:
         seen.append(output)
         if len(seen) == len(blocks):
-            raise _StopForward
+            raise StopForward(calls)
 
     with ExitStack() as undo, torch.no_grad():
         for block in blocks:
@@ -302,9 +319,7 @@ def _capture(
         if outputs is not None:
             skipped = {block: _identity(block, output) for block, output in zip(blocks, outputs, strict=True)}
             undo.enter_context(override_forward(skipped))
-        try:
-            forward()
-        except _StopForward:
+        if run_until_stopped(forward, token=calls):
             return first[0], calls, seen
     raise ValueError(
         f"Expected a forward that runs all {len(blocks)} blocks, but it ended after {len(seen)}; "

@@ -1,10 +1,11 @@
-"""Load a backbone and its tokenizer by a Hugging Face name or from a directory."""
+"""Load a model and its tokenizer from the Hugging Face hub or from a local directory."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -12,20 +13,115 @@ from torch import nn
 
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.streamed_model import build_streamed
+from wandazeta.utilities.arguments import check_range
 
 
-def load_tokenizer(model_name_or_path: str, trust_remote_code: bool, pad_token: str | None) -> Any:
-    """Load a model's tokenizer.
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How a model and its tokenizer are loaded.
+
+    Args:
+        dtype: Precision that the weights are loaded in. Adapters are float32 whatever it is.
+        attn_implementation: Attention kernels, such as sdpa or flash_attention_2; by default those that transformers
+            chooses for the model.
+        trust_remote_code: Run Python code that comes with the model; only for sources that you trust.
+        pad_token: Token to pad with, for tokenizers that have none.
+        num_classes: Number of classes of a new classification head on an encoder such as BERT; by default the model is
+            a causal language model.
+        stream_weights: Leave the weights of the blocks in their safetensors files and load one block at a time, to
+            prune a model larger than the CPU memory. For `prune` alone, and from a local directory.
+        shard_on_load: Load only a shard of every weight on each rank, for a model larger than the CPU memory of one
+            process. For DeepSpeed ZeRO stage 3; prune such a model with `wandazeta prune` and `stream_weights` first.
 
     Raises:
-        ValueError: If there is none, or it does not know `pad_token`.
+        ValueError: If an option is out of range or contradicts another one.
+
+    Example:
+        >>> LoadingOptions(dtype="bfloat16").torch_dtype
+        torch.bfloat16
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    pad_token: str | None = None
+    num_classes: int | None = None
+    stream_weights: bool = False
+    shard_on_load: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(
+            "dtype", self.dtype, self.dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"
+        )
+        check_range("num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
+        if self.stream_weights and self.shard_on_load:
+            raise ValueError(
+                "Expected at most one of `stream_weights` and `shard_on_load`, but got both; `stream_weights` is for "
+                "`prune`, `shard_on_load` for DeepSpeed ZeRO stage 3"
+            )
+        if self.num_classes is not None and (self.stream_weights or self.shard_on_load):
+            option = "stream_weights" if self.stream_weights else "shard_on_load"
+            raise ValueError(
+                f"Expected argument `num_classes` to be null with `{option}`, but got {self.num_classes}; leave out "
+                f"`{option}`, an encoder fits into memory"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type of `dtype`."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def check_source(self, model_name_or_path: str) -> None:
+        """Check the options that depend on where the model is, before anything is loaded.
+
+        Args:
+            model_name_or_path: Hugging Face name or local directory.
+
+        Raises:
+            ValueError: If `stream_weights` is set and the model is not in a local directory.
+        """
+        if self.stream_weights and not Path(model_name_or_path).is_dir():
+            raise ValueError(
+                "Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, "
+                f"but got {str(model_name_or_path)!r}; download the model first"
+            )
+
+    def refuse(self, option: Literal["stream_weights", "shard_on_load"], owner: str, remedy: str) -> None:
+        """Refuse an option that a module cannot use.
+
+        Args:
+            option: Name of the option.
+            owner: Name of the module's class.
+            remedy: What to do instead, for the error message.
+
+        Raises:
+            ValueError: If the option is set.
+        """
+        if getattr(self, option):
+            raise ValueError(f"Expected argument `{option}` to be false for {owner}, but got True; {remedy}")
+
+
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, pad_token: str | None = None, argument: str = "model_name_or_path"
+) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        name: Hugging Face name or local directory of the tokenizer or of its model.
+        trust_remote_code: Run Python code that comes with it.
+        pad_token: Token to pad with; by default the tokenizer's own, if it has one.
+        argument: Name of the user's argument that `name` comes from, for error messages.
+
+    Raises:
+        ValueError: If there is no tokenizer, or `pad_token` is not in its vocabulary.
     """
     from transformers import AutoTokenizer
 
-    with _explaining(model_name_or_path, "a model with its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    with _explained_errors(name, "a model with its tokenizer", argument):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if pad_token is not None:
-        # not by the id of what is unknown: of GPT-2 that is the end-of-text token
+        # looked up in the vocabulary and not compared with the unknown token: GPT-2's is its end-of-text token
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"Expected argument `pad_token` to be a token of the vocabulary, but got {pad_token!r}; "
@@ -35,102 +131,77 @@ def load_tokenizer(model_name_or_path: str, trust_remote_code: bool, pad_token: 
     return tokenizer
 
 
-def check_loading(model_name_or_path: str, dtype: str, num_classes: int | None, stream: bool, shard: bool) -> None:
-    """Check what can be known before anything is loaded.
+def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None) -> nn.Module:
+    """Load a causal language model, or an encoder with a new classification head, from safetensors files.
+
+    Args:
+        model_name_or_path: Hugging Face name or local directory.
+        loading: How it is loaded; by default as `LoadingOptions()` says.
 
     Raises:
-        ValueError: If an argument is out of range or does not go with another.
-    """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"Expected argument `dtype` to be float32, bfloat16 or float16, but got {dtype!r}")
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}")
-    if (stream or shard) and num_classes is not None:
-        raise ValueError(
-            f"Expected argument `num_classes` to be null with `{'stream_weights' if stream else 'shard_on_load'}`, but "
-            f"got {num_classes}; an encoder fits into memory"
-        )
-    if stream and shard:
-        raise ValueError(
-            "Expected one of `stream_weights` and `shard_on_load` at most, but got both; the first is for `prune`"
-        )
-    if stream and not Path(model_name_or_path).is_dir():
-        raise ValueError(
-            f"Expected argument `model_name_or_path` to be a local directory, from which `stream_weights` reads, but "
-            f"got {str(model_name_or_path)!r}; download the model first"
-        )
-
-
-def load_backbone(
-    model_name_or_path: str,
-    dtype: str,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-    num_classes: int | None = None,
-    stream_weights: bool = False,
-) -> nn.Module:
-    """Load a causal language model, or an encoder under a new head, from safetensors only.
-
-    Raises:
-        ValueError: If it cannot be loaded, or the model is not of the kind asked for.
+        ValueError: If it cannot be loaded, or is not a model of the requested kind.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    with _explaining(model_name_or_path, "a causal language model" if num_classes is None else "an encoder"):
-        if stream_weights:
+    loading = loading or LoadingOptions()
+    num_classes = loading.num_classes
+    with _explained_errors(model_name_or_path, "a causal language model" if num_classes is None else "an encoder"):
+        if loading.stream_weights:
             return build_streamed(
-                Path(model_name_or_path), getattr(torch, dtype), attn_implementation, trust_remote_code
+                Path(model_name_or_path), loading.torch_dtype, loading.attn_implementation, loading.trust_remote_code
             )
         if num_classes is not None:
-            _require_encoder(model_name_or_path, trust_remote_code)
+            _require_encoder(model_name_or_path, loading.trust_remote_code)
         model: nn.Module = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
             model_name_or_path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+            dtype=loading.torch_dtype,
+            attn_implementation=loading.attn_implementation,
+            trust_remote_code=loading.trust_remote_code,
             use_safetensors=True,
         )
     return model if num_classes is None else EncoderClassifier(model, num_classes)
 
 
 @contextmanager
-def _explaining(model_name_or_path: str, kind: str) -> Iterator[None]:
+def _explained_errors(name: str, kind: str, argument: str = "model_name_or_path") -> Iterator[None]:
+    """Turn the errors of transformers into a `ValueError` that names the argument and the remedy."""
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if _is_missing_directory(str(model_name_or_path)):
-            # it was asked of the hub, whose answer leads astray
-            first_line = f"there is no such directory; {_how_to_get(Path(model_name_or_path))}"
+        if _is_missing_directory(str(name)):
+            # transformers has asked the hub for it, whose answer is misleading
+            first_line = f"there is no such directory; {_how_to_get(Path(name))}"
         raise ValueError(
-            f"Expected argument `model_name_or_path` to be {kind}, a Hugging Face name or a directory "
-            f"with config, tokenizer and safetensors, but got {str(model_name_or_path)!r}: {first_line}"
+            f"Expected argument `{argument}` to be {kind}, a Hugging Face name or a directory "
+            f"with config, tokenizer and safetensors, but got {str(name)!r}: {first_line}"
         ) from error
 
 
-def _is_missing_directory(model_name_or_path: str) -> bool:
-    """Whether this cannot be meant for a name of the hub, `owner/model`, and leads nowhere."""
-    is_path = model_name_or_path.startswith((".", "/", "~", "runs/")) or model_name_or_path.count("/") > 1
-    return is_path and not Path(model_name_or_path).exists()
+def _is_missing_directory(name: str) -> bool:
+    """Whether a name cannot be one of the hub (`owner/model`) and no directory has it."""
+    is_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    return is_path and not Path(name).exists()
 
 
 def _how_to_get(directory: Path) -> str:
+    """Return how a missing directory comes into being, for an error message."""
     folder, chosen = directory.parent.absolute(), os.environ.get("WANDAZETA_CACHE")
     is_chosen = chosen is not None and folder == Path(chosen).expanduser().absolute()
     if not is_chosen and folder.parts[-2:] != (".cache", "wandazeta"):
         return "write it first, or name another"
-    # samples go there by themselves if it is chosen or there already
+    # samples are fetched into this folder if it exists or the variable names it
     variable = "" if is_chosen or (chosen is None and folder.is_dir()) else f"WANDAZETA_CACHE={directory.parent} "
     return f"run `{variable}python -m wandazeta.data.samples {directory.name}` to fetch this sample"
 
 
 def _require_encoder(model_name_or_path: str, trust_remote_code: bool) -> None:
-    """Refuse what reads from left to right only: its mean over the tokens is no representation of the text."""
+    """Refuse a causal model: the mean of its hidden states over the tokens does not represent the text."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(
-            f"a {config.model_type} model is no encoder such as BERT, RoBERTa or MPNet; leave `num_classes` out to "
-            "have it choose among answer options"
+            f"a {config.model_type} model is not an encoder such as BERT, RoBERTa or MPNet; leave `num_classes` out to "
+            "let it choose among answer options"
         )

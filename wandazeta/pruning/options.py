@@ -4,6 +4,8 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from wandazeta.utilities.arguments import check_at_least, check_choice
+
 Method = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
 Optimizer = Literal["rmsprop", "adamw"]
 LRSchedule = Literal["constant", "linear"]
@@ -92,15 +94,11 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), get_args(choices))
+            check_choice(name, getattr(self, name), get_args(choices))
         self._check_pattern()
         least = {"rounds": 0, "samples_per_round": 1, "samples_per_step": 1, "generated_copies": 0, "seed": 0}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(
-                    f"Expected argument `{name}` to be an integer of at least {smallest}, but got {value!r}"
-                )
+            check_at_least(name, getattr(self, name), smallest)
         if self.samples_per_round % self.samples_per_step:
             raise ValueError(
                 f"Expected argument `samples_per_step` to divide `samples_per_round` ({self.samples_per_round}), "
@@ -241,8 +239,3 @@ def num_pruned(count: int, sparsity: float) -> int:
         (29, 28)
     """
     return int(count * sparsity + 1e-6)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(choices)}, but got {value!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.blocks import call_block, find_blocks
+from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.streaming import resident
 from wandazeta.pruning.calibration import isolated_rng
 from wandazeta.pruning.generate import find_writer, with_tokens, write_copies
@@ -113,10 +114,18 @@ def prune_model(
     progress = progress if ranks.rank == 0 else None
     rows = [row for batch in batches for row in split_rows(batch)]
     # autograd is needed inside, whatever the caller is in
-    with torch.inference_mode(False), torch.no_grad(), isolated_rng(options.seed), evaluating(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        isolated_rng(options.seed),
+        evaluation_mode(model.modules()),
+        frozen(model),
+    ):
         name, blocks = find_blocks(model, (lambda: forward(rows[0])) if rows else None, block_name)
         validate_layers(blocks, options, model=model, block_name=name)
-        missing = ranks.first([i for i in range(len(blocks)) if progress is None or progress.load(i) is None])
+        missing = ranks.broadcast_object(
+            [i for i in range(len(blocks)) if progress is None or progress.load(i) is None]
+        )
         samples = None
         if missing and options.uses_calibration:
             _check_samples(len(rows) * (1 + options.num_copies), options)
@@ -129,7 +138,7 @@ def prune_model(
             if index in missing:
                 result = pruner.prune(index)
                 # on a full disk rank 0 would end alone, and the others would wait for it
-                ranks.together(partial(_save, progress, index, result))
+                ranks.run_on_all(partial(_save, progress, index, result))
                 record = result.record
             else:
                 record = pruner.load(index, progress.load(index) if progress is not None else None)
@@ -137,7 +146,7 @@ def prune_model(
             if on_block is not None:
                 on_block(record, len(blocks))
             stops = should_stop is not None and should_stop()
-            if index < len(blocks) - 1 and ranks.total(float(stops)):
+            if index < len(blocks) - 1 and ranks.sum(float(stops)):
                 raise PruningInterrupted(index)
     return PruneReport(options.to_dict(), name, tuple(records))
 
@@ -166,7 +175,7 @@ def _write_copies(
             progress.save_texts(texts)
         return texts
 
-    texts = ranks.first(ranks.together(lambda: write() if ranks.rank == 0 else []))
+    texts = ranks.broadcast_object(ranks.run_on_all(lambda: write() if ranks.rank == 0 else []))
     return [with_tokens(rows[place % len(rows)], text) for place, text in enumerate(texts)]
 
 
@@ -219,7 +228,7 @@ class _Pruner:
             self.ranks.broadcast_([layer.weight for layer in layers.values()])
             if self.samples is not None and index < self.last_missing:
                 self._forward(index, self.samples.hidden, batches)
-        record = self.ranks.first(result.record if result is not None else None)
+        record = self.ranks.broadcast_object(result.record if result is not None else None)
         assert record is not None
         return record
 
@@ -247,8 +256,8 @@ class _Pruner:
                 loss_after,
                 seconds=time.perf_counter() - start,
                 peak_memory=peak_memory(self.device),
-                num_samples=int(self.ranks.total(len(self.samples))) if self.samples is not None else 0,
-                num_tokens=int(self.ranks.total(self.samples.num_tokens)) if self.samples is not None else 0,
+                num_samples=int(self.ranks.sum(len(self.samples))) if self.samples is not None else 0,
+                num_tokens=int(self.ranks.sum(self.samples.num_tokens)) if self.samples is not None else 0,
             )
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
 
@@ -351,22 +360,6 @@ class _Pruner:
                 yield prunable_layers(block, self.options, f"{self.name}.{index}")
             finally:
                 block.to(home)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, put back afterwards module by module and parameter by parameter."""
-    training = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _warn_of_slow_bfloat16(device: torch.device, options: PruneOptions) -> None:

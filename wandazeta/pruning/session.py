@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wandazeta import __version__
-from wandazeta.models.blocks import block_lists, find_blocks
+from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
+from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.pruning.calibration import collect_batches, digest_batches, isolated_rng
 from wandazeta.pruning.method.layers import validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.progress.key import PruneKey, digest_model
-from wandazeta.pruning.pruner import PruningInterrupted, evaluating, prune_model
+from wandazeta.pruning.pruner import PruningInterrupted, prune_model
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.pruning.samples import split_rows
 from wandazeta.utilities.files import check_writable
@@ -98,12 +99,12 @@ class PruneRun:
         Raises:
             ValueError: If anything does not fit on any rank, before any long work.
         """
-        name, blocks, batches, key = ranks.together(lambda: self._prepare(loader, device, ranks))
-        found = ranks.first(key)
-        ranks.together(lambda: _require_same(key, found))
-        ranks.together(lambda: self.folder.open(key) if ranks.rank == 0 else None)
-        self.key_digest = ranks.first(self.folder.key_digest)
-        finished = ranks.first(self._load(blocks) if ranks.rank == 0 else None)
+        name, blocks, batches, key = ranks.run_on_all(lambda: self._prepare(loader, device, ranks))
+        found = ranks.broadcast_object(key)
+        ranks.run_on_all(lambda: _require_same(key, found))
+        ranks.run_on_all(lambda: self.folder.open(key) if ranks.rank == 0 else None)
+        self.key_digest = ranks.broadcast_object(self.folder.key_digest)
+        finished = ranks.broadcast_object(self._load(blocks) if ranks.rank == 0 else None)
         if finished is not None:
             self.was_complete = True
             for block, record in zip(blocks, finished.blocks, strict=True):
@@ -128,7 +129,7 @@ class PruneRun:
                 )
             except PruningInterrupted:
                 return None
-        ranks.together(lambda: self.folder.finish(report) if ranks.rank == 0 else None)
+        ranks.run_on_all(lambda: self.folder.finish(report) if ranks.rank == 0 else None)
         self.folder.lend_weights(blocks, report)
         return report
 
@@ -152,7 +153,7 @@ class PruneRun:
         batches = (
             collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
         )
-        with isolated_rng(self.options.seed), evaluating(self.module):
+        with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
             name, blocks = known or self._checked_blocks(lambda: self.forward(batches[0]))
             key = self._key(name, blocks, batches, device, ranks)
         key.model[_ARCHITECTURE] = _architecture(blocks, settings)
@@ -220,10 +221,6 @@ def _require_same(key: PruneKey, first: PruneKey) -> None:
         )
 
 
-class _BlocksPassed(Exception):
-    """Ends a forward behind the last block."""
-
-
 class _ReadTensors(TorchFunctionMode):
     """Notes every tensor that an operation is called with."""
 
@@ -247,16 +244,15 @@ def _read(module: nn.Module, until: nn.Module | None, forward: Callable[[], obje
     Up to the end of the last block, by default: a head, which may be new and random at every start, does not decide
     what is pruned and is not among them.
     """
+    token = object()
 
     def stop(*_: Any) -> None:
-        raise _BlocksPassed
+        raise StopForward(token)
 
     handle = until.register_forward_hook(stop) if until is not None else None
     try:
         with torch.no_grad(), _ReadTensors() as mode:
-            forward()
-    except _BlocksPassed:
-        pass
+            run_until_stopped(forward, token)
     finally:
         if handle is not None:
             handle.remove()

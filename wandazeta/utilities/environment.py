@@ -1,4 +1,4 @@
-"""What something was run with: command, versions, commit and hardware, without names of users or their folders."""
+"""Environment of a run: command line, versions, commit and hardware, without user names or home folders."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ import torch
 
 from wandazeta import __version__
 
-_ROOT = Path(__file__).resolve().parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "deepspeed", "peft")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those of its dependencies that are installed."""
+    """Return the versions of Python, of this package and of its dependencies, without those that are not installed."""
     found = {"python": platform.python_version(), "wandazeta": __version__}
     for package in _PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Name and number of the processors, and of the GPUs that torch sees."""
+    """Return the name and number of the processors, and of the GPUs that torch can use."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -41,11 +41,11 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout; None for an installed package or without git.
+    """Return the commit of the checkout, or None for an installed package or without git.
 
-    Marked where files differ from it, other than results of benchmarks: those are being written.
+    It ends in `-dirty` if files differ from the commit. Results of benchmarks do not count, as a benchmark writes them.
     """
-    if not (_ROOT / ".git").exists():  # git would answer for whatever checkout the environment lies in
+    if not (_ROOT / ".git").exists():  # git would answer for any checkout around the virtual environment
         return None
     differing = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
     try:
@@ -57,7 +57,7 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """The command line; of a path outside the working directory and the checkout only the name."""
+    """Return the command line, with paths relative to the working directory or the checkout, else reduced to names."""
 
     def portable(argument: str) -> str:
         option, equals, value = argument.rpartition("=")

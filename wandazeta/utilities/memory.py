@@ -1,4 +1,4 @@
-"""How much memory has been used at most."""
+"""Peak memory."""
 
 import resource
 import sys
@@ -7,7 +7,11 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a CUDA device, or resident in this process for any other."""
+    """Return the peak memory in bytes: allocated on a CUDA device, else the resident set of this process.
+
+    Args:
+        device: The device that the model is on.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

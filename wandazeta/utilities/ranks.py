@@ -1,4 +1,4 @@
-"""Several processes that prune one model together: each has its share of the samples, all have the same weights."""
+"""Collective operations between the processes (ranks) of a run."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those that prune together; by default it is alone.
+    """This process and its peers; by default there is one rank.
 
-    Sample i belongs to rank i modulo their number. Sums have the same bits on every rank.
+    Sample i is processed by rank i modulo `size`. Sums have the same bits on every rank.
 
     Args:
-        rank: The number of this process.
-        size: How many there are.
-        device: Where they exchange tensors; those that are elsewhere are copied there and back.
+        rank: Index of this process.
+        size: Number of processes.
+        device: Device of the collectives, as the backend requires it; tensors elsewhere are copied there and back.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
@@ -28,54 +28,81 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls, device: torch.device | str) -> "Ranks":
-        """All processes of the default process group, or this one alone where there is none."""
+        """Return the ranks of the default process group, or a single rank if there is no process group.
+
+        Args:
+            device: Device of the collectives.
+        """
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls()
 
-    def own(self, samples: Iterable[int]) -> list[int]:
-        """The samples of this rank, by their place among its own.
+    def local_indices(self, samples: Iterable[int]) -> list[int]:
+        """Select the samples of this rank and convert their global indices to local ones.
 
         Args:
-            samples: Numbers over all ranks.
+            samples: Global indices.
 
         Returns:
-            Numbers among this rank's samples, in the same order.
+            Indices into the list of this rank's samples, in the same order.
+
+        Example:
+            >>> Ranks(rank=1, size=2).local_indices([0, 1, 2, 3])
+            [0, 1]
         """
         return [sample // self.size for sample in samples if sample % self.size == self.rank]
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors by their sums over the ranks, which must all pass the same shapes."""
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all ranks, in place.
+
+        Args:
+            tensors: As many tensors on every rank, of the same shapes.
+        """
         self._exchange(tensors, dist.all_reduce)
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors by those of rank 0."""
+        """Replace tensors by those of rank 0, in place.
+
+        Args:
+            tensors: As many tensors on every rank, of the same shapes.
+        """
         self._exchange(tensors, lambda tensor: dist.broadcast(tensor, src=0))
 
-    def total(self, number: float) -> float:
-        """The sum of a number over the ranks."""
+    def sum(self, number: float) -> float:
+        """Sum a number over all ranks, in float64.
+
+        Args:
+            number: The term of this rank.
+        """
         if self.size == 1:
             return number
         summed = torch.tensor([number], dtype=torch.float64)
-        self.sum_([summed])
+        self.all_reduce_([summed])
         return summed.item()
 
-    def first(self, value: T) -> T:
-        """What rank 0 passes."""
+    def broadcast_object(self, value: T) -> T:
+        """Broadcast an object from rank 0.
+
+        Args:
+            value: Anything that can be pickled; ignored on other ranks.
+        """
         if self.size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self._device)
         return values[0]
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Does what may fail on some ranks alone, so that all of them fail.
+    def run_on_all(self, work: Callable[[], T]) -> T:
+        """Run `work`; raise on every rank if it fails on any.
 
         Args:
-            work: Exchanges nothing with other ranks.
+            work: A function without collective operations.
+
+        Returns:
+            The result of `work` on this rank.
 
         Raises:
-            ValueError: If it raised on another rank; the message names that and says why.
+            ValueError: If it failed on another rank; the message names that rank and its error.
         """
         error: Exception | None = None
         try:
@@ -89,14 +116,14 @@ class Ranks:
             raise error
         for rank, failure in enumerate(failures):
             if failure is not None:
-                raise ValueError(f"Pruning failed on rank {rank}: {failure}")
+                raise ValueError(f"Failed on rank {rank}: {failure}")
         return result
 
     def _exchange(self, tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
         if self.size == 1:
             return
         for tensor in tensors:
-            there = tensor.detach().to(self._device).contiguous()
-            exchange(there)
-            if there.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(there)
+            sent = tensor.detach().to(self._device).contiguous()
+            exchange(sent)
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(sent)

@@ -1,64 +1,86 @@
-"""Putting signals off until the block that is being pruned is on disk."""
+"""Deferred signals, and requeueing of SLURM jobs."""
 
 import os
 import re
 import signal
 import subprocess
 import threading
+from collections.abc import Iterable
 from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = frozenset(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a process to stop."""
 
 
 class DeferredSignals:
-    """While the context is open, a signal sets a flag instead of ending the process.
+    """Context manager that records signals instead of letting their handlers run in the middle of some work.
 
-    Lightning registers its own handlers only after `setup`, where the pruning happens, and its handler would write a
-    checkpoint of a half-pruned model. A second Ctrl+C ends the process at once: the progress folder survives that.
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    By default it defers every signal that has a handler in Python, and raises those that arrived again when the context
+    ends, so that their handlers run then. With `deliver=False` the caller asks for `received` and decides what to do;
+    a second Ctrl+C then raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, it
+    does nothing.
 
     Args:
-        extra: A further signal to put off, such as the one a cluster announces a requeue with.
+        signals: Signals to defer; by default all that have a handler in Python.
+        deliver: Raise the deferred signals again when the context ends.
+
+    Example:
+        >>> with DeferredSignals([signal.SIGTERM], deliver=False) as signals:
+        ...     signal.raise_signal(signal.SIGTERM)
+        >>> signals.received
+        <Signals.SIGTERM: 15>
     """
 
-    def __init__(self, extra: signal.Signals | None = None) -> None:
-        names = ("SIGTERM", "SIGINT", "SIGUSR1")
-        self._watched = {getattr(signal, name) for name in names if hasattr(signal, name)}
-        if extra is not None:
-            self._watched.add(extra)
-        self._previous: dict[signal.Signals, object] = {}
-        self.received: signal.Signals | None = None
-        """The signal that came, if any."""
+    def __init__(self, signals: Iterable[signal.Signals] | None = None, deliver: bool = True) -> None:
+        self._signals = None if signals is None else set(signals)
+        self._deliver = deliver
+        self._previous: dict[int, Any] = {}
+        self._received: list[int] = []
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None and signum == signal.SIGINT:
+    @property
+    def received(self) -> signal.Signals | None:
+        """The last signal that arrived, or None."""
+        return signal.Signals(self._received[-1]) if self._received else None
+
+    def _record(self, signum: int, frame: FrameType | None) -> None:
+        if self._received and signum == signal.SIGINT and not self._deliver:
             raise KeyboardInterrupt
-        self.received = signal.Signals(signum)
+        self._received.append(signum)
 
     def __enter__(self) -> "DeferredSignals":
+        self._received.clear()
         if threading.current_thread() is threading.main_thread():
-            for signum in self._watched:
-                self._previous[signum] = signal.signal(signum, self._handle)
+            self._previous = {number: signal.getsignal(number) for number in self._signals or signal.valid_signals()}
+            if self._signals is None:
+                self._previous = {number: handler for number, handler in self._previous.items() if callable(handler)}
+            for number in self._previous:
+                signal.signal(number, self._record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._previous.items():
-            # None: the handler was not set from Python, so it cannot be put back from Python
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+        for number, handler in self._previous.items():
+            # None: the handler was not installed from Python, so Python cannot install it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        if self._deliver:
+            for number in self._received:
+                signal.raise_signal(number)
 
 
 def requeue_slurm_job() -> str:
-    """Asks SLURM to run this job again.
+    """Ask SLURM to run this job again.
 
     Returns:
-        What happened, as a line for the log.
+        A line for the log that says whether it worked.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     if not re.fullmatch(r"[0-9][0-9_-]*", job):
-        return "no SLURM job id in the environment, so nothing was requeued"
+        return "nothing was requeued, because the environment has no SLURM job id"
     try:
         code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wandazeta.utilities.arguments import check_range
 from wandazeta.zeroth_order.chunks import Evaluations, in_chunks
 from wandazeta.zeroth_order.directions import Directions
 
@@ -96,7 +97,8 @@ class TwoSided:
     num_values = 1
 
     def __init__(self, epsilon: float) -> None:
-        self.epsilon = _positive(epsilon)
+        check_range("epsilon", epsilon, epsilon > 0, "above 0")
+        self.epsilon = epsilon
 
     def num_points(self, num_queries: int) -> int:
         """Points of a step: both sides of its queries."""
@@ -145,7 +147,8 @@ class OneSided:
     num_values = 1
 
     def __init__(self, epsilon: float) -> None:
-        self.epsilon = _positive(epsilon)
+        check_range("epsilon", epsilon, epsilon > 0, "above 0")
+        self.epsilon = epsilon
 
     def num_points(self, num_queries: int) -> int:
         """Points of a step: its queries and their base."""
@@ -186,9 +189,3 @@ def _moved(theta: Tensor, directions: Directions, moves: Sequence[tuple[int, flo
         if query >= 0:
             copy.add_(z, alpha=length)
     return copies
-
-
-def _positive(epsilon: float) -> float:
-    if epsilon <= 0:
-        raise ValueError(f"Expected argument `epsilon` to be above 0, but got {epsilon}.")
-    return epsilon

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from wandazeta.utilities.arguments import check_at_least
 from wandazeta.zeroth_order.estimators import ProjectedGradients
 
 
@@ -57,7 +58,7 @@ class ConstantSchedule(EpochSchedule):
     """
 
     def __init__(self, num_queries: int = 1) -> None:
-        at_least("num_queries", num_queries, 1)
+        check_at_least("num_queries", num_queries, 1)
         self._num_queries = num_queries
 
     @property
@@ -95,7 +96,7 @@ class AdaZetaSchedule(EpochSchedule):
     def __init__(self, alpha: float = 0.85, beta: float = 0.6, max_queries: int = 15) -> None:
         if alpha <= 0 or beta < 0:
             raise ValueError(f"Expected arguments `alpha` > 0 and `beta` >= 0, but got {alpha} and {beta}.")
-        at_least("max_queries", max_queries, 1)
+        check_at_least("max_queries", max_queries, 1)
         self.alpha = alpha
         self.beta = beta
         self._max_queries = max_queries
@@ -112,7 +113,7 @@ class AdaZetaSchedule(EpochSchedule):
             alpha: Queries after one epoch, before rounding down.
             max_queries: Upper bound of the queries a step.
         """
-        at_least("num_epochs", num_epochs, 2)
+        check_at_least("num_epochs", num_epochs, 2)
         if alpha <= 0 or final_queries < alpha:
             raise ValueError(
                 f"Expected arguments `alpha` > 0 and `final_queries` >= `alpha`, but got {alpha} and {final_queries}."
@@ -136,9 +137,3 @@ class AdaZetaSchedule(EpochSchedule):
 
     def __repr__(self) -> str:
         return f"AdaZetaSchedule(alpha={self.alpha}, beta={self.beta:.4f}, max_queries={self._max_queries})"
-
-
-def at_least(name: str, value: int, bound: int) -> None:
-    """Raise a ValueError that names the argument unless its value is at least the bound."""
-    if value < bound:
-        raise ValueError(f"Expected argument `{name}` to be an integer of at least {bound}, but got {value}.")

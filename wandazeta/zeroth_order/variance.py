@@ -4,8 +4,8 @@ from math import ceil
 
 from torch import Tensor
 
+from wandazeta.utilities.arguments import check_at_least
 from wandazeta.zeroth_order.estimators import ProjectedGradients
-from wandazeta.zeroth_order.schedules import at_least
 
 
 class VarianceSchedule:
@@ -39,9 +39,9 @@ class VarianceSchedule:
     num_states = 3  # steps seen, running mean before its correction, largest corrected mean
 
     def __init__(self, min_queries: int = 4, max_queries: int = 16, window: int = 100) -> None:
-        at_least("min_queries", min_queries, 1)
-        at_least("max_queries", max_queries, min_queries)
-        at_least("window", window, 1)
+        check_at_least("min_queries", min_queries, 1)
+        check_at_least("max_queries", max_queries, min_queries)
+        check_at_least("window", window, 1)
         self._min_queries = min_queries
         self._max_queries = max_queries
         self.window = window

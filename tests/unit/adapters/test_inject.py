@@ -165,7 +165,7 @@ def test_explicit_sites_on_both_sides_of_one_module():
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        (["before:mlp.up_prj"], "did you mean 'mlp.up_proj'"),
+        (["before:mlp.up_prj"], "did you mean `mlp.up_proj`"),
         (["mlp.up_proj"], "like 'before:mlp.up_proj'"),
         (["inside:mlp.up_proj"], "like 'before:mlp.up_proj'"),
         (["after:mlp"], "width is unknown"),

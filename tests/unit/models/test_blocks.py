@@ -6,10 +6,12 @@ from torch import nn
 from wandazeta.models.blocks import (
     BlockCall,
     CallCapture,
+    StopForward,
     call_block,
     capture_block_calls,
     find_blocks,
     override_forward,
+    run_until_stopped,
 )
 
 
@@ -233,3 +235,22 @@ def test_forwards_are_restored_after_an_error():
         raise RuntimeError("stop")
     assert layer.forward == original
     assert "forward" not in layer.__dict__
+
+
+def test_a_signal_ends_only_the_forward_that_it_is_meant_for():
+    inner, outer = object(), object()
+
+    def forward():
+        assert run_until_stopped(lambda: None, inner) is False
+        run_until_stopped(stop(outer), inner)
+
+    def stop(token):
+        def work():
+            raise StopForward(token)
+
+        return work
+
+    assert run_until_stopped(forward, outer) is True
+    assert run_until_stopped(stop(inner), inner) is True
+    with pytest.raises(StopForward):
+        run_until_stopped(stop(inner), outer)

@@ -6,14 +6,15 @@ from helpers.causal_lms import save_tiny_lm, tiny_lm
 from helpers.tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.streaming import is_stored, whole
 from wandazeta.modules import LanguageModel
 
 
 def test_the_same_model_with_its_blocks_left_in_the_file(tmp_path):
     directory = str(save_tiny_lm(tmp_path))
-    expected = LanguageModel(directory, dtype="bfloat16").backbone
-    model = LanguageModel(directory, dtype="bfloat16", stream_weights=True).backbone
+    expected = LanguageModel(directory, LoadingOptions("bfloat16")).backbone
+    model = LanguageModel(directory, LoadingOptions("bfloat16", stream_weights=True)).backbone
     assert not model.training
     assert model.generation_config == expected.generation_config
     assert model.config.to_dict() == expected.config.to_dict()
@@ -32,14 +33,16 @@ def test_the_same_model_with_its_blocks_left_in_the_file(tmp_path):
 
 
 def test_tied_weights_stay_tied(tmp_path):
-    model = LanguageModel(str(save_tiny_lm(tmp_path, tie_word_embeddings=True)), stream_weights=True).backbone
+    model = LanguageModel(
+        str(save_tiny_lm(tmp_path, tie_word_embeddings=True)), LoadingOptions(stream_weights=True)
+    ).backbone
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.lm_head.weight.is_meta
 
 
 def refused(directory):
     with pytest.raises(ValueError, match="`model_name_or_path`") as error:
-        LanguageModel(str(directory), stream_weights=True)
+        LanguageModel(str(directory), LoadingOptions(stream_weights=True))
     assert "\n" not in str(error.value)
     return str(error.value)
 

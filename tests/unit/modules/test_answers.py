@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
 from wandazeta.adapters.files import load_adapters
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel, ZerothOrderModule
 
 OPTIONS = ((7,), (9,), (11,))
@@ -156,7 +157,7 @@ def test_another_number_of_options_is_refused_in_the_first_step(model_dir, tmp_p
     ("change", "message"),
     [
         ({"num_answers": 1}, "at least 2"),
-        ({"num_classes": 3}, "either `num_classes`"),
+        ({"loading": LoadingOptions(num_classes=3)}, "either `num_classes`"),
         ({"trainable": LoRAAdapters()}, "TensorTrainAdapters"),
         ({"trainable": Weights(), "head_gradient": "estimated"}, "TensorTrainAdapters"),
     ],

@@ -15,6 +15,7 @@ from wandazeta.adapters.files import load_adapters
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer
 from wandazeta.models.encoder import EncoderClassifier
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 from wandazeta.zeroth_order import direction
 
@@ -30,7 +31,8 @@ def model_dirs(tmp_path_factory):
 def ready(directory, **options):
     """A module with its adapters in place, outside a trainer."""
     options["trainable"] = trainable_of(options)
-    module = ZerothOrderModule(str(directory), num_classes=NUM_CLASSES, **options)
+    loading = LoadingOptions(options.pop("dtype", "float32"), num_classes=NUM_CLASSES)
+    module = ZerothOrderModule(str(directory), loading, **options)
     module._insert_adapters()
     return module
 
@@ -124,7 +126,7 @@ def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
     assert torch.equal(fresh.adapters.theta, module.adapters.theta)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not [name for name in saved["state_dict"] if "backbone" in name]
-    other = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=2, trainable=trainable_of({}))
+    other = ZerothOrderModule(str(model_dirs["mpnet"]), LoadingOptions(num_classes=2), trainable=trainable_of({}))
     with pytest.raises(ValueError, match="new head"):
         other.load_adapters(tmp_path / "adapters")
 
@@ -150,7 +152,7 @@ def test_exported_adapters_bring_their_head(model_dirs, tmp_path, trainable):
 
 @pytest.mark.parametrize("parts", ["all", "biases_and_head"])
 def test_weights_are_trained_with_the_head(model_dirs, tmp_path, parts):
-    start = ZerothOrderModule(str(model_dirs["mpnet"]), num_classes=NUM_CLASSES).backbone.state_dict()
+    start = ZerothOrderModule(str(model_dirs["mpnet"]), LoadingOptions(num_classes=NUM_CLASSES)).backbone.state_dict()
     settings = {"batch": labelled_batch(12), "num_classes": NUM_CLASSES, "trainable": Weights(parts)}
     _, module, _ = train(model_dirs["mpnet"], tmp_path, steps=3, save_every=3, **settings)
     moved = {name for name, value in module.backbone.state_dict().items() if not torch.equal(value, start[name])}
@@ -208,9 +210,9 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
         output_dir=str(tmp_path / "pruning"),
     )
     trainer = PruningTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[prune])
-    module = LanguageModel(str(model_dirs["bert"]), num_classes=NUM_CLASSES)
+    module = LanguageModel(str(model_dirs["bert"]), LoadingOptions(num_classes=NUM_CLASSES))
     trainer.prune(module, output_dir=str(tmp_path / "pruned"))
-    state = LanguageModel(str(tmp_path / "pruned"), num_classes=NUM_CLASSES).backbone.state_dict()
+    state = LanguageModel(str(tmp_path / "pruned"), LoadingOptions(num_classes=NUM_CLASSES)).backbone.state_dict()
     assert state.keys() == module.backbone.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.backbone.state_dict().items())
     assert prune.report.sparsity == 0.5
@@ -220,7 +222,12 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
 def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
     pytest.importorskip("peft")
     module = FirstOrderModule(
-        str(model_dirs["bert"]), num_classes=NUM_CLASSES, train=mode, learning_rate=1e-2, lora_rank=2, seed=3
+        str(model_dirs["bert"]),
+        LoadingOptions(num_classes=NUM_CLASSES),
+        train=mode,
+        learning_rate=1e-2,
+        lora_rank=2,
+        seed=3,
     )
     for layer in module.modules():
         if isinstance(layer, torch.nn.Dropout):
@@ -277,14 +284,14 @@ def test_16_bit_encoders_have_a_head_in_fp32(model_dirs):
 
 def test_what_does_not_fit_is_refused(model_dirs, tmp_path):
     with pytest.raises(ValueError, match="`num_classes` to be at least 2"):
-        LanguageModel(str(model_dirs["bert"]), num_classes=1)
+        LoadingOptions(num_classes=1)
     with pytest.raises(ValueError, match="leave `num_classes` out"):
-        LanguageModel(str(save_tiny_lm(tmp_path)), num_classes=2)
+        LanguageModel(str(save_tiny_lm(tmp_path)), LoadingOptions(num_classes=2))
     with pytest.raises(ValueError, match="`stream_weights`"):
-        LanguageModel(str(model_dirs["bert"]), num_classes=2, stream_weights=True)
+        LoadingOptions(num_classes=2, stream_weights=True)
     with pytest.raises(ValueError, match="`parts` to be all or biases_and_head"):
-        ZerothOrderModule(str(model_dirs["bert"]), num_classes=2, trainable=Weights("biases"))
-    scorer = LanguageModel(str(model_dirs["bert"]), num_classes=2).scorer
+        ZerothOrderModule(str(model_dirs["bert"]), LoadingOptions(num_classes=2), trainable=Weights("biases"))
+    scorer = LanguageModel(str(model_dirs["bert"]), LoadingOptions(num_classes=2)).scorer
     with pytest.raises(ValueError, match="batch with `label`"):
         scorer.prepare(text_batch())
     batch = labelled_batch()

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from helpers.encoders import SIZES, labelled_batch, save_tiny_encoder, tiny_encoder
+from helpers.loading import loading_of
 from helpers.processes import run
 from helpers.zo_run import train, trainable_of
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from wandazeta.adapters import Weights
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.zeroth_order import RAdaZOUpdate, SGDUpdate
 
@@ -45,7 +47,7 @@ def test_first_step_moves_the_head_by_the_gradient_of_autograd(model_dir, tmp_pa
     torch.testing.assert_close(theta[-HEAD:], expected, atol=1e-7, rtol=1e-4)
     assert expected.norm() > 1e-4
     # under a head of zeros the loss does not depend on the adapters
-    start = ZerothOrderModule(model_dir, num_classes=NUM_CLASSES, trainable=module.trainable)
+    start = ZerothOrderModule(model_dir, LoadingOptions(num_classes=NUM_CLASSES), trainable=module.trainable)
     start._insert_adapters()
     assert torch.equal(theta[:-HEAD], start.adapters.theta[:-HEAD])
 
@@ -59,7 +61,7 @@ def test_the_head_moves_at_a_rate_of_its_own(model_dir, tmp_path, kind, update):
         train(model_dir, tmp_path / str(rate), update=update(), head_learning_rate=rate, **chosen)[1].adapters.theta
         for rate in (None, 3e-2)
     )
-    start = ZerothOrderModule(model_dir, num_classes=NUM_CLASSES, trainable=trainable_of({}))
+    start = ZerothOrderModule(model_dir, LoadingOptions(num_classes=NUM_CLASSES), trainable=trainable_of({}))
     start._insert_adapters()
     torch.testing.assert_close(faster[-HEAD:], 10 * plain[-HEAD:])
     assert plain[-HEAD:].norm() > 1e-4
@@ -151,5 +153,7 @@ def test_two_ranks_train_as_one(model_dir, tmp_path, parallel):
     ],
 )
 def test_what_does_not_go_together_is_refused_before_loading(change, message):
+    options = EXACT | change
+    loading = loading_of(options)
     with pytest.raises(ValueError, match=message):
-        ZerothOrderModule("nowhere/at/all", **(EXACT | change))
+        ZerothOrderModule("nowhere/at/all", loading, **options)

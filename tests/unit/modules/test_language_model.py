@@ -7,8 +7,8 @@ from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.language_model import evaluating
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_calibration_runs_the_backbone_on_any_batch(model_dir):
 
 
 def test_dtype(model_dir):
-    assert LanguageModel(str(model_dir), dtype="bfloat16").backbone.dtype == torch.bfloat16
+    assert LanguageModel(str(model_dir), LoadingOptions("bfloat16")).backbone.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype"):
-        LanguageModel(str(model_dir), dtype="int8")
+        LoadingOptions("int8")
 
 
 def test_a_missing_model_is_one_clear_line(tmp_path):
@@ -95,18 +95,11 @@ def test_pickled_weights_are_refused(tmp_path, model_dir):
 def test_pad_token(tmp_path):
     directory = str(save_tiny_lm(tmp_path, pad=False))
     assert LanguageModel(directory).tokenizer.pad_token is None
-    assert LanguageModel(directory, pad_token="<eos>").tokenizer.pad_token == "<eos>"
+    assert LanguageModel(directory, LoadingOptions(pad_token="<eos>")).tokenizer.pad_token == "<eos>"
     with pytest.raises(ValueError, match="pad_token"):
-        LanguageModel(directory, pad_token="<nonsense>")
+        LanguageModel(directory, LoadingOptions(pad_token="<nonsense>"))
     # as GPT-2 has it
     tokenizer = LanguageModel(directory).tokenizer
     tokenizer.unk_token = "<eos>"
     tokenizer.save_pretrained(directory)
-    assert LanguageModel(directory, pad_token="<eos>").tokenizer.pad_token == "<eos>"
-
-
-def test_evaluating_restores_each_mode():
-    modules = [torch.nn.Dropout(), torch.nn.Dropout().eval()]
-    with evaluating(modules):
-        assert not any(module.training for module in modules)
-    assert [module.training for module in modules] == [True, False]
+    assert LanguageModel(directory, LoadingOptions(pad_token="<eos>")).tokenizer.pad_token == "<eos>"

@@ -4,6 +4,7 @@ import pytest
 from helpers.causal_lms import save_tiny_lm, tiny_lm
 from lightning.pytorch import Trainer
 
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel, ZerothOrderModule
 from wandazeta.modules.shares import hold_two_blocks, loading_in_shares
 
@@ -22,7 +23,7 @@ def deepspeed(**options):
 
 @pytest.mark.parametrize("kind", [LanguageModel, ZerothOrderModule])
 def test_other_strategies_are_refused(model_dir, kind, tmp_path):
-    module = kind(model_dir, shard_on_load=True)
+    module = kind(model_dir, LoadingOptions(shard_on_load=True))
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match="DeepSpeed with stage 3 for `shard_on_load`, but got SingleDeviceStrategy"):
         trainer.validate(module, [], verbose=False)
@@ -45,7 +46,7 @@ def test_other_stages_and_precisions_are_refused():
 )
 def test_options_that_do_not_go_together_are_refused_first(options, message):
     with pytest.raises(ValueError, match=message):
-        LanguageModel("nowhere/at/all", shard_on_load=True, **options)
+        LoadingOptions(shard_on_load=True, **options)
 
 
 def test_deepspeed_holds_two_blocks_unless_told_otherwise():

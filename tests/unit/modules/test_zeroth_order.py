@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.modules.zeroth_order import EPSILON
 from wandazeta.scoring.scorer import option_losses
@@ -136,7 +137,7 @@ def test_nothing_is_disturbed(model_dir, tmp_path):
 
 
 def test_backbone_is_frozen_and_adapters_stay_fp32(model_dir, tmp_path):
-    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), dtype="bfloat16").backbone)
+    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), LoadingOptions("bfloat16")).backbone)
     _, module, _ = train(model_dir, tmp_path, steps=2, trainer_options={"precision": "bf16-true"})
     assert module.adapters.theta.dtype == torch.float32
     assert module.backbone.dtype == torch.bfloat16
@@ -242,7 +243,7 @@ def test_tokenizer_without_pad_token(tmp_path):
     directory = save_tiny_lm(tmp_path, pad=False)
     with pytest.raises(ValueError, match="pad_token"):
         ZerothOrderModule(str(directory))
-    assert ZerothOrderModule(str(directory), pad_token="<eos>").tokenizer.pad_token == "<eos>"
+    assert ZerothOrderModule(str(directory), LoadingOptions(pad_token="<eos>")).tokenizer.pad_token == "<eos>"
 
 
 def test_gradient_accumulation_is_refused(model_dir, tmp_path):

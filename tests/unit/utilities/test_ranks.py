@@ -9,20 +9,20 @@ from wandazeta.utilities.ranks import Ranks
 
 def test_every_sample_belongs_to_one_rank_and_keeps_its_order():
     drawn = [7, 2, 5, 0, 3, 6]
-    shares = [Ranks(rank, 3).own(drawn) for rank in range(3)]
+    shares = [Ranks(rank, 3).local_indices(drawn) for rank in range(3)]
     # the samples of rank r are r, r + 3, r + 6, …
     assert [[3 * place + rank for place in share] for rank, share in enumerate(shares)] == [[0, 3, 6], [7], [2, 5]]
-    assert Ranks().own(drawn) == drawn
+    assert Ranks().local_indices(drawn) == drawn
 
 
 def test_alone_nothing_is_exchanged():
     ranks, tensor = Ranks(), torch.ones(2)
-    ranks.sum_([tensor])
+    ranks.all_reduce_([tensor])
     ranks.broadcast_([tensor])
     assert tensor.tolist() == [1.0, 1.0]
-    assert (ranks.total(2.5), ranks.first("a"), ranks.together(lambda: 3)) == (2.5, "a", 3)
+    assert (ranks.sum(2.5), ranks.broadcast_object("a"), ranks.run_on_all(lambda: 3)) == (2.5, "a", 3)
     with pytest.raises(ZeroDivisionError):
-        ranks.together(lambda: 1 / 0)
+        ranks.run_on_all(lambda: 1 / 0)
 
 
 def test_without_a_process_group_it_is_alone():
@@ -36,21 +36,21 @@ def test_two_ranks_exchange(tmp_path):
         assert (ranks.rank, ranks.size) == (rank, size)
         # a transposed view is copied to be sent, and must come back
         sums = [torch.full((2,), 1.0 + rank), torch.arange(6.0).view(2, 3).t()]
-        ranks.sum_(sums)
+        ranks.all_reduce_(sums)
         sent = torch.full((2,), 5.0 + rank)
         ranks.broadcast_([sent])
         refusal = ""
         try:
-            ranks.together(lambda: 1 / (1 - rank))
+            ranks.run_on_all(lambda: 1 / (1 - rank))
         except (ValueError, ZeroDivisionError) as error:
             refusal = f"{type(error).__name__}: {error}"
         return {
             "sums": [tensor.contiguous() for tensor in sums],
             "sent": sent,
             # more digits than float32 has
-            "total": ranks.total(2.0**30 + rank),
-            "first": ranks.first(f"from {rank}"),
-            "together": ranks.together(lambda: rank),
+            "total": ranks.sum(2.0**30 + rank),
+            "first": ranks.broadcast_object(f"from {rank}"),
+            "together": ranks.run_on_all(lambda: rank),
             "refusal": refusal,
         }
 
@@ -60,7 +60,7 @@ def test_two_ranks_exchange(tmp_path):
         assert torch.equal(result["sums"][1], 2 * torch.arange(6.0).view(2, 3).t())
         assert result["sent"].tolist() == [5.0, 5.0]
         assert (result["total"], result["first"], result["together"]) == (2**31 + 1, "from 0", rank)
-    assert results[0]["refusal"].startswith("ValueError: Pruning failed on rank 1: ")
+    assert results[0]["refusal"].startswith("ValueError: Failed on rank 1: ")
     assert results[1]["refusal"].startswith("ZeroDivisionError: ")
 
 

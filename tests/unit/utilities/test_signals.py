@@ -2,6 +2,7 @@ import os
 import signal
 import stat
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -10,24 +11,54 @@ from helpers.processes import fork_ranks
 
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.callbacks import prune as wandapp
-from wandazeta.utilities.signals import DeferredSignals, requeue_slurm_job
+from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
+
+WATCHED = STOP_SIGNALS | {signal.SIGUSR2}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_sets_a_flag_and_handlers_come_back(signum):
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2)}
-    with DeferredSignals(signal.SIGUSR2) as signals:
+@pytest.mark.parametrize("signum", sorted(WATCHED))
+def test_a_signal_is_recorded_and_the_handlers_are_restored(signum):
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    with DeferredSignals(WATCHED, deliver=False) as signals:
         assert signals.received is None
         os.kill(os.getpid(), signum)
         assert signals.received == signum
-    assert {s: signal.getsignal(s) for s in before} == before
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_second_interrupt_ends_the_work_at_once():
-    with DeferredSignals() as signals:
-        signals.received = signal.SIGTERM
+    with DeferredSignals(STOP_SIGNALS, deliver=False):
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_handlers_run_when_the_context_ends_and_in_order(fails):
+    ran = []
+    before = {number: signal.signal(number, lambda number, _: ran.append(number)) for number in WATCHED}
+    came = [signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR2]
+    try:
+        with suppress(RuntimeError), DeferredSignals():
+            for number in came:
+                signal.raise_signal(number)
+            assert ran == []
+            if fails:
+                raise RuntimeError
+        assert ran == came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_signals_without_a_handler_in_python_are_left_alone():
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        with DeferredSignals() as signals:
+            signal.raise_signal(signal.SIGUSR2)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_other_threads_change_no_handlers():

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wandazeta.models.blocks import nearest
 from wandazeta.models.zero3 import full_shape
 from wandazeta.pruning.export.packed import MASKS_FILE
 from wandazeta.pruning.export.pretrained import find_pretrained, names_on_disk
+from wandazeta.utilities.arguments import closest_names
 
 
 def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
         if name not in in_memory:
             raise ValueError(
                 f"Expected masks of weights of {type(module).__name__}, but it has no `{name}`; "
-                f"{nearest(name, in_memory or parameters)}"
+                f"{closest_names(name, in_memory or parameters)}"
             )
     return {in_memory[name]: mask for name, mask in masks.items()}
 

@@ -61,7 +61,7 @@ class BlockPruner:
         self.samples = samples
         self.masks = masks
         self.ranks = ranks
-        self.num_probes = len(ranks.own(range(NUM_PROBES)))
+        self.num_probes = len(ranks.local_indices(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
         self.master = MasterWeights(layers, keep_pruned=options.keeps_pruned)
         self.gradients: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ class BlockPruner:
         """Mean loss of the first outputs, over all ranks."""
         pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
         losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
-        return self.ranks.total(sum(losses)) / self.ranks.total(len(losses))
+        return self.ranks.sum(sum(losses)) / self.ranks.sum(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
         """What to report of each layer.

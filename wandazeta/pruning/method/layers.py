@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wandazeta.models.blocks import nearest
 from wandazeta.models.streaming import is_stored
 from wandazeta.pruning.options import PruneOptions, num_pruned
+from wandazeta.utilities.arguments import closest_names
 
 # hold matrices that no pruning method of ours applies to: nothing to say about them
 _LEFT_DENSE = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -74,7 +74,7 @@ def validate_layers(
             known = {_name_in_block(name, block_name) for name in names}
             raise ValueError(
                 f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
-                f"none; {nearest(pattern, sorted(known))}"
+                f"none; {closest_names(pattern, sorted(known))}"
             )
     wanted = {name: module for name, module in names.items() if not _excluded(name, options)}
     for name, module in wanted.items():

@@ -98,7 +98,7 @@ def regional_gradients(
                 (regional_loss(output, mask) * scale).backward()
             on_output(output.detach())
     norms.share(ranks)
-    ranks.sum_(list(squares.values()))
+    ranks.all_reduce_(list(squares.values()))
     return {name: (square / norms.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
 
 
@@ -210,7 +210,7 @@ def optimise_block(
     decay = (lambda step: 1 - step / num_steps) if options.lr_schedule == "linear" else (lambda step: 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     half = any(weight.dtype == torch.float16 for weight in master.weights.values())
-    num_samples = int(ranks.total(len(hidden)))
+    num_samples = int(ranks.sum(len(hidden)))
 
     for number in range(options.rounds):
         kept = prune(number)
@@ -219,7 +219,7 @@ def optimise_block(
         with norms.collect():
             for start in range(0, len(drawn), options.samples_per_step):
                 step = drawn[start : start + options.samples_per_step]
-                for batch in samples.split(ranks.own(step)):
+                for batch in samples.split(ranks.local_indices(step)):
                     share = len(batch) / len(step)
                     target = torch.cat([targets[index] for index in batch])
                     scale = float(target.numel()) if half else 1.0
@@ -228,7 +228,7 @@ def optimise_block(
                         loss = optimisation_loss(output, target, samples.mask(batch))
                         (loss * (scale * share)).backward()
                     master.take_gradients(scale)
-                ranks.sum_(master.gradients(complete=ranks.size > 1))
+                ranks.all_reduce_(master.gradients(complete=ranks.size > 1))
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()

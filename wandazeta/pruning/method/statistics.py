@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wandazeta.models.blocks import StopForward
 from wandazeta.pruning.method.layers import weight_view
 from wandazeta.utilities.ranks import Ranks
 
 # a mebibyte of float32
 SQUARES_AT_ONCE = 2**18
 GRAM_TILE = 512
-
-
-class _AllSeen(Exception):
-    """Private, so that no other error is mistaken for it."""
 
 
 class InputStatistics:
@@ -83,8 +80,9 @@ class InputStatistics:
         self._stop_at = self._last_layers.get(shape) if shape is not None and may_stop else None
         try:
             yield
-        except _AllSeen:
-            pass
+        except StopForward as signal:
+            if signal.token is not self:
+                raise
         else:
             if shape is not None:
                 once = sorted(self._seen) == sorted(self._layers)
@@ -142,15 +140,15 @@ class InputStatistics:
             return
         for name, layer in self._layers.items():
             width = weight_view(layer).shape[1]
-            ran = ranks.total(float(name in self._sums))
+            ran = ranks.sum(float(name in self._sums))
             if not ran:
                 continue
             device = layer.weight.device
             sums = self._sums.setdefault(name, torch.zeros(width, dtype=torch.float64, device=device))
-            ranks.sum_([sums])
+            ranks.all_reduce_([sums])
             if self._with_gram:
-                ranks.sum_([self._grams.setdefault(name, torch.zeros(width, width, device=device))])
-        self.num_samples = int(ranks.total(self.num_samples))
+                ranks.all_reduce_([self._grams.setdefault(name, torch.zeros(width, width, device=device))])
+        self.num_samples = int(ranks.sum(self.num_samples))
 
     def leave_out_grams(self) -> None:
         """Free the Gram matrices, and sum none from now on."""
@@ -177,7 +175,7 @@ class InputStatistics:
             self._seen.append(name)
             # in another order than before, the last layer may come while others have yet to
             if name == self._stop_at and len(set(self._seen)) == len(self._layers):
-                raise _AllSeen
+                raise StopForward(self)
 
         return hook
 
