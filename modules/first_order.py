@@ -17,8 +17,8 @@ from wandazeta.adapters.files import describe_backbone, require_same, save_adapt
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered, is_shared_out
-from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, closest_names, describe_rates, stepped
@@ -125,7 +125,7 @@ class FirstOrderModule(LanguageModel):
             # models come from their files in evaluation mode, without dropout
             self.backbone.train()
         if self._trainer is not None:
-            adjust_strategy(self._trainer.strategy, save_frozen=self.train_mode == "full")
+            configure_deepspeed(self._trainer.strategy, save_frozen=self.train_mode == "full")
 
     def _check_target_modules(self) -> None:
         known = {name for name, module in self.backbone.named_modules() if name and not any(module.children())}

@@ -13,8 +13,8 @@ from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_stored, require_whole
-from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.shares import loading_in_shares
+from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
@@ -78,7 +78,7 @@ class LanguageModel(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if self._trainer is not None:
-            adjust_strategy(self._trainer.strategy)
+            configure_deepspeed(self._trainer.strategy)
         self._build_in_shares()
         require_whole(self)
 

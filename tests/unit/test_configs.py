@@ -103,7 +103,8 @@ def test_the_papers_settings():
     assert prune.items() >= expected.items()
     adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
     model = adazeta["model"]["init_args"]
-    assert (model["learning_rate"], model["epsilon"], model["weight_decay"]) == (1e-4, 1e-3, 0.01)
+    assert (model["learning_rate"], model["update"]["init_args"]["weight_decay"]) == (1e-4, 0.01)
+    assert model["estimator"] == {"class_path": "wandazeta.zeroth_order.TwoSided", "init_args": {"epsilon": 1e-3}}
     assert model["trainable"]["init_args"].items() >= {"rank": 5, "bottleneck": 64, "identity_start": False}.items()
     assert adazeta["data"]["init_args"]["batch_size"] == 16
     assert adazeta["trainer"]["max_steps"] == 10_000

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from wandazeta.modules.zo_options import EPSILON
+from wandazeta.zeroth_order import DEFAULT_EPSILON
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -84,7 +84,7 @@ def test_no_epsilon_is_better_than_the_default_wherever_adapters_start():
                 for row in start["rows"] if start["dtype"] == dtype else ():
                     if row["estimator"] == estimator:
                         worst[row["epsilon"]] = min(row["correlation"], worst.get(row["epsilon"], 1.0))
-            assert worst[EPSILON[getattr(torch, dtype)]] >= max(worst.values()) - 0.01
+            assert worst[DEFAULT_EPSILON[getattr(torch, dtype)]] >= max(worst.values()) - 0.01
 
 
 def test_the_recommended_settings_get_further_by_the_forward_pass():

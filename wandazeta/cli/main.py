@@ -121,7 +121,7 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If anything does not fit.
         """
-        from wandazeta.modules.diagnose import EpsilonDiagnosis, report
+        from wandazeta.modules.diagnose import EpsilonDiagnosis
         from wandazeta.utilities.files import check_writable
 
         # written at the end, after all the work
@@ -138,7 +138,7 @@ class PruningTrainer(Trainer):
         self.callbacks.append(diagnosis)
         self.num_sanity_val_steps = 0
         self.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
-        report(diagnosis, output_dir)
+        diagnosis.write_report(output_dir)
 
 
 class WandazetaCLI(LightningCLI):

@@ -30,7 +30,7 @@ class EncoderClassifier(nn.Module):
         with torch.no_grad():
             for parameter in self.head.parameters():
                 parameter.zero_()
-        for module in self.unread:
+        for module in self.unused_modules:
             module.requires_grad_(False)
 
     @property
@@ -39,8 +39,8 @@ class EncoderClassifier(nn.Module):
         return self.encoder.config
 
     @property
-    def unread(self) -> list[nn.Module]:
-        """The encoder's pooler, if it has one: kept for whoever exports the encoder, never trained."""
+    def unused_modules(self) -> list[nn.Module]:
+        """The pooler of the encoder, if it has one: it is exported with the encoder and never trained."""
         pooler = getattr(self.encoder, "pooler", None)
         return [] if pooler is None else [pooler]
 

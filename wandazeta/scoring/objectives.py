@@ -122,35 +122,20 @@ def objective_losses(
     return token_losses(scorer.token_nll(prepared, repeats), prepared)
 
 
-def check_objective(objective: Objective | None, epsilon: float | None, estimator: str) -> None:
-    """Refuse a metric that cannot be lowered.
+def check_objective(objective: Objective) -> None:
+    """Check that a metric can be minimised.
 
     Args:
-        objective: What is lowered.
-        epsilon: Distance of the two sides, if it is set.
-        estimator: How slopes are measured.
+        objective: The metric.
 
     Raises:
-        ValueError: If it is not known whether more is better, exact derivatives are asked for, or the distance of the
-            two sides is left to a default, which is meant for losses with a gradient.
+        ValueError: If it is not known whether higher values are better.
     """
     metric = objective.metric if isinstance(objective, GeneratedText) else objective
-    if metric is None:
-        return
     name = type(metric).__name__
     if metric.higher_is_better is None:
         raise ValueError(
             f"Expected argument `objective` to have `higher_is_better`, but {name} leaves it open; set it in a subclass"
-        )
-    if estimator == "forward_mode":
-        raise ValueError(
-            f"Expected argument `estimator` to be two_sided or one_sided for the objective {name}, but got "
-            f"{estimator!r}; a metric moves in jumps and has no derivative"
-        )
-    if epsilon is None:
-        raise ValueError(
-            f"Expected argument `epsilon` to be set for the objective {name}, but got None; a metric moves in jumps, "
-            "and the default is so small that both sides have the same value: try 0.1"
         )
 
 
