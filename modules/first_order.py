@@ -16,6 +16,7 @@ from wandazeta.adapters import AdapterVector, TensorTrainAdapters, train_linears
 from wandazeta.adapters.files import describe_backbone, require_same, save_adapter_files
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
+from wandazeta.models.sparsity import is_pruned
 from wandazeta.models.zero3 import gathered, is_shared_out
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.modules.strategies import configure_deepspeed
@@ -276,7 +277,9 @@ class FirstOrderModule(LanguageModel):
                 "adapters (`save_adapter`), and merge them in one process"
             )
         layers: dict[str, Any] = {name: m for name, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
-        zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items() if _is_pruned(layer)}
+        bases = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        rows_dims = {name: int(getattr(layer, "fan_in_fan_out", False)) for name, layer in layers.items()}
+        zeros = {name: base == 0 for name, base in bases.items() if is_pruned(base, rows_dims[name])}
         if zeros and not keep_mask:
             raise ValueError(
                 f"Expected argument `keep_mask` to be True for a pruned backbone, but got {keep_mask!r}: merged with "
@@ -304,9 +307,3 @@ class FirstOrderModule(LanguageModel):
 
     def _rates(self) -> dict[str, Any]:
         return describe_rates(self._new_optimizer(), self.lr_scheduler) | {"weight_decay": self.weight_decay}
-
-
-def _is_pruned(layer: Any) -> bool:
-    """Whether the weight under an adapter was pruned: then every row lost some; a zero by chance is in few of them."""
-    weight = layer.get_base_layer().weight
-    return bool((weight == 0).any(0 if getattr(layer, "fan_in_fan_out", False) else 1).all())

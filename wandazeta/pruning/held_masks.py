@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.zero3 import gathered
 from wandazeta.pruning.method.layers import prunable_layers
-from wandazeta.pruning.options import PruneOptions
 
 
 def zero_masks(module: nn.Module, block_name: str | None = None) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def zero_masks(module: nn.Module, block_name: str | None = None) -> dict[str, Te
     layers = {
         f"{name}.{index}.{layer_name}": layer
         for index, block in enumerate(blocks)
-        for layer_name, layer in prunable_layers(block, PruneOptions()).items()
+        for layer_name, layer in prunable_layers(block).items()
     }
     masks = {}
     for weight_name, layer in layers.items():

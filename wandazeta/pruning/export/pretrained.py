@@ -61,10 +61,10 @@ def prune_and_export(
         OSError: If the disk is full; what is finished is kept for the next run.
     """
     target = Path(output_dir).absolute()
-    if pack and callback.options.sparsity_pattern != "2:4":
+    if pack and callback.options.pattern.sparsity_pattern != "2:4":
         raise ValueError(
             "Expected argument `pack` to go with sparsity_pattern='2:4', the one pattern with a packed form, but got "
-            f"{callback.options.sparsity_pattern!r}; prune 2:4 or leave `pack` out."
+            f"{callback.options.pattern.sparsity_pattern!r}; prune 2:4 or leave `pack` out."
         )
     if trainer.world_size > 1:
         raise ValueError(

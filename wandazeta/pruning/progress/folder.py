@@ -2,14 +2,15 @@
 
 A folder holds `key.json` (what was pruned, how and with what), `block_0000.safetensors` and so on (weights, masks and
 the record of one block each), `block_0000.cost.json` (seconds and memory, the only figures that vary between runs),
-`generated.safetensors` (samples that the model wrote, where it was to), and at the end `report.json` and
-`complete.json`. Every file is written whole or not at all (`files`). No file is a pickle.
+and at the end `report.json` and `complete.json`. Every file is written whole or not at all (`files`). No file is a
+pickle.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from wandazeta.models.streaming import Stored, is_stored, store
-from wandazeta.pruning.calibration import digest_tensor
 from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.utilities import files
+from wandazeta.utilities.hashing import digest_tensor
 
 _COSTS = ("seconds", "peak_memory")
 _REMEDY = "; choose another `output_dir`, restore what changed, or delete the folder to prune anew."
@@ -141,6 +142,10 @@ class ProgressFolder:
     def _path(self, block_index: int) -> Path:
         return self.directory / f"block_{block_index:04d}.safetensors"
 
+    def num_saved(self) -> int:
+        """Number of block files, from the first block on, without reading them."""
+        return next(index for index in itertools.count() if not self._path(index).exists())
+
     def load(self, block_index: int) -> BlockResult | None:
         """Reads a finished block.
 
@@ -185,36 +190,6 @@ class ProgressFolder:
         # a single metadata entry: safetensors does not keep the order of several
         files.write_atomically(self._path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
         self._chain[block_index] = note["digest"]
-
-    # -- samples ----------------------------------------------------------------------------------------------------
-
-    def load_texts(self) -> list[Tensor] | None:
-        """Reads the samples that the model wrote.
-
-        Returns:
-            Tokens of shape (1, tokens), or `None` if they are missing, damaged, or of another pruning.
-        """
-        try:
-            with safe_open(self.directory / "generated.safetensors", framework="pt") as file:
-                note = json.loads(file.metadata()["wandazeta"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if note["key"] != self._key or note["digest"] != _digest(tensors, note):
-                return None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-        return [tensors[name] for name in sorted(tensors)]
-
-    def save_texts(self, texts: Sequence[Tensor]) -> None:
-        """Writes the samples that the model wrote.
-
-        Args:
-            texts: Tokens of shape (1, tokens).
-        """
-        tensors = {f"{number:08d}": text.cpu().contiguous() for number, text in enumerate(texts)}
-        note: dict[str, Any] = {"key": self._key, "previous": "", "record": {}}
-        note["digest"] = _digest(tensors, note)
-        content = save(tensors, metadata={"wandazeta": json.dumps(note)})
-        files.write_atomically(self.directory / "generated.safetensors", content)
 
     def _read_costs(self, block_index: int) -> dict[str, Any]:
         costs = json.loads((self.directory / f"block_{block_index:04d}.cost.json").read_bytes())

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from wandazeta.models.streaming import whole
-from wandazeta.pruning.calibration import digest_tensor
+from wandazeta.pruning.calibration import leaves
+from wandazeta.utilities.hashing import digest_tensor
 
 _PARTS = ("options", "model", "calibration", "environment")
 
@@ -83,3 +84,23 @@ def digest_model(tensors: dict[str, Tensor]) -> dict[str, str]:
         tensors: Parameters and buffers; those that are stored are read one at a time.
     """
     return {name: digest_tensor(whole(tensors[name])) for name in sorted(tensors)}
+
+
+def digest_batches(batches: list[Any], token_mask: Callable[[Any], Tensor | None]) -> str:
+    """Hashes calibration batches: their tensors, plain values and token masks, in order.
+
+    Args:
+        batches: What `collect_batches` returned.
+        token_mask: The function that marks the tokens that count.
+
+    Returns:
+        A hexadecimal SHA-256, cut to 32 digits.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for leaf in [*leaves(batch), token_mask(batch)]:
+            if isinstance(leaf, Tensor):
+                digest.update(digest_tensor(leaf).encode())
+            elif leaf is None or isinstance(leaf, (str, int, float, bool)):
+                digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:32]
