@@ -17,7 +17,18 @@ from contextlib import suppress
 from typing import Any
 
 import yaml
-from records import RESULTS, ROOT, SMOLLM2, commit, describe, finished, is_finished, measure_in_process, write
+from records import (
+    RESULTS,
+    ROOT,
+    SMOLLM2,
+    commit,
+    describe,
+    finished,
+    is_finished,
+    measure_in_process,
+    used_options,
+    write,
+)
 
 RESULT = RESULTS / "ablation.json"
 VARIANTS = ROOT / "benchmarks" / "ablation.yaml"
@@ -33,9 +44,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 
     from wandazeta.datamodules import TextDataModule
     from wandazeta.modules import LanguageModel
-    from wandazeta.pruning.options import PruneOptions
-    from wandazeta.pruning.pruner import PruningInterrupted, prune_model
-    from wandazeta.pruning.records import BlockRecord
+    from wandazeta.pruning import BlockRecord, PruningInterrupted, prune_model
 
     module = LanguageModel(str(ROOT / SMOLLM2)).eval()
     calibration = TextDataModule(
@@ -55,7 +64,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
                 module.backbone,
                 module.calibration_forward,
                 list(calibration.calibration_dataloader()),
-                PruneOptions(**options),
+                used_options(options),
                 on_block=lambda record, num_blocks: records.append(record),
                 should_stop=lambda: len(records) >= arguments.blocks,
             )

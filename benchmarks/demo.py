@@ -72,28 +72,22 @@ class Demo:
         model: The pruned model with its adapters.
         data: The data of the task.
         trainer: The trainer, with the callbacks of the run.
-        pruning: Arguments of its pruning callback.
+        pruning: The callback that prunes the model.
         dense: Directory of the dense model.
     """
 
     model: ZerothOrderModule
     data: PromptedClassificationDataModule
     trainer: PruningTrainer
-    pruning: dict[str, Any]
+    pruning: WandaPPPruneCallback
     dense: str
 
     @classmethod
     def from_config(cls, config: Path) -> "Demo":
         """Build the objects of a config without training."""
         cli = command_line(["--config", str(config)], run=False)
-        pruning = next(c for c in cli.config.trainer.callbacks if c.class_path.endswith("WandaPPPruneCallback"))
-        return cls(
-            cli.model,
-            cli.datamodule,
-            cli.trainer,
-            dict(pruning.init_args),
-            cli.config.model.init_args.model_name_or_path,
-        )
+        pruning = next(c for c in cli.trainer.callbacks if isinstance(c, WandaPPPruneCallback))
+        return cls(cli.model, cli.datamodule, cli.trainer, pruning, cli.config.model.init_args.model_name_or_path)
 
     @property
     def folder(self) -> Path:
@@ -102,10 +96,18 @@ class Demo:
 
     def pruned_by(self, method: str) -> Path:
         """Prune by a method, or load the finished pruning, and write the model directory."""
-        ours = method == self.pruning["method"]
+        options = self.pruning.options
+        ours = method == options.method.name
         folder = self.folder / ("pruned_model" if ours else f"baselines/{method}_model")
-        progress = self.pruning["output_dir"] if ours else str(self.folder / "baselines" / method)
-        callback = WandaPPPruneCallback(**self.pruning | {"method": method, "output_dir": progress})
+        callback = WandaPPPruneCallback(
+            **options.pattern.to_dict(),
+            method=options.method if ours else method,
+            compute_dtype=options.compute_dtype,
+            exclude_modules=list(options.exclude_modules),
+            num_calibration_samples=self.pruning.num_calibration_samples,
+            output_dir=self.pruning.output_dir if ours else str(self.folder / "baselines" / method),
+            seed=options.seed,
+        )
         quiet_trainer(callback).prune(LanguageModel(self.dense), self.data, str(folder))
         return folder
 
@@ -140,7 +142,7 @@ def examine(demo: Demo, compare_dense: bool) -> dict[str, Any]:
 
     zero_shot = demo.accuracy(demo.trainer, demo.model)
     fine_tuned = demo.accuracy(demo.trainer, demo.model, str(last))
-    pruning = next(c for c in demo.trainer.callbacks if isinstance(c, WandaPPPruneCallback)).report
+    pruning = demo.pruning.report
     assert pruning is not None
     assert demo.model.adapters is not None
     demo.model.save_adapters(demo.folder / "adapters")
@@ -236,9 +238,8 @@ def config_of(seed: int, folder: str) -> dict[str, Any]:
     config["model"]["init_args"]["seed"] = seed
     config["data"]["init_args"]["seed"] = seed
     config["data"]["init_args"]["calibration"]["init_args"]["seed"] = seed
-    for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"].endswith("WandaPPPruneCallback"):
-            callback["init_args"]["seed"] = seed
+    prune = config["prune"]
+    prune.get("init_args", prune)["seed"] = seed
     return config
 
 

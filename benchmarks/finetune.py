@@ -23,6 +23,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Lock
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer, seed_everything
-from prune_quality import options_of
+from prune_quality import config_of
 from records import (
     RESULTS,
     ROOT,
@@ -47,13 +48,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
+from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.language_model import evaluating
-from wandazeta.modules.zo_options import NonFiniteLossError, make_estimator
+from wandazeta.modules.zeroth_order import NonFiniteLossError
+from wandazeta.zeroth_order import Estimator
 
 RESULT = RESULTS / "finetune.json"
 CONFIG = ROOT / "benchmarks" / "finetune.yaml"
-PRUNE = ROOT / "configs" / "prune" / "best.yaml"
 FOLDER = ROOT / "runs" / "finetune"
 
 
@@ -64,9 +65,7 @@ def pruned(path: str, head: bool, pattern: str) -> str:
     name = f"{Path(path).name}-{pattern.replace(':', 'of').replace('%', 'pc')}"
     target = FOLDER / name
     if not (target / "prune_report.json").exists():
-        config = yaml.safe_load(PRUNE.read_text())
-        options = config["trainer"]["callbacks"][0]["init_args"]
-        options |= {"output_dir": str(FOLDER.relative_to(ROOT) / f"{name}-progress")} | options_of("best", pattern, 0)
+        config = config_of("best", pattern, 0, FOLDER.relative_to(ROOT) / f"{name}-pruning")
         config["model"]["init_args"] = {"model_name_or_path": path, "loading": {"num_classes": 2 if head else None}}
         target.parent.mkdir(parents=True, exist_ok=True)
         written = target.with_suffix(".yaml")
@@ -208,7 +207,7 @@ class Curve(Callback):
 def accuracy(module: Any, batches: list[Any]) -> float:
     """Return the fraction of examples that are classified correctly."""
     right, total = 0, 0
-    with torch.no_grad(), evaluating(list(module.modules())):
+    with torch.no_grad(), evaluation_mode(module.modules()):
         for index, batch in enumerate(batches):
             batch = {name: values.to(module.device) for name, values in batch.items()}
             right += int((module.predict_step(batch, index)["prediction"] == batch["label"]).sum())
@@ -253,9 +252,14 @@ def forwards_per_step(method: dict[str, Any]) -> int:
     """Return the forward passes per step; for zeroth order, with a constant number of queries."""
     if "forwards_per_step" in method:
         return int(method["forwards_per_step"])
-    options = method["init_args"]
-    estimator = make_estimator(options.get("estimator", "two_sided"), 1.0)
-    return estimator.num_forwards(options["schedule"]["init_args"]["num_queries"])
+    estimator: Estimator = resolve_name(estimator_of(method)["class_path"])()
+    return estimator.num_forwards(method["init_args"]["schedule"]["init_args"]["num_queries"])
+
+
+def estimator_of(method: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return class path and arguments of a method's estimator, `TwoSided` by default, with more arguments."""
+    estimator = method["init_args"].get("estimator", {"class_path": "wandazeta.zeroth_order.TwoSided"})
+    return {"class_path": estimator["class_path"], "init_args": estimator.get("init_args", {}) | more}
 
 
 def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageModel:
@@ -263,11 +267,13 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     method = run["method"]
     options = dict(method.get("init_args", {}))
     if "with_head" in method:
-        options |= method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
-    options |= {"model_name_or_path": str(ROOT / run["path"]), "num_classes": data.num_classes if run["head"] else None}
+        options["head"] = method["with_head"]["head"] | ({} if run["head"] else {"num_answers": data.num_classes})
+    loading = {"num_classes": data.num_classes if run["head"] else None}
+    options |= {"model_name_or_path": str(ROOT / run["path"]), "loading": options.get("loading", {}) | loading}
     if "class_path" in method:
-        # the grid has an epsilon for the methods that need one
-        options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
+        options |= {"seed": run["seed"], "learning_rate": run["learning_rate"]}
+        if "epsilon" in run:
+            options["estimator"] = estimator_of(method, epsilon=run["epsilon"])
         if "forwards_per_step" not in method:
             options["max_forwards"] = run["forwards"]
         if method.get("decay", False):
@@ -278,7 +284,7 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     if run["name"] == "linear_probe" and not run["head"]:
         # gives the hidden states that the answers are predicted from; its adapters change nothing
         class_path = "wandazeta.modules.ZerothOrderModule"
-        options["num_answers"] = data.num_classes
+        options["head"] = {"num_answers": data.num_classes}
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
     module: LanguageModel = parser.instantiate_classes(config).module
     return module
@@ -304,10 +310,9 @@ def linear_probe(module: LanguageModel, data: ClassificationDataModule) -> tuple
 
     def read(split: Any) -> tuple[Any, Any, int]:
         features, labels = [], []
-        with torch.no_grad(), evaluating(list(module.modules())):
+        with torch.no_grad(), evaluation_mode(module.modules()):
             for batch in DataLoader(data.examples(split), data.batch_size, collate_fn=data.collate):  # type: ignore[arg-type]
-                module.scorer.option_scores(module.scorer.prepare(batch))
-                features.append(module.scorer.last_features)
+                features.append(module.scorer.option_scores(module.scorer.prepare(batch)).features)
                 labels.append(batch["label"])
         return torch.cat(features).numpy(), torch.cat(labels).numpy(), len(features)
 

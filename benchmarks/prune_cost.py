@@ -91,10 +91,10 @@ console = Console()
 
 
 def options_of(method: str, num_samples: int, compute_dtype: str) -> dict[str, Any]:
-    """Return the options of this project's methods; Wanda++ has those of `best.yaml` with the paper's rounds."""
+    """Return the options of this project's methods; Wanda++ has those of `best` with the paper's rounds."""
     if method in COMPARED:
         return {"compute_dtype": compute_dtype}
-    chosen = prune_settings(ROOT / "configs" / "prune" / "best.yaml")
+    chosen = prune_settings("best")
     kept = ("alpha", "optimizer", "learning_rate", "lr_schedule", "target", "mask_mode")
     options = {name: chosen[name] for name in kept}
     # K = 5 rounds of M = 32 of N = 128 samples
@@ -354,10 +354,10 @@ def memory_config(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         "method": arguments.method,
         "sparsity_pattern": arguments.pattern,
         "num_calibration_samples": arguments.samples,
-        "samples_per_round": min(arguments.samples, 32),
         "output_dir": str(folder / "progress"),
     }
-    model = {"model_name_or_path": str(folder / "model"), "dtype": "bfloat16", "stream_weights": not arguments.whole}
+    loading = {"dtype": "bfloat16", "stream_weights": not arguments.whole}
+    model = {"model_name_or_path": str(folder / "model"), "loading": loading}
     data = {
         "source": "sample:wikipedia",
         "sequence_length": arguments.tokens,

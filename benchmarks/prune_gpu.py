@@ -26,18 +26,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from records import RESULTS, describe, write
+from records import RESULTS, describe, used_options, write
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from wandazeta.pruning import pruner
+from wandazeta.pruning import PruneOptions, prune_model, pruner
 from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
-from wandazeta.pruning.options import PruneOptions
 from wandazeta.utilities.memory import peak_memory
 
 RESULT = RESULTS / "prune_gpu.json"
@@ -168,11 +167,11 @@ class Phases:
         """Time the prunings within this context."""
         parts = [
             (pruner, "capture_samples", "capture"),
-            (pruner._Pruner, "_forward", "propagate"),
+            (pruner._BlockSequence, "_forward", "propagate"),
             (BlockPruner, "measure", "measure"),
-            (BlockPruner, "optimise", "optimise"),
+            (BlockPruner, "_optimise", "optimise"),
             (BlockPruner, "_measure_inputs", "norms"),
-            (BlockPruner, "prune", "prune"),
+            (BlockPruner, "mask_by_score", "prune"),
         ]
         with ExitStack() as stack:
             for owner, attribute, name in parts:
@@ -197,12 +196,15 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
     inputs = forward - sizes["down"]
     probes = min(NUM_PROBES, num_samples)
     counts: dict[str, float] = {}
-    if options.uses_gradients:
+    if options.method.uses_gradients:
         counts["measure"] = num_samples * (forward + backward)
     else:
         counts["measure"] = probes * forward + (num_samples - probes) * inputs
-    if options.uses_optimisation:
-        counts["optimise"] = options.rounds * options.samples_per_round * (forward + backward) + probes * forward
+    optimisation = options.for_samples(num_samples).method.active_optimisation
+    if optimisation is not None:
+        assert optimisation.samples_per_round is not None
+        steps = optimisation.rounds * optimisation.samples_per_round
+        counts["optimise"] = steps * (forward + backward) + probes * forward
         counts["norms"] = num_samples * inputs
     counts = {name: count * shape.blocks for name, count in counts.items()}
     counts["propagate"] = ((shape.blocks - 1) * num_samples + probes) * forward
@@ -219,14 +221,14 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
     phases = Phases(device)
     with phases.watch():
-        pruner.prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
+        prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
     counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
     seconds = phases.seconds | {"total": sum(phases.seconds.values())}
     peaks = phases.peaks | {"total": max(phases.peaks.values())}
     counts["total"] = sum(counts.values())
     records = []
     for phase, duration in seconds.items():
-        record: dict[str, Any] = {"model": name, "method": options.method, "phase": phase, "seconds": duration}
+        record: dict[str, Any] = {"model": name, "method": options.method.name, "phase": phase, "seconds": duration}
         record |= {"peak_gib": peaks[phase] / 2**30, "tflop": counts.get(phase, 0.0) / 1e12, "mfu": None}
         if arguments.peak_tflops and phase in counts:
             record["mfu"] = record["tflop"] / duration / arguments.peak_tflops
@@ -339,7 +341,8 @@ def main() -> None:
             write(arguments.result, describe("prune_gpu", records, **more))
 
     for method in arguments.methods:
-        options = PruneOptions(method=method, rounds=arguments.rounds, samples_per_round=arguments.samples_per_round)
+        settings = {"rounds": arguments.rounds, "samples_per_round": arguments.samples_per_round}
+        options = used_options({"method": method} | settings)
         records += measure_method(arguments.shape, options, arguments)
         save()
     if arguments.device.type == "cuda" and arguments.rows:

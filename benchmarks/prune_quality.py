@@ -8,15 +8,15 @@
 A setting whose record is in the result file is not measured again.
 
 `methods`: every record is a `wandazeta prune` of its own, calibrated on 64 windows of 512 tokens of Wikipedia's
-training documents and evaluated on test documents of two genres. `paper` has the settings of
-`configs/prune/paper.yaml`, `best` those of `configs/prune/best.yaml`; the other methods have no settings. Records of
-`best_12_rounds`, `best_3_copies` and `best_6_rounds` are of `best.yaml` at the commits that they name: at a learning
-rate of 1e-3, with three generated windows beside each real one, and at that rate with half the rounds. A pruning that
-was stopped resumes at its next block. The seconds are those of the pruning without loading and evaluation.
-`OMP_NUM_THREADS` sets the number of threads; two processes with one thread each use two cores best.
+training documents and evaluated on test documents of two genres. `paper` and `best` have the settings of the presets of
+these names; the other methods have no settings. Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` have
+the settings of `best` at the commits that they name: a learning rate of 1e-3, three generated windows beside each real
+one, and that learning rate with half the rounds. A pruning that was stopped resumes at its next block. The seconds are
+those of the pruning without loading and evaluation. `OMP_NUM_THREADS` sets the number of threads; two processes with
+one thread each use two cores best.
 
 `bf16`: prunes with products in float32 and in bfloat16 and compares masks and perplexities. The settings are those of
-`configs/prune/best.yaml` except for the method and the size of the calibration. Blocks after the first `--num-blocks`
+the preset `best` except for the method and the size of the calibration. Blocks after the first `--num-blocks`
 stay dense. The weights, and the model whose perplexity is measured, are float32 in both cases. Expect `wanda` and `rgs`
 to change fewer than 1% of the mask entries and the perplexity to move by some percent, as it does after any change of
 that size. A control run shows this: everything in float32, with the output of every block multiplied by 1 + u, where u
@@ -28,12 +28,13 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -41,6 +42,7 @@ from records import (
     RESULTS,
     ROOT,
     SMOLLM2,
+    callback_arguments,
     commit,
     describe,
     finished,
@@ -48,6 +50,7 @@ from records import (
     prune_settings,
     quiet_trainer,
     run_wandazeta,
+    used_options,
     write,
 )
 from rich.console import Console
@@ -57,8 +60,8 @@ from torch import Tensor, nn
 from wandazeta.datamodules import TextDataModule
 from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel
-from wandazeta.pruning.options import Method, PruneOptions
-from wandazeta.pruning.pruner import BlockResult, PruningInterrupted, prune_model
+from wandazeta.pruning import METHODS as PRUNING_METHODS
+from wandazeta.pruning import BlockResult, PruneOptions, PruningInterrupted, prune_model
 
 RESULT = RESULTS / "prune_quality.json"
 FOLDER = ROOT / "runs" / "prune_quality"
@@ -69,10 +72,10 @@ NUM_SAMPLES = 64
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "paper", "best")
 # `best` sets it for unstructured patterns only, as its file says
 SPARSITY_SLOPE = 0.2
-CONFIGS = {"paper": ROOT / "configs" / "prune" / "paper.yaml", "best": ROOT / "configs" / "prune" / "best.yaml"}
+PRESETS = ("paper", "best")
 
 BF16_RESULT = RESULTS / "prune_bf16.json"
-BF16_METHODS: tuple[str, ...] = get_args(Method)
+BF16_METHODS = tuple(PRUNING_METHODS)
 # name in the records -> value of `compute_dtype`
 DTYPES = {"fp32": "model", "bf16": "bfloat16", "jittered": "model"}
 # largest relative error of rounding to bfloat16, which keeps eight bits
@@ -89,10 +92,10 @@ def pattern_options(pattern: str) -> dict[str, Any]:
 
 
 def options_of(method: str, pattern: str, seed: int) -> dict[str, Any]:
-    """Return the arguments of the callback that decide the result of a pruning."""
+    """Return the settings that decide the result of a pruning, in the flat spelling of reports."""
     options: dict[str, Any] = {"method": method}
-    if method in CONFIGS:
-        options = prune_settings(CONFIGS[method])
+    if method in PRESETS:
+        options = prune_settings(method)
     options |= pattern_options(pattern) | {"seed": seed}
     if method == "best" and options["sparsity_pattern"] == "unstructured":
         options["sparsity_slope"] = SPARSITY_SLOPE
@@ -101,7 +104,7 @@ def options_of(method: str, pattern: str, seed: int) -> dict[str, Any]:
 
 def config_of(method: str, pattern: str, seed: int, folder: Path) -> dict[str, Any]:
     """Return the config of one pruning."""
-    options = options_of(method, pattern, seed)
+    options = callback_arguments(options_of(method, pattern, seed))
     options |= {"num_calibration_samples": NUM_SAMPLES, "output_dir": str(folder / "progress")}
     callback = {"class_path": "wandazeta.callbacks.WandaPPPruneCallback", "init_args": options}
     text = {"source": SOURCE, "sequence_length": WINDOW, "num_calibration_samples": NUM_SAMPLES}
@@ -156,7 +159,7 @@ def run_methods(arguments: argparse.Namespace) -> None:
         key |= {"eval_windows": arguments.eval_windows}
         # `best` changes over time: records with other settings do not count
         chosen = {} if method == "dense" else options_of(method, pattern, seed)
-        if any(is_finished(chosen, [record["options"]]) for record in finished(RESULT) if is_finished(key, [record])):
+        if any(is_finished(chosen, [r["options"]]) for r in finished(RESULT) if is_finished(key, [r])):
             continue
         directory, report = (ROOT / SMOLLM2, {}) if method == "dense" else pruned(method, pattern, seed)
         seconds = report.get("seconds", 0.0)
@@ -177,6 +180,10 @@ class Masks:
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
 
+    def num_saved(self) -> int:
+        """Return 0: no block is finished at the start."""
+        return 0
+
     def load(self, block_index: int) -> BlockResult | None:
         """Return None: no block is finished at the start."""
 
@@ -184,30 +191,24 @@ class Masks:
         """Keep the masks of a block."""
         self.kept.append(torch.cat([mask.flatten() for mask in result.masks.values()]))
 
-    def load_texts(self) -> list[Tensor] | None:
-        """Return None: there are no generated samples."""
 
-    def save_texts(self, texts: Sequence[Tensor]) -> None:
-        """Do not keep generated samples."""
-
-
-def bf16_options(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def bf16_options(method: str, seed: int, arguments: argparse.Namespace) -> PruneOptions:
     """Return the settings of `best.yaml` with another method, and at most as many samples per round as there are."""
-    found = prune_settings(CONFIGS["best"])
+    found = prune_settings("best")
     per_round = min(found["samples_per_round"], arguments.num_samples)
-    return found | {"method": method, "samples_per_round": per_round, "seed": seed}
+    return used_options(found | {"method": method, "samples_per_round": per_round, "seed": seed})
 
 
 def bf16_settings(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return everything that decides a record: records with equal settings are the same."""
-    options = PruneOptions(**bf16_options(method, seed, arguments))
+    options = bf16_options(method, seed, arguments)
     settings = options.to_dict()
     del settings["compute_dtype"]
     return {
         # relative to the checkout, or the name alone: no absolute paths in records
         "model": arguments.model.name if arguments.model.is_absolute() else str(arguments.model),
         "method": method,
-        "pattern": options.pattern_label,
+        "pattern": options.pattern.label,
         "seed": seed,
         "options": settings,
         "num_blocks": arguments.num_blocks,
@@ -235,7 +236,7 @@ def prune_blocks(
         seed=seed,
     )
     batches = list(text.calibration_dataloader())
-    options = PruneOptions(**bf16_options(method, seed, arguments) | {"compute_dtype": compute_dtype})
+    options = replace(bf16_options(method, seed, arguments), compute_dtype=compute_dtype)
     masks = Masks()
 
     def is_enough() -> bool:
@@ -299,7 +300,10 @@ def run_bf16(arguments: argparse.Namespace) -> None:
     """Measure what is missing; the result file is written after each record."""
     records = finished(BF16_RESULT)
     for seed, method in product(arguments.seeds, arguments.methods):
-        if not is_finished(bf16_settings(method, seed, arguments), records):
+        settings = bf16_settings(method, seed, arguments)
+        options = settings.pop("options")
+        # records from before the restructuring also name options that the method does not use
+        if not any(is_finished(options, [r["options"]]) for r in records if is_finished(settings, [r])):
             records.append(measure_bf16(method, seed, arguments))
             write(BF16_RESULT, describe("prune_bf16", records, source=SOURCE, split="test"))
     console.print(bf16_rows(records))

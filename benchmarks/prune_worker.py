@@ -28,10 +28,10 @@ _IGNORED = ["re:.*lm_head.*", "re:.*embed.*"]
 
 def wandazeta(model: nn.Module, windows: torch.Tensor, task: dict[str, Any]) -> Callable[[], object]:
     """Return the pruning by this project."""
-    from wandazeta.pruning.options import PruneOptions
-    from wandazeta.pruning.pruner import prune_model
+    from wandazeta.pruning import PruneOptions, prune_model
 
-    options = PruneOptions(method=task["method"], sparsity_pattern=task["sparsity_pattern"], **task["options"])
+    names = ("method", "sparsity_pattern")
+    options = PruneOptions.from_dict({name: task[name] for name in names} | task["options"])
     batches = [{"input_ids": window} for window in windows.split(task["batch_size"])]
     return lambda: prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options)
 

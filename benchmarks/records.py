@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,36 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback
 
+from wandazeta import presets
 from wandazeta.cli.main import PruningTrainer
+from wandazeta.pruning import PruneOptions, make_method
 from wandazeta.utilities.environment import command, commit, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SMOLLM2 = ".cache/wandazeta/smollm2-135m"
 
-# names in the code -> names in the records made before the package was restructured (commit b27f25d and earlier)
+# Names in the code -> names in records made before the package was restructured (commit b27f25d and earlier).
 OLD_CLASS_PATHS = {
     "wandazeta.adapters.": "wandazeta.modules.adapters.",
     "wandazeta.zeroth_order.": "wandazeta.modules.zo.",
 }
+OLD_NAMES = {
+    # pruning methods
+    "Magnitude": "magnitude",
+    "Wanda": "wanda",
+    "RGS": "rgs",
+    "RO": "ro",
+    "WandaPP": "wanda++",
+    "SparseGPT": "sparsegpt",
+    # estimators
+    "TwoSided": "two_sided",
+    "OneSided": "one_sided",
+    "ForwardMode": "forward_mode",
+}
+# Components whose options were flat arguments, by argument: prefix of the old arguments.
+OLD_PREFIXES = {"method": "", "optimisation": "", "estimator": "", "loading": "", "head": "head_"}
+OLD_FIRST_ORDER = {"PeftLoRA": "lora", "TensorTrainAdapters": "tensor_train", "Weights": "full"}
 
 
 def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
@@ -62,28 +81,89 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def old_spelling(settings: Any) -> Any:
     """Translate settings to the spelling of records made before the package was restructured.
 
-    Records are never rewritten. A benchmark or a test that compares today's settings with them translates its own side.
+    Records are never rewritten. A benchmark or a test that compares today's settings with them translates its own side:
+    class paths have moved, and options of components (methods, estimators, heads, loading) were flat arguments. Reports
+    of prunings have kept the flat spelling.
 
     Args:
-        settings: Settings of a benchmark: nested dictionaries, lists and plain values.
+        settings: Settings of a module, of a pruning or of a benchmark: nested dictionaries, lists and plain values.
     """
-    if isinstance(settings, dict):
-        return {name: old_spelling(value) for name, value in settings.items()}
     if isinstance(settings, list):
         return [old_spelling(value) for value in settings]
     if isinstance(settings, str):
         for new, old in OLD_CLASS_PATHS.items():
             if settings.startswith(new):
                 return old + settings.removeprefix(new)
-    return settings
+        return settings
+    if not isinstance(settings, dict):
+        return settings
+    is_first_order = str(settings.get("class_path", "")).endswith("FirstOrderModule")
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in OLD_PREFIXES and isinstance(value, dict):
+            flat |= _flat_component(name, value)
+        elif name == "init_args" and is_first_order and "trainable" in value:
+            others = {key: other for key, other in value.items() if key != "trainable"}
+            flat[name] = _flat_trainable(value["trainable"]) | old_spelling(others)
+        else:
+            flat[name] = old_spelling(value)
+    return flat
 
 
-def prune_settings(config: Path) -> dict[str, Any]:
-    """Return the arguments of the pruning callback in a config, without those that do not decide the result."""
-    callback = yaml.safe_load(config.read_text())["trainer"]["callbacks"][0]
-    settings: dict[str, Any] = dict(callback["init_args"])
-    del settings["num_calibration_samples"], settings["output_dir"]
-    return settings
+def _flat_component(name: str, component: dict[str, Any]) -> dict[str, Any]:
+    """Translate a component, given as class path and arguments or as arguments alone, to flat arguments."""
+    flat: dict[str, Any] = {}
+    if "class_path" in component:
+        class_name = component["class_path"].rpartition(".")[2]
+        flat = {name: OLD_NAMES[class_name]} if class_name in OLD_NAMES else {}
+        component = component.get("init_args", {})
+    prefix = OLD_PREFIXES[name]
+    # the one option of a head whose name has no prefix
+    return flat | {key if key == "num_answers" else prefix + key: old for key, old in old_spelling(component).items()}
+
+
+def _flat_trainable(component: dict[str, Any]) -> dict[str, Any]:
+    """Translate the `trainable` of a FirstOrderModule to its old arguments `train` and `lora_…` or `tensor_train`."""
+    train = OLD_FIRST_ORDER[component["class_path"].rpartition(".")[2]]
+    options = component.get("init_args", {})
+    if train == "lora":
+        return {"train": train} | {f"lora_{name}": value for name, value in options.items()}
+    return {"train": train} | ({train: old_spelling(component)} if options else {})
+
+
+def prune_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a preset that decide a pruning, in the flat spelling of reports and records.
+
+    Args:
+        name: Name of a preset, `best` or `paper`.
+    """
+    settings = yaml.safe_load(presets.path(name).read_text())["prune"]
+    settings = old_spelling(settings.get("init_args", settings))
+    return {key: value for key, value in settings.items() if key not in ("num_calibration_samples", "output_dir")}
+
+
+def callback_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """Translate flat settings of a pruning to arguments of the callback, for a config.
+
+    Args:
+        settings: Settings in the flat spelling; options that the method does not have are left out.
+    """
+    options = used_options(settings)
+    method = {"class_path": f"wandazeta.pruning.{type(options.method).__name__}", "init_args": asdict(options.method)}
+    others = {"exclude_modules": list(options.exclude_modules), "compute_dtype": options.compute_dtype}
+    return {"method": method, **options.pattern.to_dict(), **others, "seed": options.seed}
+
+
+def used_options(settings: dict[str, Any]) -> PruneOptions:
+    """Return the options of a pruning without those that its method does not have.
+
+    Args:
+        settings: Settings in the flat spelling.
+    """
+    method = make_method(settings["method"])
+    known = {*method.to_dict(), "sparsity_pattern", "sparsity", "sparsity_slope"}
+    known |= {"exclude_modules", "compute_dtype", "seed"}
+    return PruneOptions.from_dict({name: value for name, value in settings.items() if name in known})
 
 
 def quiet_trainer(*callbacks: Callback, **options: Any) -> PruningTrainer:

@@ -14,7 +14,7 @@ import json
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from records import RESULTS, ROOT, describe, finished, is_finished, quiet_trainer, write
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import PolynomialLR
 
+from wandazeta.adapters import PeftLoRA, Weights
 from wandazeta.callbacks import KeepSparsity
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import FirstOrderModule
@@ -30,7 +31,7 @@ RESULT = RESULTS / "recovery.json"
 SOURCE = "sample:wikipedia"
 PERPLEXITY_WINDOW = 512
 # what each trains, and its default learning rate: adapters start at zero and need larger steps
-METHODS: dict[str, tuple[Literal["lora", "full"], float]] = {"lora": ("lora", 5e-4), "masked_full": ("full", 5e-5)}
+METHODS: dict[str, tuple[PeftLoRA | Weights, float]] = {"lora": (PeftLoRA(), 5e-4), "masked_full": (Weights(), 5e-5)}
 
 console = Console()
 
@@ -70,10 +71,10 @@ def perplexities(module: FirstOrderModule, windows: int) -> dict[str, float]:
 def recover(model: Path, method: str, learning_rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one method."""
     seed_everything(arguments.seed, verbose=False)
-    train, _ = METHODS[method]
+    trainable, _ = METHODS[method]
     module = FirstOrderModule(
         str(model),
-        train=train,
+        trainable=trainable,
         learning_rate=learning_rate,
         seed=arguments.seed,
         lr_scheduler=lambda optimizer: PolynomialLR(optimizer, total_iters=arguments.steps),
@@ -83,7 +84,7 @@ def recover(model: Path, method: str, learning_rate: float, arguments: argparse.
         SOURCE, sequence_length=arguments.sequence_length, batch_size=arguments.batch_size, seed=arguments.seed
     )
     # the masks of the pruning: weights that are zero in the dense model, too, may move
-    callbacks: list[Callback] = [KeepSparsity(str(model))] if train == "full" else []
+    callbacks: list[Callback] = [KeepSparsity(str(model))] if isinstance(trainable, Weights) else []
     trainer = Trainer(
         accelerator="auto",
         devices=1,

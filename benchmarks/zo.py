@@ -35,7 +35,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import peft  # noqa: F401  (imported before the fork: its memory does not count as LoRA's)
 import torch
@@ -49,13 +49,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM  # noqa: F401  (imported before the fork)
 
-from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
+from wandazeta.adapters import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Weights
 from wandazeta.adapters.tensor_train import TTLinear
 from wandazeta.datamodules import PromptedClassificationDataModule
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
 from wandazeta.modules.diagnose import EpsilonDiagnosis
 from wandazeta.scoring.scorer import Scorer, option_losses
-from wandazeta.zeroth_order import ConstantSchedule
+from wandazeta.zeroth_order import ConstantSchedule, TwoSided
 
 MODEL = ROOT / SMOLLM2
 EPSILON = 1e-3
@@ -64,15 +65,15 @@ BOTTLENECK = 64
 # numbers of copies of the batch that a plain forward pass may hold
 COPIES = (1, 2, 4, 8, 16)
 # one perturbed copy at a time, nothing kept from step to step
-FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache": False}
+FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache_gib": 0.0}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "inference": (LanguageModel, {}),
     "tensor_train": (ZerothOrderModule, FORWARD_ONLY | {"trainable": TensorTrainAdapters()}),
     "lora": (ZerothOrderModule, FORWARD_ONLY | {"trainable": LoRAAdapters()}),
     "mezo": (ZerothOrderModule, FORWARD_ONLY | {"trainable": Weights()}),
-    "tensor_train_backprop": (FirstOrderModule, {"train": "tensor_train"}),
-    "lora_backprop": (FirstOrderModule, {"train": "lora"}),
-    "full_backprop": (FirstOrderModule, {"train": "full"}),
+    "tensor_train_backprop": (FirstOrderModule, {"trainable": TensorTrainAdapters()}),
+    "lora_backprop": (FirstOrderModule, {"trainable": PeftLoRA()}),
+    "full_backprop": (FirstOrderModule, {"trainable": Weights()}),
 }
 EPSILON_BATCH = 4
 
@@ -161,7 +162,7 @@ class Forwards:
     @torch.no_grad()
     def run(self, copies: int) -> None:
         """Run one forward pass of this many copies of the batch."""
-        option_losses(self.scorer.option_scores(self.prepared, copies), self.prepared.labels)
+        option_losses(self.scorer.option_scores(self.prepared, copies).values, self.prepared.labels)
 
 
 class Clock(Callback):
@@ -235,7 +236,7 @@ def measure_step(setting: dict[str, Any], arguments: argparse.Namespace) -> list
     module = ZerothOrderModule(
         str(arguments.model),
         schedule=ConstantSchedule(num_queries),
-        epsilon=EPSILON,
+        estimator=TwoSided(EPSILON),
         learning_rate=LEARNING_RATE,
         query_chunk_size=arguments.chunk,
         trainable=TensorTrainAdapters(bottleneck=BOTTLENECK, layers=layers, identity_start=False),
@@ -345,11 +346,14 @@ def run_memory(arguments: argparse.Namespace) -> None:
         console.print(f"{method}: {peak:.3f} GiB, {peak / inference:.2f} x inference")
 
 
-def measure_epsilon(dtype: str, identity_start: bool) -> EpsilonDiagnosis:
+def measure_epsilon(dtype: Literal["bfloat16", "float32"], identity_start: bool) -> EpsilonDiagnosis:
     """Diagnose one precision and start of the adapters."""
     seed_everything(0)
     model = ZerothOrderModule(
-        str(MODEL), dtype=dtype, trainable=TensorTrainAdapters(identity_start=identity_start), query_chunk_size=8
+        str(MODEL),
+        LoadingOptions(dtype),
+        trainable=TensorTrainAdapters(identity_start=identity_start),
+        query_chunk_size=8,
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",
@@ -369,7 +373,8 @@ def run_epsilon(arguments: argparse.Namespace) -> None:
     """Diagnose the missing settings; the result file is written after each of them."""
     result = arguments.result or RESULTS / "epsilon.json"
     records = finished(result)
-    for identity_start, dtype in itertools.product((True, False), ("bfloat16", "float32")):
+    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    for identity_start, dtype in itertools.product((True, False), dtypes):
         settings = {"model": SMOLLM2, "dtype": dtype, "batch": EPSILON_BATCH, "identity_start": identity_start}
         if not is_finished(settings, records):
             records.append(settings | measure_epsilon(dtype, identity_start).to_dict())

@@ -62,7 +62,7 @@ class Steps:
     def _losses(self, theta_Pd: Tensor) -> Tensor:
         assert self.prepared.labels is not None
         with self.vector.use(theta_Pd):
-            return option_losses(self.scorer.option_scores(self.prepared, len(theta_Pd)), self.prepared.labels)
+            return option_losses(self.scorer.option_scores(self.prepared, len(theta_Pd)).values, self.prepared.labels)
 
     @torch.no_grad()
     def run(self, num_queries: int) -> None:

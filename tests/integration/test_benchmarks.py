@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from helpers.prune_config import write_prune_config
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import main
-from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning import RegionalOptimisation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}
@@ -35,6 +37,15 @@ def benchmark(monkeypatch):
     return Namespace(prune=prune_cost, prune_gpu=prune_gpu, records=records)
 
 
+def instantiated(arguments):
+    """The arguments of the callback as the command line passes them."""
+    method = arguments["method"]
+    options = dict(method["init_args"])
+    if "optimisation" in options:
+        options["optimisation"] = RegionalOptimisation(**options["optimisation"])
+    return arguments | {"method": resolve_name(method["class_path"])(**options)}
+
+
 def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_options(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import prune_quality
@@ -47,9 +58,15 @@ def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_optio
     assert prune_quality.options_of("wanda", "60%", 0).keys() == {"method", "sparsity_pattern", "sparsity", "seed"}
     # the published figures are those of the file as it is
     records = [r for r in prune_quality.finished(prune_quality.RESULT) if r["method"] == "best"]
+    assert records
     for record in records:
         wanted = prune_quality.options_of("best", record["pattern"], record["seed"])
         assert record["options"].items() >= wanted.items()
+    # what the callback is given is what the record holds
+    for method, pattern in (("best", "2:4"), ("best", "60%"), ("paper", "2:4"), ("sparsegpt", "60%")):
+        wanted = prune_quality.options_of(method, pattern, 1)
+        arguments = prune_quality.callback_arguments(wanted)
+        assert WandaPPPruneCallback(**instantiated(arguments)).options.to_dict().items() >= wanted.items()
 
 
 def test_the_control_of_bfloat16_moves_states_by_no_more_than_rounding_may(monkeypatch):
@@ -176,7 +193,7 @@ def test_the_loop_that_steps_are_compared_with_takes_the_same_slopes(tmp_path, m
         if isinstance(adapter, zo.LoopedAdapter):
             adapter.up.cores[-1].data.zero_()  # changes nothing now
     scores = plain.scorer.option_scores(plain.prepared)
-    loss = zo.option_losses(scores, batch["label"])
+    loss = zo.option_losses(scores.values, batch["label"])
     with torch.no_grad():
         assert loop._loss(batch) == pytest.approx(float(loss), rel=1e-4)
     before = [parameter.detach().clone() for parameter in loop.trained]
@@ -199,7 +216,7 @@ def test_the_formula_counts_what_is_multiplied(benchmark, monkeypatch, method):
     module, length, num_samples = benchmark.prune_gpu, 1100, 10
     shape = dataclasses.replace(module.SHAPES["tiny"], width=128, inner=256)
     monkeypatch.setitem(module.SHAPES, "tiny", shape)
-    options = PruneOptions(method=method, rounds=2, samples_per_round=3)
+    options = benchmark.records.used_options({"method": method, "rounds": 2, "samples_per_round": 3})
     cpu = torch.device("cpu")
     arguments = Namespace(device=cpu, home=cpu, num_samples=num_samples, sequence_length=length, peak_tflops=None)
     with FlopCounterMode(display=False) as counter:

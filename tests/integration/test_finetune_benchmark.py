@@ -25,7 +25,7 @@ ZEROTH = {
 }
 LORA = {
     "class_path": "wandazeta.modules.FirstOrderModule",
-    "init_args": {"train": "lora", "lora_rank": 2},
+    "init_args": {"trainable": {"class_path": "wandazeta.adapters.PeftLoRA", "init_args": {"rank": 2}}},
     "forwards_per_step": 3,
 }
 
@@ -158,6 +158,7 @@ def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
         written = yaml.safe_load(Path(command[command.index("-c") + 1]).read_text())
         options = written["trainer"]["callbacks"][0]["init_args"]
         chosen = ("sparsity_pattern", "sparsity", "sparsity_slope", "num_calibration_samples")
+        assert options["method"]["init_args"]["optimisation"]["rounds"] == 12
         assert [options[name] for name in chosen] == ["unstructured", 0.5, 0.2, 64]
         assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "loading": {"num_classes": 2}}
     finally:
@@ -240,12 +241,12 @@ def test_what_is_in_closed_form_is_a_new_head_or_the_prompts_answers(tmp_path, c
 
     def noted(run, data):
         module = original(run, data)
-        trained.append((run["head"], module.num_answers, module.head_gradient))
+        trained.append((run["head"], module.head.num_answers, module.head.gradient))
         return module
 
     monkeypatch.setattr(benchmark.finetune, "module_of", noted)
-    config["methods"]["adazeta"]["init_args"] |= {"estimator": "one_sided"}
-    config["methods"]["adazeta"]["with_head"] = {"head_gradient": "exact"}
+    config["methods"]["adazeta"]["init_args"] |= {"estimator": {"class_path": "wandazeta.zeroth_order.OneSided"}}
+    config["methods"]["adazeta"]["with_head"] = {"head": {"gradient": "exact"}}
     benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "adazeta"))
     records = json.loads((tmp_path / "result.json").read_text())["records"]
     assert {r["model"] for r in records if r["phase"] == "final"} == {"encoder", "decoder"}
