@@ -12,7 +12,7 @@ from scaling import (
 )
 from scipy.stats import t as student
 
-from wandazeta.adapters.layout import AdapterLayout
+from wandazeta.adapters import AdapterLayout
 
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {

@@ -23,16 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wandazeta.adapters import TensorTrainAdapters
-from wandazeta.adapters.flat_vector import AdapterVector
+from wandazeta.adapters import AdapterVector, TensorTrainAdapters
 from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
 from wandazeta.utilities.memory import peak_memory
-from wandazeta.zeroth_order import TwoSided
-from wandazeta.zeroth_order.aggregation import mean_gradient
-from wandazeta.zeroth_order.directions import directions_of_step
-from wandazeta.zeroth_order.estimators import projected_gradients
+from wandazeta.zeroth_order import TwoSided, directions_of_step, projected_gradients
 
 RESULT = RESULTS / "zo_gpu.json"
 EPSILON = 3e-3
@@ -72,7 +68,8 @@ class Steps:
         points = range(self.estimator.num_points(num_queries))
         found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
         self.chunk_size = found.chunk_size
-        gradient = mean_gradient(theta, projected_gradients(self.estimator.slopes(found.values_VP)), directions)
+        slopes = projected_gradients(self.estimator.slopes(found.values_VP))
+        gradient = self.estimator.gradient(theta, slopes, directions)
         if gradient is not None:
             theta.sub_(gradient, alpha=LEARNING_RATE)
         self.done += 1
