@@ -1,6 +1,6 @@
 """Perplexity regained by training after pruning: LoRA against masked full fine-tuning, at equal steps and batches.
 
-    wandazeta prune -c configs/prune/best.yaml --output_dir runs/best
+    wandazeta prune -c preset:best -c configs/prune/smollm2.yaml --output_dir runs/best
     python benchmarks/recovery.py --models runs/best
 
 Both train on Wikipedia text, and neither on the documents whose perplexity is measured. LoRA's adapters stay beside the

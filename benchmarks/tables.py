@@ -22,9 +22,9 @@ ACCURACIES = {
     "zero_shot_dense": "for comparison: dense model, zero-shot",
     "tfidf_logistic_regression": "for comparison: TF-IDF with logistic regression",
 }
-# `configs/prune/best.yaml` today, and at earlier commits
+# the preset `best` today, and at earlier commits
 BEST = {
-    "best": "Wanda++ (`best.yaml`)",
+    "best": "Wanda++ (preset `best`)",
     "best_12_rounds": "Wanda++, learning rate 1e-3",
     "best_3_copies": "Wanda++, learning rate 1e-3, 3 generated windows per real one",
     "best_6_rounds": "Wanda++, learning rate 1e-3, 6 rounds",
@@ -109,7 +109,7 @@ def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, A
     streamed = max(memory["records"], key=lambda r: r["model_gib"])
     return (
         f"- 135M parameters, {demo['hardware']['threads']} CPU threads: the demo (pruning, fine-tuning, all "
-        f"evaluations) takes {minutes:.0f} minutes and at most {gib:.1f} GiB; pruning with `best.yaml` takes "
+        f"evaluations) takes {minutes:.0f} minutes and at most {gib:.1f} GiB; pruning with the preset `best` takes "
         f"{spread([r['seconds'] / 60 for r in best], '.0f')} minutes on {' or '.join(map(str, threads))} threads.\n"
         f"- {streamed['model'].split()[-1].upper()} parameters, {streamed['threads']} CPU threads: pruning by "
         f"{streamed['method'].capitalize()} with weights streamed from disk takes {streamed['peak_gib']:.1f} GiB for a "
