@@ -47,6 +47,7 @@ from records import (
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from wandazeta.data.sources import SourceOptions
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules import LanguageModel
@@ -219,6 +220,8 @@ def data_of(run: dict[str, Any]) -> ClassificationDataModule:
     """Return the examples of a task: text for a head, else prompts, with `shots` examples per class before them."""
     settings = run["data"] | {"tokenizer": str(ROOT / run["path"]), "seed": run["seed"]}
     template, options = settings.pop("template"), settings.pop("options")
+    if "reading" in settings:
+        settings["reading"] = SourceOptions(**settings["reading"])
     data: ClassificationDataModule
     if run["head"]:
         data = ClassificationDataModule(num_classes=len(options), **settings)

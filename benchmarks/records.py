@@ -40,7 +40,7 @@ OLD_NAMES = {
     "ForwardMode": "forward_mode",
 }
 # Components whose options were flat arguments, by argument: prefix of the old arguments.
-OLD_PREFIXES = {"method": "", "optimisation": "", "estimator": "", "loading": "", "head": "head_"}
+OLD_PREFIXES = {"method": "", "optimisation": "", "estimator": "", "loading": "", "reading": "", "head": "head_"}
 OLD_FIRST_ORDER = {"PeftLoRA": "lora", "TensorTrainAdapters": "tensor_train", "Weights": "full"}
 
 

@@ -36,6 +36,7 @@ def records(monkeypatch):
             {"with_head": {"head": {"num_answers": 5, "gradient": "exact", "learning_rate": 1e-3}}},
             {"with_head": {"num_answers": 5, "head_gradient": "exact", "head_learning_rate": 1e-3}},
         ),
+        ({"data": {"reading": {"split_fractions": [0.5]}}}, {"data": {"split_fractions": [0.5]}}),
         ({"loading": {"dtype": "bfloat16", "num_classes": 2}}, {"dtype": "bfloat16", "num_classes": 2}),
         (
             {
@@ -90,6 +91,9 @@ def test_finished_runs_of_the_finetuning_are_not_run_again(records):
     for name in {record["method"] for record in content["records"]}:
         method = config["methods"][name] or {}
         assert records.is_finished({"method": name, "options": method}, content["records"]), name
+    for name in {record["task"] for record in content["records"]}:
+        data = config["data"] | config["tasks"][name]
+        assert records.is_finished({"task": name, "data": data}, content["records"]), name
 
 
 def test_presets_and_arguments_of_the_callback_are_inverse(records):
