@@ -86,6 +86,9 @@ class ZerothOrderModule(LanguageModel):
         ValueError: If an argument is out of range, or does not fit another one, the model or the trainer.
     """
 
+    progress: Tensor
+    """Numbers of steps, forward passes and updates (steps that had an estimate), shape `(3,)`."""
+
     def __init__(
         self,
         model_name_or_path: str,
@@ -148,7 +151,7 @@ class ZerothOrderModule(LanguageModel):
         """Key of the backbone's pruning, set by the callback that prunes it."""
         self._backbone_description: dict[str, Any] = {}
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
-        # steps, forwards and updates (steps with an estimate): a buffer, to be written together with the adapters
+        # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
         if not loading.shard_on_load:
@@ -358,7 +361,8 @@ class ZerothOrderModule(LanguageModel):
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
                 self._head_gradient.clear()
-                losses = partial(losses, on_scores=partial(self._observe_base, labels=batch["label"]))
+                observe = partial(self._observe_base, labels=batch["label"])
+                losses = partial(self.losses, prepared=prepared, on_scores=observe)
             evaluations = self._estimator.evaluate(losses, theta, directions, points, self.query_chunk_size)
         self.query_chunk_size = evaluations.chunk_size
         return self._rank_sync.gather(evaluations, num_points, self.adapters.drift_probe(), batch["input_ids"])

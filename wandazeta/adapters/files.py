@@ -34,7 +34,7 @@ _ENTRIES = {
     "bottleneck": "`bottleneck`",
     "alpha": "`alpha`",
     "sites": "the modules with adapters (`sites`, `target_modules`, `layers`)",
-    "linears": "the head that is trained in full (`num_classes` or `num_answers`)",
+    "linears": "the new head that is trained in full (`num_classes` or `num_answers`)",
     "update": "`update`",
     "learning_rate": "`learning_rate`",
     "lr_scheduler": "`lr_scheduler`",
