@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from wandazeta.lightning_compat import training_data
 from wandazeta.protocols import SupportsCalibrationData
 
 _REMEDY = "give the callback a dataloader or a LightningDataModule as `calibration`."
@@ -66,7 +67,7 @@ def _from_data_module(datamodule: LightningDataModule) -> Any:
 
 
 def _from_fit(trainer: Trainer, pl_module: LightningModule) -> Any:
-    given = trainer.fit_loop._data_source.instance
+    given = training_data(trainer)
     if given is not None and not isinstance(given, LightningModule):
         return given
     if not is_overridden("train_dataloader", pl_module):

@@ -1,4 +1,4 @@
-"""A language model as a LightningModule: perplexity, accuracy over answer options or of a classification head."""
+"""A language model or encoder with its tokenizer as a LightningModule: perplexity, accuracy and predictions."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -10,20 +10,21 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
-from wandazeta.models.streaming import is_stored, require_whole
-from wandazeta.modules.shares import loading_in_shares
-from wandazeta.modules.strategies import configure_deepspeed
+from wandazeta.models.streaming import is_file_backed, require_in_memory
+from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
 
 class LanguageModel(LightningModule):
-    """A language model with its tokenizer, to be pruned, validated, tested and asked for predictions.
+    """A language model with its tokenizer, to prune, validate, test and predict with.
 
-    Batches with a `label` are classified among answer options, or by the head of an encoder (`val/accuracy`,
-    `val/option_loss`); all others are scored as running text (`val/loss`, the mean over tokens, and `val/perplexity`).
+    Batches with a `label` are classified among answer options, or by the classification head of an encoder, and
+    measured by `val/accuracy` and `val/option_loss`. All others are running text, measured by `val/loss`, the mean
+    negative log-likelihood of a token in nats, and `val/perplexity`.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -44,48 +45,49 @@ class LanguageModel(LightningModule):
         self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
 
     def _build(self) -> None:
+        """Load the model and make its scorer."""
         self.backbone = load_backbone(self._model_name_or_path, self.loading)
-        self.scorer = (
-            HeadScorer(self.backbone) if isinstance(self.backbone, EncoderClassifier) else Scorer(self.backbone)
-        )
+        is_encoder = isinstance(self.backbone, EncoderClassifier)
+        self.scorer = HeadScorer(self.backbone) if is_encoder else Scorer(self.backbone)
 
-    def _build_in_shares(self) -> bool:
-        """Load the weights that `shard_on_load` left out until the ranks know each other, and say whether it did.
+    def _build_sharded(self) -> bool:
+        """Load the model now if `shard_on_load` had to wait for the ranks, and return whether that was the case.
 
-        In `setup` and not in `configure_model`: there Lightning's context for stage 3 would give the adapters, which
-        come next, the precision of the weights.
+        `setup` calls this, not `configure_model`: there Lightning's context for ZeRO stage 3 would convert the
+        adapters, which are inserted next, to the precision of the weights.
         """
         if "backbone" in self._modules:
             return False
-        with loading_in_shares(self.trainer.strategy, self.loading.dtype):
+        with loading_sharded_by(self.trainer.strategy, self.loading.dtype):
             self._build()
         return True
 
     def fingerprint(self) -> str:
-        """Digest some values of every tensor of the model, for ranks to find out whether they have the same.
+        """Return a digest of some values of every tensor of the model, to compare the ranks.
 
-        It tells another model, revision, precision or pruning without reading gigabytes; no check of integrity. Weights
-        that are still to be loaded in shares are those of rank 0 on all, so there is nothing to tell.
+        It distinguishes models, revisions, precisions and prunings without reading gigabytes; it does not detect every
+        changed value. It is empty as long as `shard_on_load` has not loaded the weights: all ranks get those that rank
+        0 reads.
 
         Raises:
             ValueError: If the weights are streamed from their files.
         """
         if "backbone" not in self._modules:
             return ""
-        require_whole(self)
+        require_in_memory(self)
         return backbone_fingerprint(self.backbone)
 
     @override
     def setup(self, stage: str) -> None:
-        if self._trainer is not None:
-            configure_deepspeed(self._trainer.strategy)
-        self._build_in_shares()
-        require_whole(self)
+        if attached_trainer(self) is not None:
+            configure_deepspeed(self.trainer.strategy)
+        self._build_sharded()
+        require_in_memory(self)
 
     @override
     def cpu(self) -> Self:
-        # a trainer does this on its way out of an error, that of `setup` too; what is streamed stays where it is
-        return self if any(map(is_stored, self.parameters())) else super().cpu()
+        # the trainer calls this after an error too; streamed weights cannot be moved
+        return self if any(map(is_file_backed, self.parameters())) else super().cpu()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,12 +108,12 @@ class LanguageModel(LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return option scores and the best option of every example, or the mean loss of every text."""
+        """Return the option scores and the best option of every example, or the mean loss of every text."""
         prepared = self.scorer.prepare(batch)
         if not is_classification(batch):
             nll = self.scorer.token_nll(prepared)[0]
             return {"loss": nll.sum(1) / batch["attention_mask"][:, 1:].sum(1)}
-        scores = self.scorer.option_scores(prepared)[0]
+        scores = self.scorer.option_scores(prepared).values[0]
         result = {"prediction": scores.argmax(1), "scores": scores}
         return result | ({"example_id": batch["example_id"]} if "example_id" in batch else {})
 
@@ -124,10 +126,11 @@ class LanguageModel(LightningModule):
         self._log_metrics("test")
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Update the metrics of a stage by a batch."""
         metrics: Any = self.metrics[stage]
         prepared = self.scorer.prepare(batch)
         if is_classification(batch):
-            scores = self.scorer.option_scores(prepared)[0]
+            scores = self.scorer.option_scores(prepared).values[0]
             losses = nn.functional.cross_entropy(scores, batch["label"], reduction="none")
             metrics["option_loss"].update(losses)
             metrics["accuracy"].update((scores.argmax(1) == batch["label"]).double())
@@ -136,6 +139,7 @@ class LanguageModel(LightningModule):
             metrics["loss"].update(self.scorer.token_nll(prepared)[0].double().sum() / num_tokens, weight=num_tokens)
 
     def _log_metrics(self, stage: str) -> None:
+        """Log the metrics of a stage and reset them."""
         metrics: Any = self.metrics[stage]
         for name, metric in metrics.items():
             if metric.update_called:
@@ -147,5 +151,5 @@ class LanguageModel(LightningModule):
 
 
 def _metrics() -> nn.ModuleDict:
-    # fp64: a perplexity over millions of tokens is a long sum
+    # float64: a perplexity is a sum over millions of tokens
     return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})

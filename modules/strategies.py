@@ -1,8 +1,57 @@
-"""Adjust and check the trainer's strategy for models whose weights are frozen, or trained in place."""
+"""Settings of Lightning's strategies that the modules depend on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from wandazeta.models.blocks import find_blocks
+from wandazeta.models.zero3 import limit_gathered_blocks, loading_sharded
+
+
+def uses_zero3(strategy: Any) -> bool:
+    """Whether a strategy shards the weights by DeepSpeed ZeRO stage 3."""
+    return isinstance(strategy, DeepSpeedStrategy) and _zero_options(strategy).get("stage") == 3
+
+
+@contextmanager
+def loading_sharded_by(strategy: Any, dtype: str) -> Iterator[None]:
+    """Let transformers load a model so that every rank keeps only its shard of every weight.
+
+    Args:
+        strategy: Strategy of the trainer.
+        dtype: Precision of the weights.
+
+    Raises:
+        ValueError: If the strategy is not DeepSpeed with stage 3, or has another precision.
+    """
+    if not uses_zero3(strategy):
+        raise ValueError(
+            "Expected DeepSpeed with stage 3 for `shard_on_load`, but got "
+            f"{type(strategy).__name__}; add `-c configs/trainer/deepspeed_stage3.yaml`, or leave `shard_on_load` out"
+        )
+    precision = str(strategy.precision_plugin.precision)
+    expected = {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0], "float32")
+    if dtype != expected:
+        raise ValueError(
+            f"Expected argument `dtype` to be {expected} for `shard_on_load` with `precision: {precision}`, but got "
+            f"{dtype!r}; change either"
+        )
+    with loading_sharded(strategy.config, expected):
+        yield
+
+
+def limit_gathered_weights(strategy: Any, model: nn.Module) -> None:
+    """Let DeepSpeed ZeRO stage 3 gather at most two blocks at a time, unless its options say more.
+
+    Args:
+        strategy: Strategy of the trainer; no other one is changed.
+        model: A model that runs forward passes alone.
+    """
+    if uses_zero3(strategy):
+        limit_gathered_blocks(_zero_options(strategy), find_blocks(model)[1])
 
 
 def configure_deepspeed(strategy: Any, save_frozen: bool = False) -> None:
@@ -29,3 +78,8 @@ def refuse_sharded_weights(strategy: Any) -> None:
             f"Expected a strategy that neither shards nor copies the weights for `Weights`, but got "
             f"{type(strategy).__name__}; use one device or DDP, or train adapters"
         )
+
+
+def _zero_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:
+    options: dict[str, Any] = (strategy.config or {}).get("zero_optimization", {})
+    return options

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,16 +14,16 @@ from typing_extensions import override
 
 from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
-from wandazeta.models.zero3 import is_shared_out
+from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.language_model import LanguageModel
-from wandazeta.modules.shares import hold_two_blocks
-from wandazeta.modules.strategies import configure_deepspeed, refuse_sharded_weights
+from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
-from wandazeta.scoring.prefix import FrozenPrefix
-from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
+from wandazeta.scoring.scorer import Prepared, Scores
 from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
 from wandazeta.zeroth_order import (
     DEFAULT_EPSILON,
@@ -49,18 +49,6 @@ class NonFiniteLossError(ValueError):
     """Training has diverged, or its data or precision lead to losses that are not finite."""
 
 
-class Scores(NamedTuple):
-    """Scores of answer options or classes, and the inputs of the head that they were computed from.
-
-    Args:
-        values: Scores `[P, B, C]` in fp64.
-        features: Hidden states `[P·B, D]`.
-    """
-
-    values: Tensor
-    features: Tensor
-
-
 class ZerothOrderModule(LanguageModel):
     """A language model that is fine-tuned with forward passes alone: adapters (and a new head), or its own weights.
 
@@ -77,8 +65,8 @@ class ZerothOrderModule(LanguageModel):
             `Weights`.
         head: Options of a head that is trained together with adapters; see `TrainedHead`.
         objective: What is minimised: one minus a metric of torchmetrics (of scores and labels) or of `GeneratedText`;
-            by default the cross-entropy. A metric is piecewise constant: it needs an `epsilon` of its own and large
-            batches.
+            by default the cross-entropy. A metric is a step function, which needs large batches and an explicit
+            `epsilon`.
         estimator: How the gradient is estimated: `TwoSided` differences (2 forwards for each query, the default),
             `OneSided` differences (1 for each query and 1 more) or exact `ForwardMode` derivatives (counted as 2).
         schedule: Number of queries of a step: `ConstantSchedule` (8 by default), `AdaZetaSchedule` (by the epoch) or
@@ -97,6 +85,9 @@ class ZerothOrderModule(LanguageModel):
     Raises:
         ValueError: If an argument is out of range, or does not fit another one, the model or the trainer.
     """
+
+    progress: Tensor
+    """Numbers of steps, forward passes and updates (steps that had an estimate), shape `(3,)`."""
 
     def __init__(
         self,
@@ -160,7 +151,7 @@ class ZerothOrderModule(LanguageModel):
         """Key of the backbone's pruning, set by the callback that prunes it."""
         self._backbone_description: dict[str, Any] = {}
         self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
-        # steps, forwards and updates (steps with an estimate): a buffer, to be written together with the adapters
+        # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
         if not loading.shard_on_load:
@@ -169,7 +160,7 @@ class ZerothOrderModule(LanguageModel):
     @property
     def data_sharding(self) -> tuple[int, int]:
         """How the training data are sharded: (number of shards, index of this rank's shard)."""
-        if self.parallel == "queries" or self._trainer is None:
+        if self.parallel == "queries" or attached_trainer(self) is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
@@ -190,14 +181,14 @@ class ZerothOrderModule(LanguageModel):
     @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
-        if self._trainer is not None:
+        if attached_trainer(self) is not None:
             if stage == "fit" and self.trainable.needs_whole_weights:
-                refuse_sharded_weights(self._trainer.strategy)
-            configure_deepspeed(self._trainer.strategy)
-        if self._build_in_shares():
+                refuse_sharded_weights(self.trainer.strategy)
+            configure_deepspeed(self.trainer.strategy)
+        if self._build_sharded():
             self.trainable.check(self.backbone, self.update.num_states)
-        if self._trainer is not None:
-            hold_two_blocks(self._trainer.strategy, self.backbone)
+        if attached_trainer(self) is not None:
+            limit_gathered_weights(self.trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -209,17 +200,17 @@ class ZerothOrderModule(LanguageModel):
         if self.head.num_answers is not None:
             config: Any = self.backbone.config
             width = config.get_text_config().hidden_size
-            self.scorer.answers = adapters.append_linear("answers", width, self.head.num_answers)
+            self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
         # buffers of the vector, which keeps its precision whatever the strategy casts to
         adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
         adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
-        self.scorer.head_rows = adapters.rows
+        self.scorer.adapt(head_rows=adapters.rows)
         sites = adapted_modules(self.backbone)
         if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes in each step, which would also hide drift
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        exclude_from_ddp(self, [name for name, _ in self.named_buffers()])
         self._backbone_modules = list(self.backbone.modules())
         rank_zero_info(f"{adapters.num_parameters:,} trained values, {len(sites)} adapters")
 
@@ -236,7 +227,7 @@ class ZerothOrderModule(LanguageModel):
     def on_fit_start(self) -> None:
         assert self.adapters is not None
         # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
-        sharded = any(map(is_shared_out, self.backbone.parameters()))
+        sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
         self.adapters.prepare_fit()
         reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
@@ -303,7 +294,7 @@ class ZerothOrderModule(LanguageModel):
         theta, head = self.adapters.theta, self._head_gradient
         if head is not None:
             directions = head.directions(directions)
-        values = self._evaluate(batch, directions, num_queries)
+        values = self._evaluate_points(batch, directions, num_queries)
         slopes = projected_gradients(self._estimator.slopes(values))
         grad = self.estimator.gradient(theta, slopes, directions)
         if head is not None:
@@ -360,7 +351,7 @@ class ZerothOrderModule(LanguageModel):
             (head, learning_rate * self.head.learning_rate / self.learning_rate),
         ]
 
-    def _evaluate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
+    def _evaluate_points(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
         """Return the values of all points of a step `(V, P)`, the same bits on every rank."""
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
@@ -370,7 +361,8 @@ class ZerothOrderModule(LanguageModel):
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
                 self._head_gradient.clear()
-                losses = partial(losses, on_scores=partial(self._observe_base, labels=batch["label"]))
+                observe = partial(self._observe_base, labels=batch["label"])
+                losses = partial(self.losses, prepared=prepared, on_scores=observe)
             evaluations = self._estimator.evaluate(losses, theta, directions, points, self.query_chunk_size)
         self.query_chunk_size = evaluations.chunk_size
         return self._rank_sync.gather(evaluations, num_points, self.adapters.drift_probe(), batch["input_ids"])
@@ -379,6 +371,7 @@ class ZerothOrderModule(LanguageModel):
         """Compute the head's gradient if the first of the vectors is the trained one, the base of one-sided slopes."""
         assert self.adapters is not None
         assert self._head_gradient is not None
+        assert scores.features is not None
         if torch.equal(theta_Pd[0], self.adapters.theta):
             features_BD = scores.features.unflatten(0, (len(theta_Pd), -1))[0]
             self._head_gradient.observe(features_BD, scores.values[0], labels)
@@ -391,20 +384,16 @@ class ZerothOrderModule(LanguageModel):
         Args:
             theta_Pd: The vectors.
             prepared: The batch, prepared by the scorer.
-            on_scores: Called with vectors and their scores; given if the head has an exact gradient, of the
-                cross-entropy.
+            on_scores: Called with vectors and their scores; given if the head has an exact gradient.
         """
         assert self.adapters is not None
         losses = []
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds_queries else 1):
             with self.adapters.use(part):
-                if on_scores is None:
-                    losses.append(objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer))
-                else:
-                    assert prepared.labels is not None
-                    scores = _option_scores(self.scorer, prepared, len(part))
-                    on_scores(part, scores)
-                    losses.append(option_losses(scores.values, prepared.labels))
+                observe = None if on_scores is None else partial(on_scores, part)
+                losses.append(
+                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, observe)
+                )
         return torch.cat(losses)
 
     # -- checkpoints and saved adapters
@@ -435,7 +424,7 @@ class ZerothOrderModule(LanguageModel):
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         here = self._description() | self._rules()
-        if self._trainer is not None and self._trainer.training:
+        if attached_trainer(self) is not None and self._trainer.training:
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:
@@ -495,11 +484,6 @@ class ZerothOrderModule(LanguageModel):
         return inner == name or inner in self.adapters.parameter_names
 
 
-def _option_scores(scorer: Scorer, prepared: Prepared, repeats: int) -> Scores:
-    values = scorer.option_scores(prepared, repeats)
-    return Scores(values, scorer.last_features)
-
-
 def _check_schedule(schedule: QuerySchedule, estimator: Estimator, max_forwards: int | None) -> None:
     if schedule.min_queries < estimator.min_queries:
         raise ValueError(
@@ -520,12 +504,12 @@ def _check_objective(objective: Objective | None, estimator: Estimator) -> None:
     if estimator.needs_differentiable_loss:
         raise ValueError(
             f"Expected argument `estimator` to be TwoSided or OneSided for the objective {name}, but got "
-            f"{type(estimator).__name__}; a metric is piecewise constant and has no derivative"
+            f"{type(estimator).__name__}; a metric is a step function and has no derivative"
         )
     if estimator.epsilon is None:
         raise ValueError(
             f"Expected argument `epsilon` of `estimator` to be set for the objective {name}, but got None; a metric is "
-            "piecewise constant, and with the small default both sides have the same value: try 0.1"
+            "a step function, and with the small default both sides have the same value: try 0.1"
         )
 
 

@@ -1,4 +1,4 @@
-"""Tiny models that `FirstOrderModule` trains in a moment."""
+"""Train tiny models with `FirstOrderModule`, and prune them by magnitude."""
 
 import torch
 from helpers.causal_lms import classification_batch, step_loader, text_batch
@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
+from wandazeta.adapters import PeftLoRA
 from wandazeta.modules import FirstOrderModule
 
 
@@ -28,7 +29,7 @@ def block_weights(model):
 
 
 def fit(directory, root, *callbacks, steps=4, text=False, resume=False, save=False, module=None, **options):
-    options = {"learning_rate": 1e-2, "lora_rank": 2, "seed": 3} | options
+    options = {"trainable": PeftLoRA(2), "learning_rate": 1e-2, "seed": 3} | options
     module = module or FirstOrderModule(str(directory), loading_of(options), **options)
     saving = (
         [ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)] if save else []

@@ -1,4 +1,4 @@
-"""Short trainings by back-propagation, one after the other, as a program to be spread out by DeepSpeed."""
+"""Short trainings by back-propagation, one after another, as a program that DeepSpeed starts on several ranks."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 class Noise(torch.optim.SGD):
-    """Moves every value, whatever its gradient."""
+    """An optimizer that changes every value, whatever its gradient."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -19,7 +19,7 @@ class Noise(torch.optim.SGD):
 
 
 def whole_weights(module):
-    """Copies of all weights by name, whatever the strategy has made of them."""
+    """Copies of all weights by name, gathered if the strategy shards them."""
     from wandazeta.models.zero3 import gathered
 
     weights = {}
@@ -30,7 +30,7 @@ def whole_weights(module):
 
 
 def watch(found):
-    """Callback that notes what is shared out while the strategy is set up, and what validations say."""
+    """Callback that records the weights at the start, what is sharded, and the losses of validations."""
     from lightning.pytorch import Callback
 
     class Watch(Callback):
@@ -84,25 +84,27 @@ def train(
     resume=False,
     validate=False,
     evaluate=False,
-    adapter=False,
+    save_adapters=False,
     noise=False,
     trainer_options=None,
     **options,
 ):
-    """Train; return what this rank ended with."""
+    """Train; return the results of this rank."""
     from helpers.causal_lms import classification_batch, step_loader
     from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader
 
+    from wandazeta import adapters
     from wandazeta.callbacks import KeepSparsity
     from wandazeta.modules import FirstOrderModule
 
     found = {}
     held_out = DataLoader([classification_batch(8, seed=1)], batch_size=None)
     options["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 6)
-    module = FirstOrderModule(str(model_dir), **options)
+    trainable = getattr(adapters, options.pop("trainable"))()
+    module = FirstOrderModule(str(model_dir), trainable=trainable, **options)
     if noise:
         module.configure_optimizers = lambda: Noise(module.parameters())
     callbacks = [watch(found)]
@@ -137,8 +139,8 @@ def train(
     except ValueError as error:
         return found | {"error": str(error)}
     found["weights"] = whole_weights(module)
-    if adapter:
-        module.save_adapter(Path(root) / "adapter")
+    if save_adapters:
+        module.save_adapters(Path(root) / "adapter")
         try:
             module.merge(keep_mask=True)
         except ValueError as error:
@@ -147,7 +149,7 @@ def train(
 
 
 def main():
-    """Train as each entry of the JSON file's `runs` says; every rank writes what it ended with."""
+    """Train as each entry of the JSON file's `runs` says; every rank writes its results."""
     from helpers.processes import leave_process_group
 
     settings = json.loads(Path(sys.argv[1]).read_text())

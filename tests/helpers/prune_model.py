@@ -1,31 +1,17 @@
 """Prune tiny random models by `prune_model`, and compare the results."""
 
 import copy
-from dataclasses import fields
 
 import torch
 from helpers.architectures import build, token_batches
+from helpers.prune_options import make_options
 from torch import nn
 
-from wandazeta.pruning import RegionalOptimisation, make_method, prune_model
+from wandazeta.pruning import prune_model
 from wandazeta.pruning.method.layers import is_transposed
-from wandazeta.pruning.options import PruneOptions
 
 FAST = {"rounds": 2, "samples_per_round": 4, "learning_rate": 1e-3}
-OF_METHODS = {"alpha", *(field.name for field in fields(RegionalOptimisation))}
-
 BATCHES = token_batches(8)
-
-
-def make_options(method="wanda++", **options):
-    """Options from flat ones, without those that the method does not have."""
-    known = make_method(method).to_dict()
-    return PruneOptions.from_dict(
-        {
-            "method": method,
-            **{name: value for name, value in options.items() if name in known or name not in OF_METHODS},
-        }
-    )
 
 
 def prune(model, batches=BATCHES, token_mask=None, run=None, **options):

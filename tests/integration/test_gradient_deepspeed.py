@@ -1,6 +1,6 @@
-"""LoRA, tensor trains and masked fine-tuning by back-propagation under DeepSpeed's stages on gloo, against one process.
+"""LoRA, tensor trains and masked fine-tuning by back-propagation under DeepSpeed on gloo, compared with one process.
 
-The runs of a table go one after the other in one program, which takes a fraction of the time of a program for each.
+All runs of a dictionary share one program, which takes a fraction of the time of one program each.
 """
 
 import os
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 STAGES = (1, 2, 3)
 CLIP = {"gradient_clip_val": 0.05}  # far below the norm of the gradients
 MODES = {
-    "lora": {"train": "lora", "learning_rate": 1e-2},
-    "tensor_train": {"train": "tensor_train", "learning_rate": 1e-2},
+    "lora": {"trainable": "PeftLoRA", "learning_rate": 1e-2},
+    "tensor_train": {"trainable": "TensorTrainAdapters", "learning_rate": 1e-2},
     "masked": {
-        "train": "full",
+        "trainable": "Weights",
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "keep_sparsity": True,
@@ -126,8 +126,8 @@ def interrupted(settings, alone, tmp_path_factory):
             (f"bf16-{stage}", "masked", {"trainer_options": bf16}),
             (f"noise-{stage}", "masked", {"noise": True}),
             (f"file-{stage}", "masked", {"masks": str(root / "masks.safetensors"), "steps": 2}),
-            (f"adapter-{stage}", "lora", {"adapter": True}),
-            (f"trains-{stage}", "tensor_train", {"adapter": True}),
+            (f"adapter-{stage}", "lora", {"save_adapters": True}),
+            (f"trains-{stage}", "tensor_train", {"save_adapters": True}),
         )
     }
     # under stage 3 DeepSpeed itself cannot load a checkpoint without an optimizer
@@ -195,7 +195,7 @@ def test_adapters_are_written_whole_and_merged_only_where_weights_are(interrupte
     for rank in ranks:
         assert ("error" in rank[f"adapter-{stage}"]) == (stage == 3)
     if stage == 3:
-        assert "stage 3 has shared them out" in ranks[0]["adapter-3"]["error"]
+        assert "stage 3 has sharded them" in ranks[0]["adapter-3"]["error"]
 
 
 def test_a_checkpoint_is_evaluated(interrupted, alone):

@@ -6,7 +6,7 @@ from wandazeta.adapters.inject import AdaptedModule, adapted_modules, inject_ada
 from wandazeta.adapters.lora import LoRASite, LoRAVector, inject_lora
 from wandazeta.adapters.tensor_train import TTLinear, TTShape, tt_matrices
 from wandazeta.adapters.tensor_train_vector import AdapterLayout, Site, TensorTrainVector
-from wandazeta.adapters.trainables import LoRAAdapters, TensorTrainAdapters, Trainable, Weights
+from wandazeta.adapters.trainables import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Trainable, Weights
 from wandazeta.adapters.trained_vector import TrainedVector
 from wandazeta.adapters.weights import InPlaceWeights
 
@@ -18,6 +18,7 @@ __all__ = [
     "LoRAAdapters",
     "LoRASite",
     "LoRAVector",
+    "PeftLoRA",
     "Site",
     "TTLinear",
     "TTShape",

@@ -26,7 +26,7 @@ from wandazeta.models.zero3 import gathered
 
 # how error messages name the entries of a description
 _ENTRIES = {
-    "train": "`train`",
+    "trainable": "`trainable`",
     "backbone_key": "the backbone that was trained on (model and pruning)",
     "backbone_fingerprint": "the model that the adapters were trained on (weights, pruning and precision)",
     "kind": "the kind of `trainable`",
@@ -34,14 +34,12 @@ _ENTRIES = {
     "bottleneck": "`bottleneck`",
     "alpha": "`alpha`",
     "sites": "the modules with adapters (`sites`, `target_modules`, `layers`)",
-    "linears": "the head that is trained in full (`num_classes` or `num_answers`)",
+    "linears": "the new head that is trained in full (`num_classes` or `num_answers`)",
     "update": "`update`",
     "learning_rate": "`learning_rate`",
     "lr_scheduler": "`lr_scheduler`",
     "weight_decay": "`weight_decay`",
     "schedule_states": "the state of `schedule`",
-    "lora_rank": "`lora_rank`",
-    "lora_alpha": "`lora_alpha`",
     "target_modules": "`target_modules`",
     "num_parameters": "the number of trained values",
 }
@@ -154,7 +152,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> AdapterVector:
 
     Args:
         model: The model that they were trained on, with the same pruning and precision.
-        directory: Directory that `ZerothOrderModule.save_adapters` has written, or `FirstOrderModule.save_adapter` for
+        directory: Directory that `ZerothOrderModule.save_adapters` has written, or `FirstOrderModule.save_adapters` for
             tensor trains. LoRA adapters of `FirstOrderModule` are peft's: load them by `PeftModel.from_pretrained`.
 
     Returns:

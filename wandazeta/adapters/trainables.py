@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,12 @@ from torch import nn
 from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
+from wandazeta.adapters.gradient_training import (
+    GradientTraining,
+    PeftLoRATraining,
+    TensorTrainTraining,
+    WeightTraining,
+)
 from wandazeta.adapters.inject import inject_adapters, train_linears
 from wandazeta.adapters.lora import inject_lora
 from wandazeta.adapters.sites import unused_modules
@@ -115,6 +122,10 @@ class TensorTrainAdapters(Trainable):
         train_linears(model, vector, linears)
         return vector
 
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation (LoRETTA, arXiv 2402.11417)."""
+        return TensorTrainTraining(self)
+
 
 class LoRAAdapters(Trainable):
     """LoRA adapters beside Linears (arXiv 2106.09685); trained with SGDUpdate this is MeZO-LoRA.
@@ -162,6 +173,46 @@ class LoRAAdapters(Trainable):
         return vector
 
 
+class PeftLoRA:
+    """LoRA adapters of the package peft (arXiv 2106.09685), trained by back-propagation.
+
+    Args:
+        rank: Inner width of the factors.
+        alpha: Scale of the adapters, which add alpha / rank times their product.
+        dropout: Dropout probability at the input of the adapters.
+        target_modules: Names of the modules with adapters; by default all Linears except the head, and of an encoder
+            those of its blocks.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self, rank: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules: list[str] | None = None
+    ) -> None:
+        check_range("rank", rank, rank >= 1, "at least 1")
+        check_range("alpha", alpha, alpha > 0, "above 0")
+        check_range("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
+        check_range("target_modules", target_modules, target_modules != [], "one name or more")
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation.
+
+        Raises:
+            ValueError: If peft is not installed.
+        """
+        if find_spec("peft") is None:
+            raise ValueError(
+                "Expected the package peft for PeftLoRA, but it is not installed; run `pip install peft`, or set "
+                "`trainable` to TensorTrainAdapters or Weights"
+            )
+        return PeftLoRATraining(self)
+
+
 class Weights(Trainable):
     """The model's own weights, without a copy of them (MeZO, arXiv 2305.17333); in float32, with SGDUpdate.
 
@@ -202,6 +253,14 @@ class Weights(Trainable):
     def insert(self, model: nn.Module, seed: int, linears: Sequence[str] = ()) -> InPlaceWeights:
         # the model is unchanged; Linears of `linears` are among its weights
         return InPlaceWeights(model, self._names(model))
+
+    def by_gradient(self) -> GradientTraining:
+        """Return the training of one model by back-propagation.
+
+        Raises:
+            ValueError: If `parts` is not all.
+        """
+        return WeightTraining(self)
 
     def _names(self, model: nn.Module) -> list[str]:
         """Return the names of the trained parameters."""

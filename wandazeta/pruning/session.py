@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wandazeta import __version__
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.pruning.calibration import collect_rows, split_rows
@@ -24,6 +23,7 @@ from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.utilities.files import check_writable
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.rng import isolated_rng
+from wandazeta.version import __version__
 
 _ARCHITECTURE = "(architecture)"
 # attributes that do not change what blocks compute, and how a transformers model was loaded
@@ -171,7 +171,7 @@ class PruningSession:
         else:
             report = self._prune(prepared, device, ranks, should_stop, show_progress)
         if report is not None:
-            self.folder.lend_weights(prepared.blocks, report)
+            self.folder.redirect_stored_weights(prepared.blocks, report)
         return report
 
     def _prune(

@@ -1,4 +1,4 @@
-"""Losses of a causal language model: over answer options, and over tokens. Plain torch.
+"""Losses of a causal language model, over answer options and over tokens.
 
 Legend: B examples, C answer options, L tokens of the longest option, R rows run by the model, S scored positions of a
 row, P perturbed adapters, T tokens, V vocabulary.
@@ -15,19 +15,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wandazeta.models.blocks import override_forward
-from wandazeta.scoring.prefix import FrozenPrefix, Prefix, Rows, at_positions
+from wandazeta.scoring.frozen_prefix import FrozenPrefix, Prefix, Rows, at_positions
+
+__all__ = [
+    "Prepared",
+    "Scorer",
+    "Scores",
+    "check_mask",
+    "is_classification",
+    "option_losses",
+    "option_rows",
+    "token_losses",
+]
+
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to be scored any number of times.
+    """A batch that is ready to be scored any number of times.
 
     Args:
-        rows: What the model runs: one row per example, or per example and option where options have several tokens.
+        rows: Token sequences that the model runs: one row for each example, or for each example and option if options
+            have several tokens.
         prefix: Frozen prefix of the rows, if it is reused.
-        option_ids: Tokens of the options `[C, L]`, none for a language-model batch.
-        option_mask: Which of these are tokens.
-        labels: Right options `[B]`.
+        option_ids: Tokens of the options `[C, L]`; None for running text.
+        option_mask: True for tokens, false for padding, `[C, L]`.
+        labels: Indices of the right options or classes `[B]`.
     """
 
     rows: Rows
@@ -37,12 +51,29 @@ class Prepared:
     labels: Tensor | None = None
 
 
-def option_rows(batch: Mapping[str, Tensor]) -> Rows:
-    """Lay out the rows that score the options of every prompt.
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the answer options or classes, and the features that they were computed from.
 
-    Where all options are single tokens, the prompts themselves, scored at their last token. Otherwise every prompt is
-    followed by every option but for its last token, and scored where each option token is predicted (a shorter
-    option's spare positions repeat its last one).
+    Args:
+        values: Scores `[P, B, C]` in float64.
+        features: Input of the output head at the position where the answer begins, `[P·B, D]`; None if a scorer does
+            not have them.
+    """
+
+    values: Tensor
+    features: Tensor | None = None
+
+
+def option_rows(batch: Mapping[str, Tensor]) -> Rows:
+    """Return the rows that score every option after every prompt.
+
+    If all options are single tokens, the rows are the prompts, scored at their last token. Otherwise there is a row for
+    every prompt and option: the prompt followed by the option without its last token, scored where each token of the
+    option is predicted. Shorter options repeat their last scored position.
+
+    Args:
+        batch: A classification batch with `input_ids`, `attention_mask`, `option_ids` and `option_mask`.
     """
     ids_BT, mask_BT, options_CL = batch["input_ids"], batch["attention_mask"], batch["option_ids"]
     lengths_B = mask_BT.sum(1)
@@ -61,61 +92,79 @@ def option_rows(batch: Mapping[str, Tensor]) -> Rows:
 
 
 def is_classification(batch: Mapping[str, Tensor]) -> bool:
-    """Whether a batch asks for answer options rather than for the next tokens."""
+    """Whether a batch is to be classified; otherwise it is running text."""
     return "label" in batch
 
 
 def option_losses(scores_PBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Cross-entropy over the options, `[P]`."""
+    """Return the mean cross-entropy over the options, `[P]`."""
     repeats, _, num_options = scores_PBC.shape
     losses = F.cross_entropy(scores_PBC.reshape(-1, num_options), labels_B.repeat(repeats), reduction="none")
     return losses.view(repeats, -1).mean(1)
 
 
 def token_losses(nll_PBT: Tensor, prepared: Prepared) -> Tensor:
-    """Mean negative log-likelihood of the tokens of a batch, `[P]` in fp64."""
+    """Return the mean negative log-likelihood of the tokens of a batch, `[P]` in float64."""
     return nll_PBT.double().sum((1, 2)) / prepared.rows.attention_mask[:, 1:].sum()
 
 
 class Scorer:
-    """Runs a causal language model and returns only what a loss needs.
+    """Runs a causal language model and computes no more logits than a loss needs.
 
-    The model's own forward is used throughout, with its output embeddings narrowed to the scored positions and, for
-    single-token options, to the options' rows; so scalings and soft-caps after the head stay the model's own.
+    The model's own forward is used throughout; its output embeddings see the scored positions only, and compute only
+    the logits of the options if these are single tokens. So scaling and soft-capping of logits remain the model's own.
 
     Args:
-        model: A causal language model of transformers, or one with the same interface.
-        prefix: Reuses what lies below the adapters.
-        max_logits: Most logits that a forward over all tokens may hold before `repeats` are run one after another.
+        model: Causal language model of transformers, or one with the same interface.
+        prefix: Reuses what lies below the adapters; None runs the whole model each time. Can be set later.
+        max_logits: Largest number of logits of a forward over all tokens, which bounds the perturbed adapters of one
+            forward.
 
     Raises:
         ValueError: If the model has no output embeddings.
     """
 
-    last_features: Tensor
-    """What the head was last given where the answer begins, `[P·B, D]`; noted where something is trained on it."""
-    last_scores: Tensor
-    """Scores that came of it, `[P, B, C]` in fp64."""
-
     def __init__(self, model: nn.Module, prefix: FrozenPrefix | None = None, max_logits: int = 2**28) -> None:
         self.model = model
         self.prefix = prefix
         self.max_logits = max_logits
-        self.head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] = _rows
-        """Gives rows of the head's weight and bias; whoever moves weights has others to give."""
-        self.answers: Callable[[Tensor], Tensor] | None = None
-        """Adds to the scores of the options, from the features `[P·B, D]`; what is trained of the answers."""
+        self._head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] = _rows
+        self._answers: Head | None = None
         self._prefix_checked = False
         if self.head is None:
             raise ValueError(f"Expected a language model with output embeddings, but got {type(model).__name__}")
 
+    def adapt(
+        self,
+        *,
+        head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] | None = None,
+        answers: Head | None = None,
+    ) -> None:
+        """Take trained values into account that the forward of the model does not apply by itself.
+
+        Args:
+            head_rows: Returns the rows of the output embeddings' weight and bias with these indices; for weights that
+                are perturbed while they are used.
+            answers: Returns what is added to the scores of the options `[P·B, C]`, from the features `[P·B, D]` where
+                the answer begins.
+        """
+        self._head_rows = head_rows or self._head_rows
+        self._answers = answers or self._answers
+
     @property
     def head(self) -> nn.Module:
-        """The output embeddings."""
+        """The output embeddings of the model."""
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
     def prepare(self, batch: Mapping[str, Tensor]) -> Prepared:
-        """Lay out a batch and look up its frozen prefix."""
+        """Lay out a batch in rows and look up their frozen prefix.
+
+        Args:
+            batch: `input_ids` and `attention_mask`; for classification also `label`, `option_ids` and `option_mask`.
+
+        Raises:
+            ValueError: If a sequence is empty or padded on the left, or an answer option is missing or empty.
+        """
         check_mask(batch)
         _check_options(batch)
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -126,96 +175,104 @@ class Scorer:
         return self.with_prefix(Rows(ids, mask, torch.minimum(places, mask.sum(1, keepdim=True) - 1)))
 
     def with_prefix(self, rows: Rows, **extra: Tensor) -> Prepared:
-        """Add the frozen prefix of the rows, if it is reused."""
+        """Look up the frozen prefix of the rows, if it is reused."""
         if self.prefix is not None and not self._prefix_checked:
             self._check_prefix(rows)
         prefix = None if self.prefix is None else self.prefix.lookup(rows)
         return Prepared(rows, prefix, **extra)
 
-    def option_scores(self, prepared: Prepared, repeats: int = 1) -> Tensor:
-        """Length-normalised log-probabilities of the options, up to a constant of each example.
+    def option_scores(self, prepared: Prepared, repeats: int = 1) -> Scores:
+        """Return the length-normalised log-probabilities of the options, up to a constant of each example.
 
         Args:
             prepared: A classification batch.
             repeats: Number of perturbed adapters in use, P.
 
-        Returns:
-            Scores `[P, B, C]` in fp64.
-
         Raises:
-            ValueError: If another number of answers is trained than there are options.
+            ValueError: If the number of trained answers differs from the number of options.
         """
-        scores_PBC = self._prompted_scores(prepared, repeats)
-        if self.answers is None:
-            return scores_PBC
-        num_options = scores_PBC.shape[-1]
-        if len(self.last_features) != scores_PBC.shape[:2].numel():
-            # a row for each option, all with the same prompt
-            self.last_features = self.last_features.unflatten(0, (-1, num_options))[:, 0]
-        added = self.answers(self.last_features)
-        if added.shape[-1] != num_options:
-            raise ValueError(f"Expected batches of `num_answers` = {added.shape[-1]} options, but got {num_options}")
-        self.last_scores = scores_PBC + added.double().view_as(scores_PBC)
-        return self.last_scores
-
-    def _prompted_scores(self, prepared: Prepared, repeats: int) -> Tensor:
         options_CL, mask_CL = prepared.option_ids, prepared.option_mask
         assert options_CL is not None
         assert mask_CL is not None
         num_options, longest = options_CL.shape
         if longest == 1:
             # the log-softmax over the vocabulary cancels in the cross-entropy over the options
-            logits = self._run(prepared, repeats, self._noting(self._option_head(options_CL[:, 0])))
-            return logits.double().view(repeats, -1, num_options)
-        logits_RLV = self._run(prepared, repeats, self._noting(self.head.forward)).float()
+            logits, features = self._run_with_features(prepared, repeats, self._option_head(options_CL[:, 0]))
+            return self._with_answers(logits.double().view(repeats, -1, num_options), features)
+        logits, features = self._run_with_features(prepared, repeats, self.head.forward)
+        logits_RLV = logits.float()
         logprobs_RLV = logits_RLV.view(-1, num_options, longest, logits_RLV.shape[-1]).log_softmax(-1)
         tokens = options_CL.expand(len(logprobs_RLV), -1, -1)[..., None]
         logprobs = logprobs_RLV.gather(-1, tokens)[..., 0].double() * mask_CL
-        return (logprobs.sum(-1) / mask_CL.sum(-1)).view(repeats, -1, num_options)
+        scores_PBC = (logprobs.sum(-1) / mask_CL.sum(-1)).view(repeats, -1, num_options)
+        # the rows of an example all begin with the same prompt
+        return self._with_answers(scores_PBC, features.unflatten(0, (-1, num_options))[:, 0])
+
+    def _with_answers(self, scores_PBC: Tensor, features: Tensor) -> Scores:
+        """Add the trained answers to the scores, if there are any."""
+        if self._answers is None:
+            return Scores(scores_PBC, features)
+        added = self._answers(features)
+        num_options = scores_PBC.shape[-1]
+        if added.shape[-1] != num_options:
+            raise ValueError(f"Expected batches of `num_answers` = {added.shape[-1]} options, but got {num_options}")
+        return Scores(scores_PBC + added.double().view_as(scores_PBC), features)
 
     def token_nll(self, prepared: Prepared, repeats: int = 1) -> Tensor:
-        """Negative log-likelihood of every token but the first: `[P, B, T - 1]` in fp32, zero where padded."""
+        """Return the negative log-likelihood of every token except the first: `[P, B, T - 1]`, zero where padded.
+
+        Args:
+            prepared: A batch of running text.
+            repeats: Number of perturbed adapters in use, P.
+        """
         logits = self._run(prepared, repeats, self.head.forward)[:, :-1]
         ids, mask = prepared.rows.input_ids, prepared.rows.attention_mask
         targets = ids[:, 1:].repeat(repeats, 1)
         nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        # not a product: a non-finite value at a padded place must not spoil the sum
+        # masked instead of multiplied: a non-finite value at a padded position must not reach the sum
         return nll.masked_fill(mask[:, 1:].repeat(repeats, 1) == 0, 0.0).view(repeats, *ids[:, 1:].shape)
 
     def max_repeats(self, prepared: Prepared) -> int:
-        """How many perturbed adapters one forward may serve."""
+        """Return the largest number of perturbed adapters for one forward."""
         if prepared.option_ids is not None:
             return 2**31
         weight: Any = self.head.weight
         vocabulary = int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves an empty shape
         return max(1, self.max_logits // (prepared.rows.input_ids.numel() * vocabulary))
 
-    def _option_head(self, option_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    def _option_head(self, option_ids: Tensor) -> Head:
+        """Return an output head that computes the logits of single-token options only."""
         head = self.head
         if not isinstance(head, nn.Linear):
             full = head.forward
             return lambda hidden: full(hidden)[..., option_ids]
 
         def options_only(hidden: Tensor) -> Tensor:
-            # in fp32 whatever the model's precision: the loss difference of two sides is far below 16-bit steps
-            weight, bias = self.head_rows(head, option_ids)
+            # float32 whatever the model's precision: zeroth-order losses differ by far less than 16 bits resolve
+            weight, bias = self._head_rows(head, option_ids)
             with torch.autocast(hidden.device.type, enabled=False):
                 return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
         return options_only
 
-    def _noting(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        if self.answers is None:
-            return head
+    def _run_with_features(self, prepared: Prepared, repeats: int, head: Head) -> tuple[Tensor, Tensor]:
+        """Return the output of `_run`, and the input of the head at the first scored position of each row."""
+        features: list[Tensor] = []
 
-        def noted(hidden: Tensor) -> Tensor:
-            self.last_features = hidden[:, 0]
+        def recorded(hidden: Tensor) -> Tensor:
+            features.append(hidden[:, 0])
             return head(hidden)
 
-        return noted
+        return self._run(prepared, repeats, recorded), features[0]
 
-    def _run(self, prepared: Prepared, repeats: int, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the output of the model whose output embeddings see the scored positions only: `[P·R, S, …]`."""
+    def _run(self, prepared: Prepared, repeats: int, head: Head) -> Tensor:
+        """Return the output of the model with another output head, on the scored positions only: `[P·R, S, …]`.
+
+        Args:
+            prepared: The batch.
+            repeats: Number of perturbed adapters in use, P.
+            head: Replaces the output embeddings; maps `[P·R, S, D]`.
+        """
         rows, replay = prepared.rows, self._replay(prepared, repeats)
         with replay as (call, narrowed):
             positions = rows.positions.repeat(repeats, 1)
@@ -227,6 +284,10 @@ class Scorer:
                 return self.model(**call, use_cache=False).logits
 
     def _replay(self, prepared: Prepared, repeats: int) -> AbstractContextManager[tuple[dict[str, Any], bool]]:
+        """Return a context in which the model continues from the frozen prefix, if it is reused.
+
+        It yields the keyword arguments of the forward, and whether hidden states are those of scored positions only.
+        """
         if self.prefix is not None and prepared.prefix is not None:
             return self.prefix.replay(prepared.prefix, prepared.rows, repeats)
         rows = prepared.rows.repeat(repeats)
@@ -234,7 +295,7 @@ class Scorer:
 
     @torch.no_grad()
     def _check_prefix(self, rows: Rows) -> None:
-        """Compare the replay with the model's plain forward once; use less of it where they differ."""
+        """Compare the replay with the plain forward of the model, and reuse less, or nothing, if they differ."""
         assert self.prefix is not None
         self._prefix_checked = True
         few = Rows(rows.input_ids[:2], rows.attention_mask[:2], rows.positions[:2])
@@ -257,25 +318,29 @@ class Scorer:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError):
-                replayed = torch.full_like(plain, torch.nan)  # a model that counts on its full shapes
+                replayed = torch.full_like(plain, torch.nan)  # the model depends on its full shapes
             if (replayed - plain).norm() <= tolerance * plain.norm():
                 return
             if attempt == "scored positions":
                 self.prefix.widen()
         self.prefix = None
         warnings.warn(
-            f"{type(self.model).__name__} does not give the same outputs when its lower blocks are replayed, so the "
-            "frozen prefix is not reused; every step runs the whole model",
+            f"The outputs of {type(self.model).__name__} change when its lower blocks are replayed, so the frozen "
+            "prefix is not reused and every step runs the whole model",
             stacklevel=2,
         )
 
 
 def _rows(linear: nn.Linear, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return rows of a Linear's weight and bias."""
     return linear.weight[ids], None if linear.bias is None else linear.bias[ids]
 
 
 def check_mask(batch: Mapping[str, Tensor]) -> None:
-    """Refuse sequences that are empty or padded on the left.
+    """Check that no sequence of a batch is empty or padded on the left.
+
+    Args:
+        batch: A batch with an `attention_mask`.
 
     Raises:
         ValueError: If one is.
@@ -290,6 +355,7 @@ def check_mask(batch: Mapping[str, Tensor]) -> None:
 
 
 def _check_options(batch: Mapping[str, Tensor]) -> None:
+    """Check that a classification batch has answer options, and no empty one."""
     if not is_classification(batch):
         return
     missing = [name for name in ("option_ids", "option_mask") if name not in batch]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModel
 
-from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights, remove_adapters
+from wandazeta.adapters import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Weights, remove_adapters
 from wandazeta.adapters.files import load_adapters
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer
@@ -215,10 +215,10 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
     assert prune.report.sparsity == 0.5
 
 
-@pytest.mark.parametrize("mode", ["lora", "tensor_train", "full"])
-def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
+@pytest.mark.parametrize("trainable", [PeftLoRA(2), TensorTrainAdapters(), Weights()])
+def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, trainable):
     pytest.importorskip("peft")
-    module = FirstOrderModule(str(model_dirs["bert"]), LOADING, train=mode, learning_rate=1e-2, lora_rank=2, seed=3)
+    module = FirstOrderModule(str(model_dirs["bert"]), LOADING, trainable=trainable, learning_rate=1e-2, seed=3)
     for layer in module.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0  # layers as small as these learn little beside it
@@ -235,19 +235,19 @@ def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, mode):
     trainer.fit(module, step_loader(batch, 4, trainer))
     assert trainer.callback_metrics["train/loss"] < 0.7 * math.log(NUM_CLASSES)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    if mode == "tensor_train":
+    if isinstance(trainable, TensorTrainAdapters):
         assert trained == {"adapters.theta"}
         assert (module.adapters.theta[-HEAD:] != 0).all()
         return
     assert any("head" in name for name in trained)
     assert not any("pooler" in name for name in trained)
-    if mode == "full":
+    if isinstance(trainable, Weights):
         return
     assert len([name for name in trained if "lora_A" in name]) == 3 * 6
     module.eval()
     with torch.no_grad():
         logits = module.backbone(batch["input_ids"], batch["attention_mask"]).logits
-        module.save_adapter(tmp_path / "adapter")
+        module.save_adapters(tmp_path / "adapter")
         module.merge()
         merged = module.backbone(batch["input_ids"], batch["attention_mask"]).logits
         assert isinstance(module.backbone.head, torch.nn.Linear)
@@ -271,7 +271,7 @@ def test_16_bit_encoders_have_a_head_in_fp32(model_dirs):
     with torch.no_grad():
         prepared = module.scorer.prepare(batch)
         with module.adapters.use(thetas):
-            scores = module.scorer.option_scores(prepared, 2)
+            scores = module.scorer.option_scores(prepared, 2).values
     assert not torch.equal(scores, scores.bfloat16().double())
 
 

@@ -7,9 +7,9 @@ from lightning.pytorch import Callback, Trainer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from wandazeta.adapters import LoRAAdapters, PeftLoRA, Weights, trainables
 from wandazeta.adapters.files import load_adapters
 from wandazeta.modules import FirstOrderModule, LanguageModel
-from wandazeta.modules import first_order as first_order_module
 
 pytest.importorskip("peft")
 
@@ -49,7 +49,7 @@ def plain_loss(model, batch):
 @pytest.mark.parametrize("text", [False, True], ids=["options", "text"])
 def test_full_training_is_what_a_plain_loop_does(model_dir, tmp_path, text):
     batches = Batches()
-    _, module = fit(model_dir, tmp_path, batches, train="full", text=text, learning_rate=1e-3, weight_decay=0.1)
+    _, module = fit(model_dir, tmp_path, batches, trainable=Weights(), text=text, learning_rate=1e-3, weight_decay=0.1)
     model = tiny_lm()
     model.train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -72,7 +72,9 @@ def test_lora_training_is_what_peft_does_by_itself(model_dir, tmp_path, text):
     from peft import LoraConfig, get_peft_model
 
     batches = Batches()
-    _, module = fit(model_dir, tmp_path, batches, text=text, target_modules=["q_proj", "up_proj"], lora_alpha=6)
+    _, module = fit(
+        model_dir, tmp_path, batches, text=text, trainable=PeftLoRA(2, 6, target_modules=["q_proj", "up_proj"])
+    )
     torch.manual_seed(3)
     model = get_peft_model(tiny_lm(), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -97,8 +99,8 @@ def test_batches_are_those_of_the_zeroth_order_module(model_dir, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_training_lowers_the_loss_and_metrics_are_logged(model_dir, tmp_path, train):
+@pytest.mark.parametrize("trainable", [PeftLoRA(2), Weights()], ids=["lora", "weights"])
+def test_training_lowers_the_loss_and_metrics_are_logged(model_dir, tmp_path, trainable):
     class Losses(Callback):
         def __init__(self):
             self.seen = []
@@ -107,7 +109,7 @@ def test_training_lowers_the_loss_and_metrics_are_logged(model_dir, tmp_path, tr
             self.seen.append(float(trainer.callback_metrics["train/loss"]))
 
     losses = Losses()
-    trainer, module = fit(model_dir, tmp_path, losses, train=train, steps=30, learning_rate=3e-3)
+    trainer, module = fit(model_dir, tmp_path, losses, trainable=trainable, steps=30, learning_rate=3e-3)
     assert sum(losses.seen[-5:]) < 0.8 * sum(losses.seen[:5])
     assert trainer.callback_metrics["lr"] == pytest.approx(3e-3)
     (result,) = trainer.validate(module, step_loader(classification_batch(20), 4, None), verbose=False)
@@ -143,7 +145,7 @@ def test_lora_starts_from_its_seed_and_leaves_the_random_numbers_alone(model_dir
 
 
 def test_dropout_is_on_in_training_and_off_in_validation(model_dir, tmp_path):
-    _, module = fit(model_dir, tmp_path, lora_dropout=0.5, steps=1)
+    _, module = fit(model_dir, tmp_path, trainable=PeftLoRA(2, dropout=0.5), steps=1)
     dropouts = [m for m in module.backbone.modules() if isinstance(m, torch.nn.Dropout)]
     assert dropouts
     # the model's own, too, which comes from its files in evaluation mode
@@ -168,6 +170,7 @@ def test_adapters_are_fp32_on_a_16_bit_backbone(model_dir, tmp_path):
 
 def test_adapters_come_after_the_pruning_callback(model_dir, tmp_path):
     from wandazeta.callbacks import WandaPPPruneCallback
+    from wandazeta.pruning import RegionalOptimisation, WandaPP
 
     class Calibration:
         def __iter__(self):
@@ -176,7 +179,9 @@ def test_adapters_come_after_the_pruning_callback(model_dir, tmp_path):
                 yield {name: value[None, :length] for name, value in row.items()}
 
     prune_callback = WandaPPPruneCallback(
-        num_calibration_samples=8, samples_per_round=4, rounds=1, output_dir=str(tmp_path / "pruning")
+        method=WandaPP(optimisation=RegionalOptimisation(rounds=1, samples_per_round=4)),
+        num_calibration_samples=8,
+        output_dir=str(tmp_path / "pruning"),
     )
     prune_callback.calibration = torch.utils.data.DataLoader(list(Calibration()), batch_size=None)
     _, module = fit(model_dir, tmp_path, prune_callback)
@@ -190,7 +195,7 @@ def test_adapters_come_after_the_pruning_callback(model_dir, tmp_path):
 def test_masked_full_fine_tuning_stays_sparse(pruned_dir, tmp_path):
     from wandazeta.callbacks import KeepSparsity
 
-    _, module = fit(pruned_dir, tmp_path, KeepSparsity(), train="full", weight_decay=0.1)
+    _, module = fit(pruned_dir, tmp_path, KeepSparsity(), trainable=Weights(), weight_decay=0.1)
     before = block_weights(AutoModelForCausalLM.from_pretrained(pruned_dir))
     for name, weight in block_weights(module.backbone).items():
         assert is_positive_zero(weight[before[name] == 0])
@@ -210,7 +215,7 @@ def test_peft_alone_loads_what_was_saved(pruned_dir, tmp_path):
     from peft import PeftModel
 
     _, module = fit(pruned_dir, tmp_path)
-    module.save_adapter(tmp_path / "adapter")
+    module.save_adapters(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"load them by `PeftModel.from_pretrained`"):
         load_adapters(module.backbone, tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
@@ -233,7 +238,7 @@ def test_merging_into_a_dense_backbone(model_dir, tmp_path):
 def test_merging_into_a_pruned_backbone(pruned_dir, tmp_path):
     _, module = fit(pruned_dir, tmp_path)
     before = logits(module.backbone)
-    with pytest.raises(ValueError, match="a sparse weight is dense, and 21 layers such as"):
+    with pytest.raises(ValueError, match="a sparse weight becomes dense, and 21 layers such as"):
         module.merge()
     assert torch.equal(logits(module.backbone), before), "refused means that nothing was done"
     sparse = block_weights(AutoModelForCausalLM.from_pretrained(pruned_dir))
@@ -247,7 +252,7 @@ def test_merging_into_a_pruned_backbone(pruned_dir, tmp_path):
     # as a plain model, which is neither merged nor trained again
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.validate(module, step_loader(classification_batch(20), 4, None), verbose=False)
-    for action in (module.merge, lambda: module.save_adapter(tmp_path), lambda: module.setup("fit")):
+    for action in (module.merge, lambda: module.save_adapters(tmp_path), lambda: module.setup("fit")):
         with pytest.raises(ValueError, match="Expected LoRA adapters to"):
             action()
 
@@ -260,9 +265,9 @@ def test_a_zero_by_chance_is_not_a_pruning(model_dir, tmp_path):
 
 
 def test_full_training_has_no_adapters(model_dir, tmp_path):
-    module = FirstOrderModule(str(model_dir), train="full")
-    for action in (module.merge, lambda: module.save_adapter(tmp_path)):
-        with pytest.raises(ValueError, match="`train` to be lora"):
+    module = FirstOrderModule(str(model_dir), trainable=Weights())
+    for action in (module.merge, lambda: module.save_adapters(tmp_path)):
+        with pytest.raises(ValueError, match=r"`trainable` to be .*, but got Weights"):
             action()
 
 
@@ -272,13 +277,10 @@ def test_full_training_has_no_adapters(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("train", "adapters"),
+        ("trainable", LoRAAdapters()),
+        ("trainable", "lora"),
         ("learning_rate", 0.0),
         ("weight_decay", -0.1),
-        ("lora_rank", 0),
-        ("lora_alpha", 0),
-        ("lora_dropout", 1.0),
-        ("target_modules", []),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_loaded(argument, value):
@@ -286,14 +288,29 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(argument, value):
         FirstOrderModule("nowhere/at/all", **{argument: value})
 
 
+def test_parts_of_the_weights_are_refused():
+    with pytest.raises(ValueError, match="`parts` to be all to train `Weights` by back-propagation, but got 'biases'"):
+        FirstOrderModule("nowhere/at/all", trainable=Weights("biases"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("rank", 0), ("alpha", 0), ("dropout", 1.0), ("dropout", -0.1), ("target_modules", [])]
+)
+def test_bad_arguments_of_lora_are_refused(argument, value):
+    with pytest.raises(ValueError, match=f"Expected argument `{argument}`"):
+        PeftLoRA(**{argument: value})
+
+
 def test_unknown_target_modules(model_dir):
     with pytest.raises(ValueError, match=r"but got 'mlp.upp_proj'; did you mean `up_proj`"):
-        FirstOrderModule(str(model_dir), target_modules=["q_proj", "mlp.upp_proj"])
-    assert FirstOrderModule(str(model_dir), target_modules=["mlp.up_proj"]).target_modules == ["mlp.up_proj"]
+        FirstOrderModule(str(model_dir), trainable=PeftLoRA(target_modules=["q_proj", "mlp.upp_proj"]))
+    module = FirstOrderModule(str(model_dir), trainable=PeftLoRA(target_modules=["mlp.up_proj"]))
+    module.setup("validate")
+    assert len([name for name in module.adapter_names if "lora_A" in name]) == 3
 
 
 def test_without_peft(monkeypatch, model_dir):
-    monkeypatch.setattr(first_order_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainables, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install peft"):
         FirstOrderModule("nowhere/at/all")
-    assert isinstance(FirstOrderModule(str(model_dir), train="full"), LanguageModel)
+    assert isinstance(FirstOrderModule(str(model_dir), trainable=Weights()), LanguageModel)

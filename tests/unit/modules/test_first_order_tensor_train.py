@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from wandazeta.adapters import TensorTrainAdapters, TTLinear
+from wandazeta.adapters import TensorTrainAdapters, TTLinear, Weights
 from wandazeta.adapters.files import load_adapters
 from wandazeta.modules import FirstOrderModule, ZerothOrderModule
 
@@ -23,7 +23,7 @@ def settings(**changes):
 
 
 def fit(directory, root, *callbacks, steps=4, resume=False, save=False, trainer_options=None, **options):
-    options = {"train": "tensor_train", "learning_rate": 1e-2, "tensor_train": settings(), "seed": 3} | options
+    options = {"trainable": settings(), "learning_rate": 1e-2, "seed": 3} | options
     module = FirstOrderModule(str(directory), **options)
     saving = [ModelCheckpoint(root, every_n_train_steps=2, save_top_k=0, save_last=True)] if save else []
     trainer = Trainer(
@@ -58,7 +58,7 @@ class Adapted(torch.nn.Module):
 def test_training_is_that_of_adapters_with_parameters_of_their_own(model_dir, tmp_path):
     batches = Batches()
     site = settings(sites=["after:mlp.down_proj"], layers="last:1")
-    _, module = fit(model_dir, tmp_path, batches, tensor_train=site)
+    _, module = fit(model_dir, tmp_path, batches, trainable=site)
     start = ZerothOrderModule(str(model_dir), trainable=site, seed=3)
     start.setup("test")
     ((slices_down, slices_up),) = [[layer[1] for layer in g.layers] for g in start.adapters.layout.groups]
@@ -93,9 +93,9 @@ def test_checkpoints_hold_the_vector_and_resume_to_the_same_bits(model_dir, tmp_
     assert set(torch.load(file, weights_only=True)["state_dict"]) == {"adapters.theta"}
     assert file.stat().st_size <= 3 * 4 * whole.adapters.num_parameters + 64 * 1024
     for change, message in (
-        ({"train": "full"}, "`train` differs: saved tensor_train, here full"),
-        ({"tensor_train": settings(rank=3)}, "`rank` differs"),
-        ({"tensor_train": settings(layers="last:1")}, "`layers`"),
+        ({"trainable": Weights()}, "`trainable` differs: saved TensorTrainAdapters, here Weights"),
+        ({"trainable": settings(rank=3)}, "`rank` differs"),
+        ({"trainable": settings(layers="last:1")}, "`layers`"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(model_dir, tmp_path / "parts", steps=8, save=True, resume=True, **change)
@@ -103,7 +103,7 @@ def test_checkpoints_hold_the_vector_and_resume_to_the_same_bits(model_dir, tmp_
 
 def test_adapters_are_exchanged_with_the_zeroth_order_module(model_dir, tmp_path):
     _, module = fit(model_dir, tmp_path)
-    module.save_adapter(tmp_path / "adapter")
+    module.save_adapters(tmp_path / "adapter")
     other = ZerothOrderModule(str(model_dir), trainable=settings())
     other.load_adapters(tmp_path / "adapter")
     assert torch.equal(other.adapters.theta, module.adapters.theta)
@@ -121,12 +121,12 @@ def test_the_vector_stays_fp32(model_dir, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(model_dir, tmp_path):
-    with pytest.raises(ValueError, match="`weight_decay` to be 0"):
-        FirstOrderModule("nowhere/at/all", train="tensor_train", weight_decay=0.1)
+    with pytest.raises(ValueError, match="`weight_decay` to be 0 for TensorTrainAdapters"):
+        FirstOrderModule("nowhere/at/all", trainable=settings(), weight_decay=0.1)
     with pytest.raises(ValueError, match="at most the 3 blocks"):
-        FirstOrderModule(str(model_dir), train="tensor_train", tensor_train=settings(layers="last:4"))
-    module = FirstOrderModule(str(model_dir), train="tensor_train")
-    with pytest.raises(ValueError, match="put in by `setup`"):
-        module.save_adapter(tmp_path)
-    with pytest.raises(ValueError, match="`train` to be lora"):
+        FirstOrderModule(str(model_dir), trainable=settings(layers="last:4"))
+    module = FirstOrderModule(str(model_dir), trainable=settings())
+    with pytest.raises(ValueError, match="`setup` inserts them"):
+        module.save_adapters(tmp_path)
+    with pytest.raises(ValueError, match="`trainable` to be PeftLoRA"):
         module.merge()

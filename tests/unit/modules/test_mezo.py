@@ -55,7 +55,7 @@ def test_one_step_is_the_update_written_out(model_dir, tmp_path, text):
         with torch.no_grad():
             prepared = plain.scorer.prepare(batch)
             if not text:
-                return option_losses(plain.scorer.option_scores(prepared), batch["label"])[0].item()
+                return option_losses(plain.scorer.option_scores(prepared).values, batch["label"])[0].item()
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             return plain.backbone(**batch, labels=labels).loss.item()
 

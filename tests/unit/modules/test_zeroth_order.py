@@ -49,7 +49,7 @@ def test_one_step_is_the_update_written_out(model_dir, tmp_path, text, trainable
         with torch.no_grad():
             prepared = plain.scorer.prepare(batch)
             if not text:
-                return option_losses(plain.scorer.option_scores(prepared), batch["label"])[0].item()
+                return option_losses(plain.scorer.option_scores(prepared).values, batch["label"])[0].item()
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             return plain.backbone(**batch, labels=labels).loss.item()
 
@@ -98,9 +98,9 @@ def test_pruned_weights_are_what_the_prefix_holds(model_dir):
     pruned.setup("test")
     batch = classification_batch(6)
     with torch.no_grad():
-        scores = [m.scorer.option_scores(m.scorer.prepare(batch)) for m in (dense, pruned)]
+        scores = [m.scorer.option_scores(m.scorer.prepare(batch)).values for m in (dense, pruned)]
         pruned.scorer.prefix = None
-        plain = pruned.scorer.option_scores(pruned.scorer.prepare(batch))
+        plain = pruned.scorer.option_scores(pruned.scorer.prepare(batch)).values
     assert not torch.allclose(scores[0], scores[1], atol=1e-3)
     torch.testing.assert_close(scores[1], plain, atol=1e-5, rtol=1e-5)
 

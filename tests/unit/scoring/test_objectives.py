@@ -35,7 +35,7 @@ def scores_of(module, thetas, batch):
     scores = []
     for theta in thetas:
         module.adapters.theta.copy_(theta)
-        scores.append(module.scorer.option_scores(module.scorer.prepare(batch))[0])
+        scores.append(module.scorer.option_scores(module.scorer.prepare(batch)).values[0])
     return scores
 
 

@@ -28,7 +28,7 @@ def test_option_scores_equal_one_option_at_a_time(kind, options):
     model, batch = tiny_lm(kind), classification_batch(options=options)
     scorer = Scorer(model)
     with torch.no_grad():
-        scores = scorer.option_scores(scorer.prepare(batch))[0]
+        scores = scorer.option_scores(scorer.prepare(batch)).values[0]
     expected = reference_scores(model, batch)
     # equal up to what cancels in the cross-entropy
     torch.testing.assert_close(scores.log_softmax(-1), expected.log_softmax(-1), atol=2e-5, rtol=0)
@@ -41,7 +41,7 @@ def test_several_token_scores_are_log_probabilities():
     model, batch = tiny_lm(), classification_batch(options=LONG)
     scorer = Scorer(model)
     with torch.no_grad():
-        scores = scorer.option_scores(scorer.prepare(batch))[0]
+        scores = scorer.option_scores(scorer.prepare(batch)).values[0]
     torch.testing.assert_close(scores, reference_scores(model, batch), atol=2e-5, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_16_bit_scores_are_not_rounded_to_16_bits():
     model = tiny_lm().bfloat16()
     scorer = Scorer(model)
     with torch.no_grad():
-        scores = scorer.option_scores(scorer.prepare(classification_batch()))
+        scores = scorer.option_scores(scorer.prepare(classification_batch())).values
     assert not torch.equal(scores, scores.bfloat16().double())
 
 

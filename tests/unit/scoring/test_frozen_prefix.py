@@ -5,8 +5,8 @@ from torch import nn
 
 from wandazeta.adapters import AdaptedModule, inject_adapters
 from wandazeta.models.blocks import find_blocks
-from wandazeta.scoring.prefix import FrozenPrefix
-from wandazeta.scoring.scorer import Scorer
+from wandazeta.scoring.frozen_prefix import FrozenPrefix
+from wandazeta.scoring.scorer import Scorer, Scores
 
 LONG = ((7, 11), (9,), (13, 17, 19))
 
@@ -39,7 +39,8 @@ def both(vector, plain, cached, batch, method, num=3):
     for scorer in (plain, cached):
         prepared = scorer.prepare(batch)
         with vector.use(copies(vector, num)):
-            results.append(getattr(scorer, method)(prepared, num))
+            result = getattr(scorer, method)(prepared, num)
+            results.append(result.values if isinstance(result, Scores) else result)
     return results
 
 
@@ -77,7 +78,7 @@ def test_what_runs_before_an_adapter_behind_a_module_is_computed_once(layers):
     with torch.no_grad(), vector.use(copies(vector)):
         for weight in weights:
             weight.fill_(torch.nan)
-        assert torch.equal(cached.option_scores(prepared, 3), found)
+        assert torch.equal(cached.option_scores(prepared, 3).values, found)
 
 
 def test_last_block_alone_runs_the_scored_position_only():

@@ -1,4 +1,4 @@
-"""Loading in shares is refused where it cannot be, before anything is loaded; what DeepSpeed is told to hold."""
+"""Sharded loading is refused before anything is loaded if the strategy cannot do it; memory that DeepSpeed may use."""
 
 import pytest
 from helpers.causal_lms import save_tiny_lm, tiny_lm
@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel, ZerothOrderModule
-from wandazeta.modules.shares import hold_two_blocks, loading_in_shares
+from wandazeta.modules.strategies import limit_gathered_weights, loading_sharded_by
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def test_other_strategies_are_refused(model_dir, kind, tmp_path):
 
 
 def test_other_stages_and_precisions_are_refused():
-    with pytest.raises(ValueError, match="stage 3"), loading_in_shares(deepspeed(stage=2), "float32"):
+    with pytest.raises(ValueError, match="stage 3"), loading_sharded_by(deepspeed(stage=2), "float32"):
         pass
-    refused = pytest.raises(ValueError, match=r"float32, which `precision: 32-true` shards, but got 'bfloat16'")
-    with refused, loading_in_shares(deepspeed(stage=3), "bfloat16"):
+    refused = pytest.raises(ValueError, match="float32 for `shard_on_load` with `precision: 32-true`, but got")
+    with refused, loading_sharded_by(deepspeed(stage=3), "bfloat16"):
         pass
 
 
@@ -53,14 +53,14 @@ def test_deepspeed_holds_two_blocks_unless_told_otherwise():
     model = tiny_lm()
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     strategy = deepspeed(stage=3)
-    hold_two_blocks(strategy, model)
+    limit_gathered_weights(strategy, model)
     assert strategy.config["zero_optimization"]["stage3_max_live_parameters"] == 2 * block
     assert strategy.config["zero_optimization"]["stage3_prefetch_bucket_size"] == block
     options = {"stage": 3, "stage3_max_live_parameters": 7}
     chosen = deepspeed(stage=3, config={"zero_optimization": options})
-    hold_two_blocks(chosen, model)
+    limit_gathered_weights(chosen, model)
     assert chosen.config["zero_optimization"]["stage3_max_live_parameters"] == 7
     other = deepspeed(stage=2)
     before = dict(other.config["zero_optimization"])
-    hold_two_blocks(other, model)
+    limit_gathered_weights(other, model)
     assert other.config["zero_optimization"] == before
