@@ -3,17 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# samples stay with the checkout unless told otherwise
+# the checkout has its own cache of samples unless WANDAZETA_CACHE names another
 export WANDAZETA_CACHE ?= $(CURDIR)/.cache/wandazeta
 # DeepSpeed would compile its kernels at install
 export DS_BUILD_OPS := 0
-# processes that share cores are four times slower with several threads each: one each, and two tests at a time
+# two processes with several threads each on the same cores are four times slower: one thread each, two tests at a time
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup samples demo test lint types format clean
+.PHONY: help setup samples demo test lint installed types contracts format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
@@ -45,15 +45,21 @@ lint: setup  ## check style and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
-types: setup  ## check types, over the package as installed from its wheel
-# mypy cannot follow the mapping of folders to packages, and a stale build/ would end up in the wheel
+# mypy and import-linter read packages by folder, and only the wheel has callbacks/, modules/ and datamodules/ inside
+# wandazeta/; an old build/ would end up in the wheel
+installed: setup
 	rm -rf build
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && MYPYPATH=. $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p wandazeta
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/installed .
 
-format: setup  ## put the code into shape
+types: installed  ## check types, over the package as installed from its wheel
+	cd build/installed && MYPYPATH=. $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p wandazeta
+
+contracts: installed  ## check which package imports which, over the package as installed from its wheel
+	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache
+
+format: setup  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what make made, but for the samples and runs
+clean:  ## remove what make made, except samples and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

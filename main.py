@@ -1,3 +1,3 @@
-from wandazeta.cli import main
+from wandazeta.__main__ import main
 
 main()

@@ -35,8 +35,8 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 
     from wandazeta.datamodules import TextDataModule
     from wandazeta.modules import LanguageModel
+    from wandazeta.pruning import PruningInterrupted, prune_model
     from wandazeta.pruning.options import PruneOptions
-    from wandazeta.pruning.pruner import PruningInterrupted, prune_model
     from wandazeta.pruning.records import BlockRecord
 
     module = LanguageModel(str(ROOT / MODEL)).eval()

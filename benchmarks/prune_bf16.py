@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from wandazeta.datamodules import TextDataModule
 from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel
+from wandazeta.pruning import BlockResult, PruningInterrupted, prune_model
 from wandazeta.pruning.options import Method, PruneOptions
-from wandazeta.pruning.pruner import BlockResult, PruningInterrupted, prune_model
 
 RESULT = ROOT / "benchmarks" / "results" / "prune_bf16.json"
 CONFIG = ROOT / "configs" / "prune" / "best.yaml"

@@ -27,8 +27,8 @@ _IGNORED = ["re:.*lm_head.*", "re:.*embed.*"]
 
 def wandazeta(model: nn.Module, windows: torch.Tensor, task: dict[str, Any]) -> Callable[[], object]:
     """The pruning by this project."""
+    from wandazeta.pruning import prune_model
     from wandazeta.pruning.options import PruneOptions
-    from wandazeta.pruning.pruner import prune_model
 
     options = PruneOptions(method=task["method"], sparsity_pattern=task["sparsity_pattern"], **task["options"])
     batches = [{"input_ids": window} for window in windows.split(task["batch_size"])]

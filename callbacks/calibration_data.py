@@ -1,4 +1,4 @@
-"""Where a callback gets calibration data in a Lightning run."""
+"""Find the calibration data of a Lightning run."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,21 +7,26 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from wandazeta.lightning_compat import training_data
+from wandazeta.protocols import SupportsCalibrationData
+
 _REMEDY = "give the callback a dataloader or a LightningDataModule as `calibration`."
 
 
 def calibration_loader(trainer: Trainer, pl_module: LightningModule, calibration: Any = None) -> Iterable[Any]:
-    """Finds the calibration data and makes a loader of them, leaving the trainer's own loaders alone.
+    """Return a loader of calibration data, without touching the trainer's own loaders.
 
     Args:
         trainer: The trainer, in its `setup` or before.
         pl_module: The module that is pruned.
-        calibration: A loader or a data module that was asked for; else the trainer's data module (its
-            `calibration_dataloader()` if it has one, else its training data), else the training data given to `fit`,
-            else those of the module.
+        calibration: A loader or a data module. By default the trainer's data module (its `calibration_dataloader()` if
+            it has one, else its training data), else the training data given to `fit`, else those of the module.
+
+    Returns:
+        Batches of calibration data.
 
     Raises:
-        ValueError: If there are none, or several that only the trainer knows how to combine.
+        ValueError: If there are no data, or several loaders that only the trainer knows how to combine.
     """
     if isinstance(calibration, LightningDataModule):
         calibration.trainer = calibration.trainer or trainer
@@ -50,8 +55,7 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, calibration
 
 
 def _from_data_module(datamodule: LightningDataModule) -> Any:
-    special = getattr(datamodule, "calibration_dataloader", None)
-    loader = special() if callable(special) else None
+    loader = datamodule.calibration_dataloader() if isinstance(datamodule, SupportsCalibrationData) else None
     if loader is not None:
         return loader
     if is_overridden("train_dataloader", datamodule):
@@ -63,7 +67,7 @@ def _from_data_module(datamodule: LightningDataModule) -> Any:
 
 
 def _from_fit(trainer: Trainer, pl_module: LightningModule) -> Any:
-    given = trainer.fit_loop._data_source.instance
+    given = training_data(trainer)
     if given is not None and not isinstance(given, LightningModule):
         return given
     if not is_overridden("train_dataloader", pl_module):
@@ -71,7 +75,7 @@ def _from_fit(trainer: Trainer, pl_module: LightningModule) -> Any:
     try:
         return pl_module.train_dataloader()
     except Exception as error:
-        # the callback comes before the module's own `setup`, which may be where it makes its data
+        # callbacks are set up before the module, which may make its data in its own `setup`
         raise ValueError(
             f"Expected {type(pl_module).__name__}.train_dataloader() to work before the module's `setup`, but it "
             f"raised {type(error).__name__}: {error}; {_REMEDY}"

@@ -1,4 +1,4 @@
-"""What a run costs, logged and kept in its checkpoints."""
+"""Peak memory of a training run, logged and kept in its checkpoints."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from wandazeta.utilities.memory import peak_memory
 
 
 class PeakMemoryMonitor(Callback):
-    """Logs `peak_memory_gib`: of the device, or of the process where the device is the CPU.
+    """Logs `peak_memory_gib`, the peak memory of the GPU, or of the process if the module is on the CPU.
 
-    A run that goes on from a checkpoint goes on from that peak; `peak_bytes` holds it.
+    A resumed run continues with the peak of its checkpoint; `peak_bytes` holds it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What every run leaves behind: its configuration, its environment, and a log file of each rank."""
+"""Record of a run: its configuration, its environment and a log file of every rank."""
 
 import json
 import logging
@@ -32,9 +32,9 @@ _NEVER = sys.maxsize
 
 @rank_zero_only
 def keep_metrics(loggers: Sequence[Logger]) -> None:
-    """Move metrics of an earlier run in the same folder aside: CSVLogger would delete them.
+    """Rename the metrics of an earlier run in the same folder, which CSVLogger would delete.
 
-    A requeued job has the folder that it had, and so has a run with a fixed version. `metrics-1.csv` are the oldest.
+    A resumed run uses the same folder again. `metrics-1.csv` is the oldest file.
 
     Args:
         loggers: The loggers of the run.
@@ -48,46 +48,46 @@ def keep_metrics(loggers: Sequence[Logger]) -> None:
 
 
 class RankLog:
-    """While this context is open, what Python logs and warns of goes into a file of this rank, with the time.
+    """Context manager that writes log records and warnings of this rank to a file, with the time.
 
-    It waits in memory until `open` is called, for the folder of a run is known late. The exception that ends the
-    context goes into the file with its traceback. On the terminal, rank 0 shows what it would without this context, the
-    others nothing but errors.
+    Records are held in memory until `open` is called, because the folder of a run is known late. An exception that
+    ends the context is written with its traceback. The terminal shows what rank 0 would show without this context, and
+    only errors of the other ranks.
     """
 
     def __init__(self) -> None:
         self._records = MemoryHandler(capacity=_NEVER, flushLevel=_NEVER, flushOnClose=False)
-        # some libraries report every detail to whoever listens
+        # some libraries log every detail at lower levels
         self._records.setLevel(logging.INFO)
         self._terminal = logging.StreamHandler()
-        # what Python itself does for a logger without handlers, and for warnings
+        # as Python itself does for loggers without handlers and for warnings
         self._terminal.setLevel(logging.WARNING)
-        self._terminal.addFilter(_nobody_else_shows)
-        self._terminal.setFormatter(_WithoutLastNewline())
+        self._terminal.addFilter(_is_shown_by_no_other_handler)
+        self._terminal.setFormatter(_StrippingFormatter())
 
     def __enter__(self) -> "RankLog":
         logging.captureWarnings(True)
         logging.getLogger().addHandler(self._terminal)
-        self._listen(getattr(rank_zero_only, "rank", None) or 0)
+        self._attach(getattr(rank_zero_only, "rank", None) or 0)
         return self
 
     def open(self, folder: Path, rank: int, world_size: int) -> None:
-        """Write what was collected, and from now on everything at once, to `logs/rank-<rank>.log`.
+        """Write the records held so far, and all later ones immediately, to `logs/rank-<rank>.log`.
 
         Args:
             folder: The folder of the run.
-            rank: The number of this process.
-            world_size: How many there are.
+            rank: Rank of this process.
+            world_size: Number of ranks.
         """
         if self._records.target is not None:
             return
         path = folder / "logs" / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _ForgivingFile(path, encoding="utf-8")
-        file.setFormatter(_WithoutLastNewline(_FORMAT))
+        file = _LossyFileHandler(path, encoding="utf-8")
+        file.setFormatter(_StrippingFormatter(_FORMAT))
         self._records.setTarget(file)
         self._records.flushLevel = logging.NOTSET
-        self._listen(rank)
+        self._attach(rank)
         self._note(logging.INFO, f"rank {rank} of {world_size}, process {os.getpid()} on {socket.gethostname()}")
 
     def __exit__(
@@ -97,7 +97,7 @@ class RankLog:
             self._note(logging.ERROR, f"ended by {type(error).__name__}", error)
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self._terminal)
-        for logger in _ends_of_the_line():
+        for logger in _top_loggers():
             logger.removeHandler(self._records)
         if self._records.target is not None:
             with suppress(OSError):
@@ -105,19 +105,19 @@ class RankLog:
         self._records.close()
 
     def _note(self, level: int, message: str, error: BaseException | None = None) -> None:
-        """Write to the file alone."""
+        """Write a record to the file, not to the terminal."""
         exc_info = None if error is None else (type(error), error, error.__traceback__)
         self._records.handle(_logger.makeRecord(_logger.name, level, __file__, 0, message, (), exc_info))
 
-    def _listen(self, rank: int) -> None:
-        for logger in _ends_of_the_line():
+    def _attach(self, rank: int) -> None:
+        for logger in _top_loggers():
             logger.addHandler(self._records)
         if rank > 0:
             _show_errors_only()
 
 
-class _ForgivingFile(logging.FileHandler):
-    """On a full disk lines are left out; whoever fills it has an error of its own to tell."""
+class _LossyFileHandler(logging.FileHandler):
+    """File handler that drops records when the disk is full, which is reported where the run writes its own files."""
 
     @override
     def handleError(self, record: logging.LogRecord) -> None:
@@ -125,8 +125,8 @@ class _ForgivingFile(logging.FileHandler):
             super().handleError(record)
 
 
-class _WithoutLastNewline(logging.Formatter):
-    """Warnings come with one."""
+class _StrippingFormatter(logging.Formatter):
+    """Formatter without the trailing newline that warnings have."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -138,8 +138,8 @@ def _loggers() -> list[logging.Logger]:
     return [logging.getLogger(), *(logger for logger in known if isinstance(logger, logging.Logger))]
 
 
-def _ends_of_the_line() -> list[logging.Logger]:
-    """The root, and the loggers of libraries (lightning, transformers, deepspeed) that pass nothing on to it."""
+def _top_loggers() -> list[logging.Logger]:
+    """Return the root logger and those that do not propagate to it, as of lightning, transformers and deepspeed."""
     return [logger for logger in _loggers() if logger.parent is None or not logger.propagate]
 
 
@@ -147,7 +147,7 @@ def _writes_to_a_stream(handler: logging.Handler) -> bool:
     return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
 
 
-def _nobody_else_shows(record: logging.LogRecord) -> bool:
+def _is_shown_by_no_other_handler(record: logging.LogRecord) -> bool:
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
         if any(_writes_to_a_stream(handler) for handler in logger.handlers):
@@ -166,30 +166,31 @@ def _show_errors_only() -> None:
                 handler.setLevel(logging.ERROR)
     disable_progress_bar()
     disable_progress_bars()
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # not imported by now
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # datasets is imported later
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml` and `environment.json` into the folder of the run, and lets each rank's log begin there.
-
-    The folder is that of the first logger, and `lightning_logs` in `default_root_dir` where there is none.
+    """Writes `config.yaml`, `environment.json` and the log of every rank into the folder of the run's first logger.
 
     Args:
-        parser: The parser of the command.
-        config: What it has read.
-        log: The log of this rank, if it keeps one.
+        parser: Parser of the command.
+        config: The parsed configuration.
+        folder: Folder for runs without a logger.
+        log: Log of this rank, if there is one.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, log: RankLog | None = None) -> None:
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, folder: Path, log: RankLog | None = None
+    ) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self._log = log
-        self._folder = Path()
+        self._folder = folder
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # asked of every rank, for rank 0 tells the others
+        # on every rank, because rank 0 broadcasts it
         folder = trainer.log_dir if trainer.loggers else None
-        self._folder = Path(folder or Path(trainer.default_root_dir, "lightning_logs")).absolute()
+        self._folder = Path(folder or self._folder).absolute()
         if self._log is not None:
             self._log.open(self._folder, trainer.global_rank, trainer.world_size)
         super().setup(trainer, pl_module, stage)
@@ -205,10 +206,10 @@ class RunRecord(SaveConfigCallback):
 
 
 def run_environment(trainer: Trainer) -> dict[str, Any]:
-    """What a run is made with, in plain values.
+    """Return the environment of a run in plain values: command, date, commit, versions, hardware and ranks.
 
     Args:
-        trainer: The trainer, its strategy set up.
+        trainer: The trainer, after the setup of its strategy.
     """
     return {
         "command": environment.command(),

@@ -1,4 +1,4 @@
-"""LightningDataModules: text windows, and classification by a head or by prompts."""
+"""LightningDataModules: windows of running text, and labelled text for a classification head or as prompts."""
 
 from wandazeta.datamodules.classification import ClassificationDataModule
 from wandazeta.datamodules.prompted import PromptedClassificationDataModule

@@ -1,4 +1,4 @@
-"""Classification put as a prompt: a template, and one answer option per class."""
+"""LightningDataModule with labelled text as prompts: a template, and one answer option per class."""
 
 from typing import Any
 
@@ -6,24 +6,24 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from wandazeta.data.prompts import encode_options, encode_prompt
-from wandazeta.data.sources import load_tokenizer
 from wandazeta.datamodules.classification import Batch, ClassificationDataModule, Example
+from wandazeta.datamodules.tokenizer import find_tokenizer
 
 
 class PromptedClassificationDataModule(ClassificationDataModule):
-    """Balanced splits of a labelled source as prompts with answer options.
+    """Balanced splits of labelled text as prompts with answer options.
 
-    A batch of B prompts for C classes holds `input_ids` and `attention_mask` (B, T), padded on the right, `label` (B)
-    and `example_id` (B), and for all of them `option_ids` (C, L) with `option_mask` (C, L), true where an option has a
-    token. All but the last are int64.
+    A batch of B prompts for C classes holds `input_ids` and `attention_mask` `(B, T)`, padded on the right, `label`
+    `(B)`, `example_id` `(B)`, `option_ids` `(C, L)`, all int64, and `option_mask` `(C, L)`, True where an option has a
+    token.
 
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
             file, folder or glob of .jsonl or .parquet files, or a hub dataset.
-        template: The prompt; {text} stands for the text. It should not end with a space.
-        options: The answers in the order of the classes; most tokenizers want each to start with a space.
-        tokenizer: Model directory or hub name of the tokenizer; by default the model's own.
-        **kwargs: All other arguments of `ClassificationDataModule`; `max_length` has no default here.
+        template: The prompt, in which {text} stands for the text. It should not end with a space.
+        options: The answers in the order of the classes; for most tokenizers each has to start with a space.
+        tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.
+        **kwargs: All other arguments of `ClassificationDataModule`; prompts have no default `max_length`.
 
     Raises:
         ValueError: If an argument is out of range; in `setup`, if the source has too few examples, a prompt is too
@@ -48,7 +48,7 @@ class PromptedClassificationDataModule(ClassificationDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        self.tokenizer = load_tokenizer(self.tokenizer, self.trainer)
+        self.tokenizer = find_tokenizer(self.tokenizer, self.trainer)
         self._option_ids, self._option_mask = encode_options(self.tokenizer, self.template, self.options)
         super().setup(stage)
 

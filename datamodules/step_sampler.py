@@ -1,4 +1,4 @@
-"""A sampler whose whole state is the number of completed steps."""
+"""Sampler whose only state is the number of completed training steps."""
 
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from wandazeta.protocols import SupportsDataSharding
+
 
 class BatchDataset(Dataset[dict[str, torch.Tensor]]):
-    """Rows that are asked for in whole batches: indexing with a list of places collates those rows."""
+    """Dataset of whole batches: indexing with a list of row numbers collates those rows.
+
+    Args:
+        rows: The rows.
+        collate: Makes a batch from a list of rows.
+    """
 
     def __init__(self, rows: list[Any], collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
         self.rows = rows
@@ -22,19 +29,20 @@ class BatchDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class StepSampler(DistributedSampler[list[int]]):
-    """Yield whole batches of row numbers, each a pure function of (seed, step, data rank).
+    """Sampler of whole batches of row numbers, each a pure function of (seed, step, data rank).
 
-    Every epoch is a permutation of the rows, cut into global batches; rows that fill none are left out. Iteration
-    starts at the trainer's step, so a resumed run sees the batches that an undisturbed one would have seen. Use it
-    with `DataLoader(BatchDataset(…), sampler=…, batch_size=None)`. It is a DistributedSampler so that Lightning, which
-    would cut other samplers into one share per process, leaves it alone.
+    Every epoch is a permutation of the rows, cut into global batches; rows that do not fill one are left out. Iteration
+    starts at the trainer's step, so that a resumed run sees the same batches as a run that never stopped. Use it as
+    `DataLoader(BatchDataset(…), sampler=…, batch_size=None)`. It inherits from DistributedSampler because Lightning
+    replaces other samplers by one that divides the data among all processes.
 
     Args:
         rows: The rows to sample from; only their number matters.
         batch_size: Rows per batch and data rank.
         seed: Seed of the permutations.
-        trainer: Trainer that knows the completed steps and, through `trainer.lightning_module.data_sharding`
-            (num_replicas, rank), how the data is shared; without that attribute every process has its own share.
+        trainer: Trainer with the number of completed steps. If its module has an attribute `data_sharding`
+            (`wandazeta.protocols.SupportsDataSharding`), that decides how the data are divided; otherwise every
+            process gets a part of its own.
 
     Raises:
         ValueError: If the rows do not fill one batch.
@@ -53,19 +61,18 @@ class StepSampler(DistributedSampler[list[int]]):
 
     @property
     def sharding(self) -> tuple[int, int]:
-        """The number of data replicas and this process' place among them."""
+        """Number of parts of the data, and the part of this process."""
         module = getattr(self.trainer, "lightning_module", None)
-        sharding = getattr(module, "data_sharding", None)
-        if sharding is None:
-            return getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
-        return sharding
+        if isinstance(module, SupportsDataSharding):
+            return module.data_sharding
+        return getattr(self.trainer, "world_size", 1), getattr(self.trainer, "global_rank", 0)
 
     @property
     def first_step(self) -> int:
-        """The step (in batches) at which iteration starts: the trainer's."""
+        """Number of batches that are done, at which iteration starts."""
         if self.trainer is None:
             return 0
-        # optimizer steps; where gradients are accumulated each took several batches
+        # with accumulated gradients an optimizer step takes several batches
         return self.trainer.global_step * self.trainer.accumulate_grad_batches
 
     def __len__(self) -> int:
@@ -79,10 +86,14 @@ class StepSampler(DistributedSampler[list[int]]):
         return steps
 
     def batch(self, step: int) -> list[int]:
-        """Return the row numbers of the batch of a global step."""
+        """Return the row numbers of a batch.
+
+        Args:
+            step: Number of batches before it.
+        """
         num_replicas, rank = self.sharding
         epoch, step_in_epoch = divmod(step, len(self))
-        # one generator per epoch; a large odd stride keeps neighbouring seeds' epochs apart
+        # one generator per epoch; with the large stride no two seeds have an epoch in common
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(self.num_rows, generator=generator)
         start = (step_in_epoch * num_replicas + rank) * self.batch_size
@@ -94,4 +105,4 @@ class StepSampler(DistributedSampler[list[int]]):
             yield self.batch(step)
 
     def set_epoch(self, epoch: int) -> None:
-        """Ignore the epoch: the step says all."""
+        """Do nothing: the step decides the epoch."""

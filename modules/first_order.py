@@ -14,6 +14,7 @@ from typing_extensions import override
 from wandazeta.adapters import AdapterVector, PeftLoRA, TensorTrainAdapters, Weights
 from wandazeta.adapters.files import describe_backbone, require_same
 from wandazeta.adapters.gradient_training import GradientTrainable
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered
 from wandazeta.modules.language_model import LanguageModel
@@ -109,8 +110,8 @@ class FirstOrderModule(LanguageModel):
                 self._training.require_adapters("train")
             # transformers loads models in evaluation mode, without dropout
             self.backbone.train()
-        if self._trainer is not None:
-            configure_deepspeed(self._trainer.strategy, save_frozen=not self._training.has_adapters)
+        if attached_trainer(self) is not None:
+            configure_deepspeed(self.trainer.strategy, save_frozen=not self._training.has_adapters)
 
     def _insert_adapters(self) -> None:
         heads = ["head"] if isinstance(self.scorer, HeadScorer) else []
@@ -150,7 +151,7 @@ class FirstOrderModule(LanguageModel):
         saved = checkpoint.get("first_order")
         if saved is None:
             raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
-        is_fitting = self._trainer is not None and self._trainer.training
+        is_fitting = attached_trainer(self) is not None and self.trainer.training
         require_same(saved, self._description() | (self._rates() if is_fitting else {}))
         if not self._training.has_adapters:
             return

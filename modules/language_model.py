@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
+from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.streaming import is_file_backed, require_in_memory
@@ -78,8 +79,8 @@ class LanguageModel(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if self._trainer is not None:
-            configure_deepspeed(self._trainer.strategy)
+        if attached_trainer(self) is not None:
+            configure_deepspeed(self.trainer.strategy)
         self._build_sharded()
         require_in_memory(self)
 

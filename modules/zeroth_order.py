@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
@@ -159,7 +160,7 @@ class ZerothOrderModule(LanguageModel):
     @property
     def data_sharding(self) -> tuple[int, int]:
         """How the training data are sharded: (number of shards, index of this rank's shard)."""
-        if self.parallel == "queries" or self._trainer is None:
+        if self.parallel == "queries" or attached_trainer(self) is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
@@ -180,14 +181,15 @@ class ZerothOrderModule(LanguageModel):
     @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
-        if self._trainer is not None:
+        trainer = attached_trainer(self)
+        if trainer is not None:
             if stage == "fit" and self.trainable.needs_whole_weights:
-                refuse_sharded_weights(self._trainer.strategy)
-            configure_deepspeed(self._trainer.strategy)
+                refuse_sharded_weights(trainer.strategy)
+            configure_deepspeed(trainer.strategy)
         if self._build_sharded():
             self.trainable.check(self.backbone, self.update.num_states)
-        if self._trainer is not None:
-            limit_gathered_weights(self._trainer.strategy, self.backbone)
+        if trainer is not None:
+            limit_gathered_weights(trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -209,7 +211,7 @@ class ZerothOrderModule(LanguageModel):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
         # DDP would broadcast every buffer at every forward: megabytes in each step, which would also hide drift
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        exclude_from_ddp(self, [name for name, _ in self.named_buffers()])
         self._backbone_modules = list(self.backbone.modules())
         rank_zero_info(f"{adapters.num_parameters:,} trained values, {len(sites)} adapters")
 
@@ -423,7 +425,7 @@ class ZerothOrderModule(LanguageModel):
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         here = self._description() | self._rules()
-        if self._trainer is not None and self._trainer.training:
+        if attached_trainer(self) is not None and self.trainer.training:
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:

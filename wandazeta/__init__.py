@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from wandazeta.version import __version__
+
 if TYPE_CHECKING:
     from wandazeta.adapters.files import load_adapters
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_adapters"]
 
 

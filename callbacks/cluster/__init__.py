@@ -1,1 +1,1 @@
-"""Lightning callbacks for clusters: lost ranks, ranks that differ, requeued SLURM jobs."""
+"""Lightning callbacks for several ranks and for clusters: lost ranks, ranks that differ, requeued SLURM jobs."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from helpers.prune_options import method_arguments
 from helpers.tiny_model import save_tiny_llama
 
 
@@ -18,12 +19,13 @@ def write_inputs(root, num_blocks=2):
     save_tiny_llama(root / "model", num_blocks=num_blocks)
 
 
-def fit_settings(inputs, outputs):
+def fit_settings(inputs, run_dir):
     """Settings of `wandazeta fit` that prune the model of one folder and fine-tune it for six steps in another."""
     calibration = {"source": f"{inputs}/text.txt", "sequence_length": 16, "num_calibration_samples": 6}
-    pruning = {"rounds": 1, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"{outputs}/pruning"}
-    checkpoint = {"dirpath": f"{outputs}/checkpoints", "every_n_train_steps": 2, "save_top_k": 0, "save_last": True}
     return {
+        "run_dir": run_dir,
+        "checkpoint_every": 2,
+        "prune": {"method": method_arguments(rounds=1, samples_per_round=4), "num_calibration_samples": 6},
         "model": {
             "class_path": "ZerothOrderModule",
             "init_args": {
@@ -52,17 +54,13 @@ def fit_settings(inputs, outputs):
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "log", "version": ""}},
-            "callbacks": [
-                {"class_path": "WandaPPPruneCallback", "init_args": pruning},
-                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
-            ],
+            "callbacks": [],
         },
     }
 
 
 def write_fit_config(root, **trainer):
-    """Write the inputs and `config.yaml`, which writes to folders below `run`; to be run in root."""
+    """Write the inputs and `config.yaml`, whose run has the folder `run`; to be run in root."""
     write_inputs(root)
     settings = fit_settings(".", "run")
     settings["trainer"] |= trainer

@@ -1,22 +1,21 @@
-"""Prunes tiny random models by `prune_model`, and looks at what became of them."""
+"""Prune tiny random models by `prune_model`, and compare the results."""
 
 import copy
 
 import torch
 from helpers.architectures import build, token_batches
+from helpers.prune_options import make_options
 from torch import nn
 
+from wandazeta.pruning import prune_model
 from wandazeta.pruning.method.layers import is_transposed
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
 
 FAST = {"rounds": 2, "samples_per_round": 4, "learning_rate": 1e-3}
-
 BATCHES = token_batches(8)
 
 
 def prune(model, batches=BATCHES, token_mask=None, run=None, **options):
-    options = PruneOptions(**{**FAST, **options})
+    options = make_options(**{**FAST, **options})
     return prune_model(model, lambda batch: model(**batch), batches, options, token_mask=token_mask, **(run or {}))
 
 
@@ -44,16 +43,12 @@ class Memory:
 
     def __init__(self):
         self.results = {}
-        self.texts = None
+
+    def num_saved(self):
+        return len(self.results)
 
     def load(self, index):
         return self.results.get(index)
 
     def save(self, index, result):
         self.results[index] = copy.deepcopy(result)
-
-    def load_texts(self):
-        return self.texts
-
-    def save_texts(self, texts):
-        self.texts = texts

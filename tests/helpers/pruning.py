@@ -1,6 +1,7 @@
 """A tiny LightningModule with blocks, its data, and a callback that prunes it in a moment."""
 
 import torch
+from helpers.prune_options import OF_METHODS, make_options
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
@@ -50,16 +51,6 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
-class Writer(Tiny):
-    """One that writes text as transformers' causal language models do."""
-
-    def generate(self, begun, attention_mask, generation_config):
-        while begun.shape[1] < attention_mask.shape[1] + generation_config.max_new_tokens:
-            likely = self(begun)[:, -1].softmax(-1)
-            begun = torch.cat([begun, torch.multinomial(likely, 1)], 1)
-        return begun
-
-
 def loader(num_samples=16, seed=0, shuffle=False):
     tokens = torch.randint(16, (num_samples, 6), generator=torch.Generator().manual_seed(seed))
     return DataLoader(TensorDataset(tokens), batch_size=4, shuffle=shuffle)
@@ -80,7 +71,10 @@ def trainer(*callbacks, **kwargs):
 
 def callback(directory, **kwargs):
     small = {"num_calibration_samples": 8, "samples_per_round": 4, "rounds": 1, "output_dir": str(directory)}
-    return WandaPPPruneCallback(**{**small, **kwargs})
+    arguments = {**small, **kwargs}
+    of_method = {name: arguments.pop(name) for name in OF_METHODS & arguments.keys()}
+    method = make_options(arguments.pop("method", "wanda++"), **of_method).method
+    return WandaPPPruneCallback(method=method, **arguments)
 
 
 def same(a, b):

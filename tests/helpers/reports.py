@@ -1,10 +1,10 @@
 """Reports of prunings that nobody ran, and one of a small model pruned in the process."""
 
 import torch
+from helpers.prune_options import make_options
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
+from wandazeta.pruning import PruneOptions, prune_model
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 
 
@@ -35,5 +35,5 @@ def pruned_llama(num_blocks=6):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
     batches = list(torch.randint(300, (8, 12), generator=torch.Generator().manual_seed(0)).split(4))
-    options = PruneOptions(rounds=2, samples_per_round=4, learning_rate=1e-3)
+    options = make_options(rounds=2, samples_per_round=4, learning_rate=1e-3)
     return prune_model(model, lambda tokens: model(input_ids=tokens), batches, options)

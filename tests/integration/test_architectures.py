@@ -6,13 +6,13 @@ import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, token_batches
 from helpers.prune_model import Memory
+from helpers.prune_options import make_options
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from wandazeta.pruning import prune_model
 from wandazeta.pruning.export.pretrained import export_pretrained
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ PATTERNS = {"2:4": {"sparsity_pattern": "2:4"}, "50%": {"sparsity_pattern": "uns
 
 
 def prune(model, progress=None, **options):
-    options = PruneOptions(rounds=2, samples_per_round=2, learning_rate=1e-3, **options)
+    options = make_options(rounds=2, samples_per_round=2, learning_rate=1e-3, **options)
     return prune_model(model, lambda batch: model(**batch), token_batches(4), options, progress=progress)
 
 

@@ -15,11 +15,11 @@ from helpers.architectures import build
 from helpers.causal_lms import save_tiny_lm
 from helpers.fit_config import write_fit_config
 from helpers.prune_config import write_prune_config
+from helpers.prune_options import make_options
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from wandazeta.cli.main import main
-from wandazeta.pruning.options import PruneOptions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}
@@ -199,7 +199,7 @@ def test_the_formula_counts_what_is_multiplied(benchmark, monkeypatch, method):
     module, length, num_samples = benchmark.prune_gpu, 1100, 10
     shape = dataclasses.replace(module.SHAPES["tiny"], width=128, inner=256)
     monkeypatch.setitem(module.SHAPES, "tiny", shape)
-    options = PruneOptions(method=method, rounds=2, samples_per_round=3)
+    options = make_options(method, rounds=2, samples_per_round=3)
     cpu = torch.device("cpu")
     arguments = Namespace(device=cpu, home=cpu, num_samples=num_samples, sequence_length=length, peak_tflops=None)
     with FlopCounterMode(display=False) as counter:

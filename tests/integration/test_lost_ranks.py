@@ -1,4 +1,4 @@
-"""A rank that is killed, or stands still: all ranks end soon and name it, and the next run goes on to the same bits."""
+"""A rank that is killed or stopped: all ranks end soon and name it, and the next run resumes to the same bits."""
 
 import contextlib
 import os

@@ -11,8 +11,8 @@ from helpers.pruning import Tiny, callback, loader, same, trainer
 from helpers.small_disk import small_disk as small_disk_at
 from safetensors.torch import load_file, save_file
 
+from wandazeta.cli import prune as export
 from wandazeta.cli.main import main
-from wandazeta.pruning.export import pretrained as export
 from wandazeta.utilities import files
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -234,7 +234,7 @@ def change_model(inputs):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-ALPHA = ["--trainer.callbacks.init_args.alpha", "5"]
+ALPHA = ["--trainer.callbacks.init_args.method.init_args.alpha", "5"]
 SHORTER = ["--data.init_args.sequence_length", "12"]
 
 

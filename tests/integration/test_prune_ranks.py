@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers.pruning import Tiny, Writer, callback, loader, trainer
+from helpers.pruning import Tiny, callback, loader, trainer
 from safetensors.torch import load_file
 
 SCRIPT = """
@@ -21,7 +21,7 @@ SCRIPT = """
     from collectives import CountBytes
     from helpers.processes import leave_process_group
     from lightning.pytorch import Callback
-    from helpers.pruning import Tiny, Writer, callback, loader, trainer
+    from helpers.pruning import Tiny, callback, loader, trainer
     from safetensors.torch import save_file
     from wandazeta.pruning.progress.folder import ProgressFolder
 
@@ -43,7 +43,7 @@ SCRIPT = """
         def setup(self, *args, **kwargs):
             counter.counting = False
 
-    module = (Writer if "generated_copies" in options else Tiny)(seed=7 if case == "other model" and rank == "1" else 0)
+    module = Tiny(seed=7 if case == "other model" and rank == "1" else 0)
     seen = []
     module.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
     # the other ranks need not see the folder
@@ -80,12 +80,10 @@ def run(repository, folder, case="prune", size=2, **options):
     ("size", "options"),
     [
         (2, {"method": "wanda++", "rounds": 2, "target": "dense_stream", "learning_rate": 1e-3}),
-        (2, {"method": "ro", "samples_per_step": 2, "learning_rate": 1e-3}),
         (2, {"method": "sparsegpt"}),
         (4, {"method": "wanda", "num_calibration_samples": 6}),
-        (2, {"method": "ro", "learning_rate": 1e-3, "num_calibration_samples": 5, "generated_copies": 2}),
     ],
-    ids=["a step by one rank", "a step by both ranks", "gram matrices", "uneven shares", "generated copies"],
+    ids=["a step by one rank", "gram matrices", "uneven shares"],
 )
 def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_path, size, options):
     codes, errors = run(repository, tmp_path, size=size, **options)
@@ -96,8 +94,7 @@ def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_p
     assert all(report["key"] == reports[0]["key"] for report in reports)
     assert not list(tmp_path.glob("elsewhere-*")), "rank 0 alone writes"
 
-    kind = Writer if "generated_copies" in options else Tiny
-    single, alone, seen = kind(), callback(tmp_path / "single", **options), []
+    single, alone, seen = Tiny(), callback(tmp_path / "single", **options), []
     single.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
     trainer(alone, limit_train_batches=1).fit(single, loader())
     assert all(report["rows"] < 0.8 * sum(seen) for report in reports), "each rank runs its own samples"

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from wandazeta.cli.prune import prune_module
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.streaming import is_file_backed
 from wandazeta.modules import LanguageModel
-from wandazeta.pruning.export.pretrained import prune_and_export
 from wandazeta.pruning.progress import folder as progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,7 +39,7 @@ def prune(model, folder, *, streamed, dtype="float32", **options):
     pruning = callback(folder / "progress", **options)
     module = LanguageModel(str(model), LoadingOptions(dtype=dtype, stream_weights=streamed))
     assert any(map(is_file_backed, module.parameters())) == streamed
-    prune_and_export(trainer(pruning), module, Data(), pruning, folder / "out")
+    prune_module(trainer(pruning), module, Data(), pruning, folder / "out")
     return module, pruning
 
 
@@ -126,7 +126,7 @@ def test_one_block_at_a_time_is_in_memory(tmp_path, monkeypatch):
             )
         )
     pruning = callback(tmp_path / "progress", method="wanda")
-    prune_and_export(trainer(pruning), module, Data(), pruning, tmp_path / "out")
+    prune_module(trainer(pruning), module, Data(), pruning, tmp_path / "out")
     assert set(during) == {1}
     assert seen == [[False] * 3] * 3
 
@@ -162,7 +162,7 @@ def test_a_complete_pruning_is_exported_again(tmp_path):
     module, pruning = prune(model, tmp_path, streamed=True, method="wanda")
     first = weights_of(tmp_path / "out")
     for _ in range(2):  # by the callback that made it, and by another
-        prune_and_export(trainer(pruning), module, Data(), pruning, tmp_path / "out")
+        prune_module(trainer(pruning), module, Data(), pruning, tmp_path / "out")
         assert all(torch.equal(weight, first[name]) for name, weight in weights_of(tmp_path / "out").items())
         pruning = callback(tmp_path / "progress", method="wanda")
         module = LanguageModel(str(model), LoadingOptions(stream_weights=True))

@@ -167,38 +167,35 @@ def test_the_saved_configuration_is_the_same_run_again(config, tmp_path):
 
 
 def test_without_a_logger_the_record_has_a_folder_of_its_own(config):
-    main(["fit", "-c", str(config), "--trainer.logger", "false", "--trainer.default_root_dir", "here"])
-    assert sorted(path.name for path in Path("here/lightning_logs").iterdir()) == [
+    main(["fit", "-c", str(config), "--trainer.logger", "false", "--run_dir", "here"])
+    assert sorted(path.name for path in Path("here/log").iterdir()) == [
         "config.yaml",
         "environment.json",
         "logs",
     ]
-    assert "rank 0 of 1" in Path("here/lightning_logs/logs/rank-0.log").read_text()
+    assert "rank 0 of 1" in Path("here/log/logs/rank-0.log").read_text()
 
 
 def test_prune_and_diagnose_leave_a_record_that_can_be_used_again(config):
     main(["prune", "-c", str(config), "--output_dir", "exported"])
     weights = Path("exported/model.safetensors").read_bytes()
-    assert Path("run/log/environment.json").exists()
-    assert "rank 0 of 1" in Path("run/log/logs/rank-0.log").read_text()
+    assert Path("run/log/prune/environment.json").exists()
+    assert "rank 0 of 1" in Path("run/log/prune/logs/rank-0.log").read_text()
     Path("run").rename("pruned")
     shutil.rmtree("exported")
-    main(["prune", "-c", "pruned/log/config.yaml"])
+    main(["prune", "-c", "pruned/log/prune/config.yaml"])
     assert Path("exported/model.safetensors").read_bytes() == weights
 
     main(["diagnose", "-c", str(config), "--output_dir", "first", "--num_batches", "1", "--num_queries", "2"])
-    assert yaml.safe_load(Path("run/log/config.yaml").read_text())["num_queries"] == 2
-    Path("run/log").rename("diagnosed")
+    assert yaml.safe_load(Path("run/log/diagnose/config.yaml").read_text())["num_queries"] == 2
+    Path("run/log/diagnose").rename("diagnosed")
     main(["diagnose", "-c", "diagnosed/config.yaml", "--output_dir", "second"])
     assert Path("second/epsilon.json").read_text() == Path("first/epsilon.json").read_text()
 
 
 def test_the_log_is_there_while_it_prunes_and_says_what_went_wrong(config, capsys):
-    settings = yaml.safe_load(config.read_text())
-    settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:1]
-    config.write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "-c", str(config), "--trainer.callbacks.init_args.exclude_modules", "[no_such_layer]"])
+        main(["fit", "-c", str(config), "--prune.exclude_modules", "[no_such_layer]"])
     assert "Traceback" not in capsys.readouterr().err
     log = Path("run/log/logs/rank-0.log").read_text()
     assert "ERROR wandazeta.callbacks.run_record: ended by ValueError" in log

@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers import slurm
 from helpers.fit_config import fit_settings, write_inputs
+from helpers.prune_options import method_arguments
 
 pytestmark = [
     pytest.mark.slurm,
@@ -44,7 +45,7 @@ def environment():
 
 def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     """Prunes on two ranks and fine-tunes; blocks take so many seconds more."""
-    config = fit_settings(inputs, ".")
+    config = fit_settings(inputs, "run")
     config["model"] = {
         "class_path": "helpers.slow_module.SlowZerothOrderModule",
         "init_args": {"model_name_or_path": str(inputs / "model"), "seconds": seconds},
@@ -54,14 +55,13 @@ def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
         "strategy": "ddp",
         "max_steps": STEPS,
         "limit_val_batches": 0,
-        "default_root_dir": "run",
         "plugins": [{"class_path": environment, "init_args": {"requeue_signal": requeue_signal}}],
     }
-    config["trainer"]["logger"]["init_args"]["flush_logs_every_n_steps"] = 1
-    pruning, checkpoint = (callback["init_args"] for callback in config["trainer"]["callbacks"])
-    pruning["rounds"] = 2
-    # nothing is written before the end, but for what a preempted job writes itself
-    checkpoint["every_n_train_steps"] = STEPS
+    logger = {"save_dir": "run", "name": "log", "version": "", "flush_logs_every_n_steps": 1}
+    config["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": logger}
+    config["prune"]["method"]["init_args"]["optimisation"]["rounds"] = 2
+    # only a preempted job writes a checkpoint before the end
+    config["checkpoint_every"] = STEPS
     folder.mkdir()
     (folder / "runs" / "slurm").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -101,9 +101,9 @@ def blocks_of(folder):
 
 def result(folder):
     """Bytes of every pruned block, and what was trained."""
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     state = {name: value for name, value in checkpoint["state_dict"].items() if name != "anchor"}
-    return blocks_of(folder / "pruning"), checkpoint["global_step"], state
+    return blocks_of(folder / "run" / "pruning"), checkpoint["global_step"], state
 
 
 def assert_equal(found, wanted):
@@ -166,10 +166,10 @@ def test_a_job_preempted_while_it_prunes_goes_on_to_the_same_bytes(cluster, inpu
     folder = tmp_path / "preempted"
     fit_config(inputs, folder, seconds=0.03, requeue_signal=f"SIG{name}")
     number = fit(cluster, folder)
-    cluster.wait(number, lambda job: blocks_of(folder / "pruning"))
+    cluster.wait(number, lambda job: blocks_of(folder / "run" / "pruning"))
     cluster.run("scancel", f"--signal={name}", number)
     cluster.wait(number, lambda job: job["Restarts"] == "1")
-    assert 0 < len(blocks_of(folder / "pruning")) < 4, "it was not preempted in the middle"
+    assert 0 < len(blocks_of(folder / "run" / "pruning")) < 4, "it was not preempted in the middle"
     assert not list(folder.rglob("*.ckpt"))
     assert through(cluster, number, folder) == 1
     assert_equal(result(folder), result(undisturbed))
@@ -179,7 +179,6 @@ def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inpu
     (tmp_path / "runs" / "slurm").mkdir(parents=True)
     data = {"source": str(inputs / "text.txt"), "sequence_length": 16}
     for name, seconds in (("quick", 0.0), ("slow", 0.05)):
-        pruning = {"rounds": 2, "samples_per_round": 4, "num_calibration_samples": 6, "output_dir": f"runs/{name}"}
         model = {"model_name_or_path": str(inputs / "model"), "seconds": seconds}
         config = {
             "model": {"class_path": "helpers.slow_module.SlowLanguageModel", "init_args": model},
@@ -189,25 +188,26 @@ def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inpu
                 "devices": 1,
                 "logger": False,
                 "enable_progress_bar": False,
-                "callbacks": [{"class_path": "WandaPPPruneCallback", "init_args": pruning}],
             },
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    small = {"method": method_arguments(rounds=2, samples_per_round=4), "num_calibration_samples": 6}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"prune": small}))
     script = SCRIPTS / "prune_array.sbatch"
     array = cluster.submit(
         script,
-        "quick.yaml",
-        "slow.yaml",
+        "small.yaml,quick.yaml",
+        "small.yaml,slow.yaml",
         folder=tmp_path,
         tasks=1,
         options=["--array=0-1"],
         environment=environment(),
     )
-    cluster.wait(f"{array}_1", lambda job: blocks_of(tmp_path / "runs" / "slow"))
+    cluster.wait(f"{array}_1", lambda job: blocks_of(tmp_path / "runs" / "small-slow" / "pruning"))
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
     jobs = [cluster.wait(f"{array}_{task}", ended) for task in (0, 1)]
     logs = {file.name: file.read_text()[-3000:] for file in (tmp_path / "runs" / "slurm").iterdir()}
     assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 2, logs
     assert [job["Restarts"] for job in jobs] == ["0", "1"], logs
-    models = [tmp_path / "runs" / "pruned" / name / "model.safetensors" for name in ("quick", "slow")]
+    models = [tmp_path / "runs" / f"small-{name}" / "model" / "model.safetensors" for name in ("quick", "slow")]
     assert models[0].read_bytes() == models[1].read_bytes()

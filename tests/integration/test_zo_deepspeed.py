@@ -99,14 +99,14 @@ def test_checkpoints_of_deepspeed_and_of_other_strategies_are_refused_by_the_oth
     done = wandazeta(tmp_path, *auto)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"error: Is a directory: '{last}'; DeepSpeed wrote this checkpoint and alone reads it: use its strategy again, "
-        "or give another `ckpt_path`"
+        f"error: Is a directory: '{last}'; DeepSpeed wrote this checkpoint and only DeepSpeed reads it: use its "
+        "strategy or another `ckpt_path`"
     )
     shutil.rmtree(last)
     assert wandazeta(tmp_path, *auto).returncode == 0
     done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"error: The provided path is not a valid DeepSpeed checkpoint: {last}; another strategy wrote it: use that "
-        "again, or give another `ckpt_path`"
+        f"error: The provided path is not a valid DeepSpeed checkpoint: {last}; another strategy wrote this "
+        "checkpoint: use that strategy or another `ckpt_path`"
     )

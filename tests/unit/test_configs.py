@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from wandazeta import presets
 from wandazeta.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PRESETS = [presets.path(name) for name in presets.names()]
 
 
 def launch_lines(path):
@@ -34,13 +36,18 @@ def checkout(monkeypatch):
     monkeypatch.setattr("sys.argv", ["wandazeta"])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def named(path):
+    """What a configuration is called on a command line."""
+    return f"preset:{path.stem}" if path in PRESETS else str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CONFIGS + PRESETS, ids=named)
 def test_every_config_opens_with_commands_that_parse(path, capsys):
     lines = launch_lines(path)
     assert len(lines) >= 2, "a launch line and an override"
     for line in lines:
         arguments = shlex.split(line)
-        assert str(path.relative_to(ROOT)) in arguments
+        assert named(path) in arguments
         with pytest.raises(SystemExit) as exit_info:
             main([*arguments, "--print_config"])
         captured = capsys.readouterr()
@@ -51,7 +58,7 @@ def test_every_config_opens_with_commands_that_parse(path, capsys):
             if key.startswith("--") and "callbacks" not in key:
                 place = printed
                 for part in key[2:].split("."):
-                    place = place[part]
+                    place = place[part] if part in place else place["init_args"][part]
                 assert is_the_value(place, value), key
 
 
@@ -61,50 +68,57 @@ def merged(capsys, *arguments):
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def callback(settings, name):
-    (found,) = (c for c in settings["trainer"]["callbacks"] if c["class_path"].endswith(name))
-    return found
-
-
 @pytest.mark.parametrize(
     "name", ["finetune/adazeta_paper", "finetune/best", "finetune/encoder", "finetune/mezo", "recovery/lora"]
 )
-def test_variants_in_a_header_do_not_go_on_from_the_plain_runs_checkpoints(name, capsys):
+def test_variants_in_a_header_do_not_resume_the_plain_run(name, capsys):
     runs = [merged(capsys, *shlex.split(line)) for line in launch_lines(ROOT / f"configs/{name}.yaml")]
-    folders = [callback(run, "ModelCheckpoint")["init_args"]["dirpath"] for run in runs]
+    folders = [run["run_dir"] for run in runs]
     assert len(set(folders)) == len(folders) >= 2
+
+
+def test_no_config_names_a_logger_or_a_checkpoint():
+    for path in CONFIGS:
+        settings = yaml.safe_load(path.read_text())
+        assert "logger" not in settings.get("trainer", {}), path
+        assert "ModelCheckpoint" not in path.read_text(), path
+        own_model = "model_name_or_path" in settings.get("model", {}).get("init_args", {})
+        assert ("run_dir" in settings) >= own_model, path
+
+
+def test_every_run_has_a_folder_of_its_own():
+    folders = [found for path in CONFIGS if (found := yaml.safe_load(path.read_text()).get("run_dir"))]
+    assert len(set(folders)) == len(folders)
 
 
 def test_the_budget_shares_the_pruning_with_the_demo_and_nothing_else(capsys):
     demo, budget = (
         merged(capsys, "fit", "-c", "configs/demo.yaml", *more) for more in ((), ("-c", "configs/finetune/budget.yaml"))
     )
-    checkpoint = callback(budget, "ModelCheckpoint")["init_args"]
-    assert checkpoint == callback(demo, "ModelCheckpoint")["init_args"] | {"dirpath": "runs/budget/checkpoints"}
-    assert budget["trainer"]["logger"]["init_args"]["save_dir"] == "runs/budget"
-    assert budget["trainer"]["default_root_dir"] == "runs/budget"
-    # the list of callbacks is the demo's, written out again
-    own = callback(demo, "ModelCheckpoint")
-    others = [c for c in demo["trainer"]["callbacks"] if c != own]
-    assert [c for c in budget["trainer"]["callbacks"] if not c["class_path"].endswith("ModelCheckpoint")] == others
+    assert (demo["run_dir"], budget["run_dir"]) == ("runs/demo", "runs/budget")
+    assert budget["prune"]["init_args"] == demo["prune"]["init_args"] | {"output_dir": "runs/demo/pruning"}
+    assert budget["trainer"] == demo["trainer"]
+    assert budget["data"] == demo["data"]
+
+
+def test_configs_of_models_do_not_repeat_presets():
+    for path in (ROOT / "configs/prune").glob("*.yaml"):
+        assert "prune" not in yaml.safe_load(path.read_text()), path
 
 
 def test_the_papers_settings():
-    prune = yaml.safe_load((ROOT / "configs/prune/paper.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]
-    expected = {
-        "method": "wanda++",
-        "alpha": 100,
-        "rounds": 5,
-        "samples_per_round": 32,
-        "optimizer": "rmsprop",
-        "learning_rate": 3e-7,
-        "num_calibration_samples": 128,
-    }
-    assert prune.items() >= expected.items()
+    prune = yaml.safe_load(presets.path("paper").read_text())["prune"]
+    method = prune["method"]
+    assert method["class_path"] == "wandazeta.pruning.WandaPP"
+    assert method["init_args"]["alpha"] == 100
+    expected = {"rounds": 5, "samples_per_round": 32, "optimizer": "rmsprop", "learning_rate": 3e-7}
+    assert method["init_args"]["optimisation"].items() >= expected.items()
+    assert prune["num_calibration_samples"] == 128
     adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
     model = adazeta["model"]["init_args"]
-    assert (model["learning_rate"], model["update"]["init_args"]["weight_decay"]) == (1e-4, 0.01)
-    assert model["estimator"] == {"class_path": "wandazeta.zeroth_order.TwoSided", "init_args": {"epsilon": 1e-3}}
+    assert model["learning_rate"] == 1e-4
+    assert model["estimator"]["init_args"] == {"epsilon": 1e-3}
+    assert model["update"]["init_args"] == {"weight_decay": 0.01}
     assert model["trainable"]["init_args"].items() >= {"rank": 5, "bottleneck": 64, "identity_start": False}.items()
     assert adazeta["data"]["init_args"]["batch_size"] == 16
     assert adazeta["trainer"]["max_steps"] == 10_000

@@ -17,7 +17,7 @@ PACKAGES = {
 }
 PLAIN_ROOMS = ("adapters", "data", "models", "pruning", "scoring", "utilities", "zeroth_order")
 # rooms that need torch alone to be imported; the others need torchmetrics or transformers, too
-TORCH_ROOMS = ("adapters", "models", "pruning", "utilities", "zeroth_order")
+TORCH_ROOMS = ("adapters", "data", "models", "pruning", "utilities", "zeroth_order")
 
 
 def module_names(folder):

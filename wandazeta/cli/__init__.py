@@ -1,16 +1,1 @@
-"""Command line: LightningCLI and the commands beside it."""
-
-from importlib.metadata import PackageNotFoundError, distribution
-
-
-def main() -> None:
-    """Run the command line with the arguments of the process; see `wandazeta.cli.main.main`."""
-    try:
-        from wandazeta.cli.main import main as run
-    except ModuleNotFoundError:
-        try:
-            distribution("wandazeta")
-        except PackageNotFoundError:
-            raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout") from None
-        raise
-    run()
+"""Command line: LightningCLI with the commands `prune` and `diagnose`."""

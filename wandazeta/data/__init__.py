@@ -1,1 +1,1 @@
-"""Text for pruning and training: sources, windows, prompts and offline samples."""
+"""Text for pruning, training and evaluation: sources, splits, windows of tokens, prompts, and offline samples."""

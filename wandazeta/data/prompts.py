@@ -1,11 +1,15 @@
-"""Tokens of texts, of prompts and of their answer options."""
+"""Tokenize texts, prompts and answer options."""
+
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text, after the beginning-of-sequence token where the tokenizer puts one; nothing at its end."""
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Return the tokens of a text, with the beginning-of-sequence token if the tokenizer adds one, and no other."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     with_special = tokenizer("a", verbose=False)["input_ids"]
     starts = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
@@ -19,14 +23,14 @@ def _too_long(what: str, num_tokens: int, max_length: int, text: str) -> ValueEr
     )
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, truncate: bool) -> list[int]:
-    """Return the tokens of a text with the special ones that the tokenizer puts around it.
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int, truncate: bool) -> list[int]:
+    """Return the tokens of a text with the special tokens that the tokenizer adds.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        max_length: Most tokens, the special ones included.
-        truncate: Shorten the text (at its end) where it would be longer.
+        max_length: Maximum number of tokens, including the special ones.
+        truncate: Shorten a longer text at its end.
 
     Raises:
         ValueError: If the text is longer than `max_length` and may not be shortened.
@@ -40,16 +44,16 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, 
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, text: str, max_length: int | None, truncate: bool
+    tokenizer: "PreTrainedTokenizerBase", template: str, text: str, max_length: int | None, truncate: bool
 ) -> list[int]:
-    """Return the tokens of `template` with the text put in.
+    """Return the tokens of a prompt: the template with the text filled in.
 
     Args:
         tokenizer: The tokenizer.
         template: Prompt with {text} in it.
         text: The text.
-        max_length: Most tokens that the prompt may have; None for no bound.
-        truncate: Shorten the text (at its end) where the prompt would be longer.
+        max_length: Maximum number of tokens; None for no limit.
+        truncate: Shorten the text of a longer prompt at its end.
 
     Raises:
         ValueError: If the prompt is longer than `max_length` and may not, or cannot, be shortened.
@@ -61,7 +65,7 @@ def encode_prompt(
         raise _too_long("prompt", len(tokens), max_length, text)
     text_tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     keep = len(text_tokens) - (len(tokens) - max_length)
-    # decoding what was cut off and encoding it again can give a token more: then cut once more
+    # encoding the shortened text again can give one token more, so that it has to be cut again
     while keep > 0:
         shorter = str(tokenizer.decode(text_tokens[:keep]))
         tokens = _encode(tokenizer, template.replace("{text}", shorter))
@@ -72,17 +76,17 @@ def encode_prompt(
 
 
 def encode_options(
-    tokenizer: PreTrainedTokenizerBase, template: str, options: list[str]
+    tokenizer: "PreTrainedTokenizerBase", template: str, options: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens that each option adds after the prompt.
+    """Return the tokens that each answer option adds to the prompt.
 
     Args:
         tokenizer: The tokenizer.
         template: Prompt with {text} in it.
-        options: The C answers.
+        options: The answers of the C classes.
 
     Returns:
-        The option tokens (C, L) int64, shorter options filled up with 0, and the mask (C, L) of real tokens.
+        The tokens `(C, L)` int64, with 0 after shorter options, and the mask `(C, L)` of real tokens.
 
     Raises:
         ValueError: If an option adds no token, changes the prompt's last token, or is tokenised like another.

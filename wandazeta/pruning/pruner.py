@@ -1,39 +1,61 @@
-"""Prune a model block by block: plain torch, any model whose blocks follow one another."""
+"""Execute a prepared pruning: block by block, in plain torch."""
 
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wandazeta.models.blocks import call_block, find_blocks
+from wandazeta.models.blocks import call_block
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.streaming import parameters_loaded
-from wandazeta.pruning.calibration import isolated_rng
-from wandazeta.pruning.generate import find_writer, with_tokens, write_copies
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.layers import prunable_layers, validate_layers
+from wandazeta.pruning.method.layers import prunable_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, PruneReport
-from wandazeta.pruning.samples import Batches, Samples, capture_samples, split_rows
+from wandazeta.pruning.samples import Batches, Samples, capture_samples
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.utilities.ranks import Ranks
+from wandazeta.utilities.rng import isolated_rng
+
+
+@dataclass(frozen=True)
+class PreparedPruning:
+    """A pruning with its blocks and calibration samples, found and checked; `prune_blocks` executes it.
+
+    Args:
+        model: The model.
+        block_name: Dotted name of the list of blocks.
+        blocks: The blocks, in the order in which they run.
+        options: The options, with all defaults filled in.
+        rows: Calibration samples, each a batch of one row; none if the method uses no calibration data.
+        forward: Runs the model on one row.
+        token_mask: Returns the positions of a row, bool of shape (1, tokens), that are no padding; None if all are.
+    """
+
+    model: nn.Module
+    block_name: str
+    blocks: nn.ModuleList
+    options: PruneOptions
+    rows: Sequence[Any]
+    forward: Callable[[Any], object]
+    token_mask: Callable[[Any], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """A finished block, all that is needed to go on after it.
+    """A finished block.
 
     Args:
-        weights: Pruned weights in the model's precision, on the CPU, by parameter name relative to the block
-            (`mlp.up_proj.weight`).
+        weights: Pruned weights in the model's precision, on the CPU, by parameter name relative to the block, such as
+            `mlp.up_proj.weight`.
         masks: True where a weight was kept; names and shapes as in `weights`.
-        record: What was done.
+        record: The report's record of the block.
     """
 
     weights: dict[str, Tensor]
@@ -42,26 +64,32 @@ class BlockResult:
 
 
 class Progress(Protocol):
-    """Keeps finished blocks, so that a run that was killed goes on at the next one."""
+    """Storage of finished blocks, from which an interrupted pruning continues."""
+
+    def num_saved(self) -> int:
+        """Number of blocks that seem to be saved, from the first on, without reading them."""
 
     def load(self, block_index: int) -> BlockResult | None:
-        """The finished block, or None if it has to be made; may be called more than once."""
+        """Return a finished block, or None if it is missing or damaged.
+
+        Args:
+            block_index: Position of the block.
+        """
 
     def save(self, block_index: int, result: BlockResult) -> None:
-        """Keep a finished block."""
+        """Save a finished block.
 
-    def load_texts(self) -> list[Tensor] | None:
-        """The samples that the model wrote, or None if they have to be written; tokens of shape (1, tokens)."""
-
-    def save_texts(self, texts: Sequence[Tensor]) -> None:
-        """Keep what the model wrote."""
+        Args:
+            block_index: Position of the block.
+            result: The block.
+        """
 
 
 class PruningInterrupted(Exception):  # noqa: N818 - a request that was granted, not an error
-    """Pruning stopped because `should_stop` said so; every finished block was saved.
+    """Raised when pruning stopped because `should_stop` returned True; every finished block was saved.
 
     Args:
-        block_index: The last finished block.
+        block_index: Position of the last finished block.
     """
 
     def __init__(self, block_index: int) -> None:
@@ -69,16 +97,11 @@ class PruningInterrupted(Exception):  # noqa: N818 - a request that was granted,
         self.block_index = block_index
 
 
-# what is compiled does not see the hooks that collect statistics
+# compiled code does not call the hooks that collect statistics
 @torch.compiler.set_stance("force_eager")
-def prune_model(
-    model: nn.Module,
-    forward: Callable[[Any], object],
-    batches: Sequence[Any],
-    options: PruneOptions,
+def prune_blocks(
+    prepared: PreparedPruning,
     *,
-    block_name: str | None = None,
-    token_mask: Callable[[Any], Tensor | None] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     on_block: Callable[[BlockRecord, int], None] | None = None,
@@ -88,95 +111,67 @@ def prune_model(
     """Prune the blocks of a model in place, from the first to the last.
 
     Args:
-        model: The model; its weights are replaced by the pruned ones.
-        forward: Runs the real model on one batch; stopped by an exception after the last block.
-        batches: Calibration batches; every row is one sample.
-        options: What to prune and how.
-        block_name: Dotted name of the list of blocks; found where it is not given.
-        token_mask: Gives the positions of a batch, bool of shape (rows, tokens), that are not padding.
-        device: Where the block at work and the hidden states are.
-        progress: Keeps finished blocks; the ones that it has are not made again. Only rank 0's is used.
+        prepared: The pruning.
+        device: Device of the current block and of the hidden states.
+        progress: Storage of finished blocks, of which the first ones are loaded instead of pruned. Only rank 0 uses it.
         on_block: Called after each block with its record and the number of blocks.
-        should_stop: Asked after each block; it is enough that one rank's says so.
-        ranks: Those that prune together, each with its share of the samples; all pass the same model and batches. By
-            default this process prunes alone.
+        should_stop: Called after each block; returns whether to stop. One rank is enough to stop all.
+        ranks: The ranks, among which the samples are distributed; all pass the same pruning. By default one.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: If the model, the options or the calibration data do not fit; before any work.
+        ValueError: If the model or the calibration data do not fit.
         PruningInterrupted: If `should_stop` returned True before the last block.
     """
-    device = torch.device(device)
+    device, options, num_blocks = torch.device(device), prepared.options, len(prepared.blocks)
     _warn_of_slow_bfloat16(device, options)
     ranks = ranks or Ranks()
     progress = progress if ranks.rank == 0 else None
-    rows = [row for batch in batches for row in split_rows(batch)]
-    # autograd is needed inside, whatever the caller is in
     with (
+        # gradients are needed inside, even if the caller is in inference mode
         torch.inference_mode(False),
         torch.no_grad(),
         isolated_rng(options.seed),
-        evaluation_mode(model.modules()),
-        frozen(model),
+        evaluation_mode(prepared.model.modules()),
+        frozen(prepared.model),
     ):
-        name, blocks = find_blocks(model, (lambda: forward(rows[0])) if rows else None, block_name)
-        validate_layers(blocks, options, model=model, block_name=name)
-        missing = ranks.broadcast_object(
-            [i for i in range(len(blocks)) if progress is None or progress.load(i) is None]
-        )
+        is_complete = ranks.broadcast_object(_is_complete(progress, num_blocks))
         samples = None
-        if missing and options.uses_calibration:
-            _check_samples(len(rows) * (1 + options.num_copies), options)
-            if options.num_copies:
-                rows = rows + _write_copies(model, blocks, rows, token_mask, options, device, progress, ranks)
-            samples = capture_samples(blocks, forward, rows[ranks.rank :: ranks.size], token_mask, device)
-        pruner = _Pruner(name, blocks, options, samples, device, max(missing, default=0), ranks)
-        records = []
-        for index in range(len(blocks)):
-            if index in missing:
-                result = pruner.prune(index)
-                # on a full disk rank 0 would end alone, and the others would wait for it
+        if options.method.uses_calibration and not is_complete:
+            rows = prepared.rows[ranks.rank :: ranks.size]
+            samples = capture_samples(prepared.blocks, prepared.forward, rows, prepared.token_mask, device)
+        sequence = _BlockSequence(prepared, samples, device, ranks)
+        records: list[BlockRecord] = []
+        num_saved = progress.num_saved() if progress is not None else 0
+        loading = True
+        for index in range(num_blocks):
+            # blocks after one that is missing were made from it, so they are made again, too
+            found = progress.load(index) if progress is not None and loading and index < num_saved else None
+            record = ranks.broadcast_object(found.record if found is not None else None) if loading else None
+            loading = record is not None
+            if record is not None:
+                sequence.replay(index, found)
+            else:
+                result = sequence.prune(index)
+                # if the disk of rank 0 is full, no rank may wait for it at the next block
                 ranks.run_on_all(partial(_save, progress, index, result))
                 record = result.record
-            else:
-                record = pruner.load(index, progress.load(index) if progress is not None else None)
             records.append(record)
             if on_block is not None:
-                on_block(record, len(blocks))
+                on_block(record, num_blocks)
             stops = should_stop is not None and should_stop()
-            if index < len(blocks) - 1 and ranks.sum(float(stops)):
+            if index < num_blocks - 1 and ranks.sum(float(stops)):
                 raise PruningInterrupted(index)
-    return PruneReport(options.to_dict(), name, tuple(records))
+    return PruneReport(options.to_dict(), prepared.block_name, tuple(records))
 
 
-def _write_copies(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    rows: Sequence[Any],
-    token_mask: Callable[[Any], Tensor | None] | None,
-    options: PruneOptions,
-    device: torch.device,
-    progress: Progress | None,
-    ranks: Ranks,
-) -> list[Any]:
-    """Samples that rank 0 lets the model write, or wrote before it was stopped."""
-    writer = find_writer(model, blocks)
-
-    def write() -> list[Tensor]:
-        known = progress.load_texts() if progress is not None else None
-        if known is not None:
-            return known
-        masks = [token_mask(row) if token_mask is not None else None for row in rows]
-        dtype = torch.bfloat16 if options.compute_dtype == "bfloat16" else None
-        texts = write_copies(writer, rows, masks, options.num_copies, seed=options.seed, device=device, dtype=dtype)
-        if progress is not None:
-            progress.save_texts(texts)
-        return texts
-
-    texts = ranks.broadcast_object(ranks.run_on_all(lambda: write() if ranks.rank == 0 else []))
-    return [with_tokens(rows[place % len(rows)], text) for place, text in enumerate(texts)]
+def _is_complete(progress: Progress | None, num_blocks: int) -> bool:
+    """Whether every block can be loaded; reads the blocks only if all seem to be there."""
+    if progress is None or progress.num_saved() < num_blocks:
+        return False
+    return all(progress.load(index) is not None for index in range(num_blocks))
 
 
 def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
@@ -184,75 +179,93 @@ def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
         progress.save(index, result)
 
 
-class _Pruner:
-    """What goes from block to block: the hidden states of the pruned model and, as a target, of the dense one."""
+class _BlockSequence:
+    """Runs the blocks one after another, with the state that goes from block to block.
 
-    def __init__(
-        self,
-        name: str,
-        blocks: nn.ModuleList,
-        options: PruneOptions,
-        samples: Samples | None,
-        device: torch.device,
-        last_missing: int,
-        ranks: Ranks,
-    ) -> None:
-        self.name = name
-        self.blocks = blocks
-        self.options = options
+    The state is the hidden states of the pruned model and, with the target `dense_stream`, those of the dense model.
+
+    Args:
+        prepared: The pruning.
+        samples: The calibration samples of this rank at the first block; None if no block has to be run.
+        device: Device of the current block.
+        ranks: The ranks.
+    """
+
+    def __init__(self, prepared: PreparedPruning, samples: Samples | None, device: torch.device, ranks: Ranks) -> None:
+        self.name = prepared.block_name
+        self.blocks = prepared.blocks
+        self.options = prepared.options
         self.samples = samples
         self.device = device
-        self.last_missing = last_missing
         self.ranks = ranks
-        keeps_stream = samples is not None and options.uses_optimisation and options.target == "dense_stream"
-        self.stream = list(samples.hidden) if samples is not None and keeps_stream else None
-        self._runs_together: dict[Hashable, bool] = {}
+        optimisation = self.options.method.active_optimisation
+        keeps_stream = optimisation is not None and optimisation.target == "dense_stream"
+        self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        self._is_batchable: dict[Hashable, bool] = {}
 
-    def load(self, index: int, result: BlockResult | None) -> BlockRecord:
-        """Take a finished block, which rank 0 has, and go on as if it had been made now."""
+    def replay(self, index: int, result: BlockResult | None) -> None:
+        """Load a finished block and move the hidden states on, exactly as when it was pruned.
+
+        Args:
+            index: Position of the block.
+            result: The block; None on ranks other than 0.
+
+        Raises:
+            ValueError: If it is a block of another model.
+        """
         with self._block(index) as layers:
-            batches = self._batches(index) if index < self.last_missing else Batches(())
-            shapes = {name: layer.weight.shape for name, layer in layers.items()}
-            if result is not None and {name: weight.shape for name, weight in result.weights.items()} != shapes:
-                raise ValueError(
-                    f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
-                    f"{', '.join(result.weights)}; remove the progress and start again"
-                )
-            if self.stream is not None and index < self.last_missing:
-                # as the targets were made, beside the gradients: rows that share a product round otherwise
-                apart = index == 0 and self.options.uses_gradients and layers
-                self._forward(index, self.stream, batches.apart() if apart else batches)
+            self.ranks.run_on_all(partial(self._check_result, index, layers, result))
+            feeds_next = self.samples is not None and index < len(self.blocks) - 1
+            batches = self._batches(index) if feeds_next else Batches(())
+            if self.dense_stream is not None and feeds_next:
+                # one by one where the dense outputs came with the gradients: batches round differently
+                alone = index == 0 and self.options.method.uses_gradients and layers
+                self._forward(index, self.dense_stream, batches.one_by_one() if alone else batches)
             if result is not None:
                 for name, layer in layers.items():
                     layer.weight.copy_(result.weights[name])
             self.ranks.broadcast_([layer.weight for layer in layers.values()])
-            if self.samples is not None and index < self.last_missing:
+            if self.samples is not None and feeds_next:
                 self._forward(index, self.samples.hidden, batches)
-        record = self.ranks.broadcast_object(result.record if result is not None else None)
-        assert record is not None
-        return record
+
+    def _check_result(self, index: int, layers: dict[str, nn.Linear], result: BlockResult | None) -> None:
+        shapes = {name: layer.weight.shape for name, layer in layers.items()}
+        if result is not None and {name: weight.shape for name, weight in result.weights.items()} != shapes:
+            raise ValueError(
+                f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
+                f"{', '.join(result.weights)}; remove the progress and start again"
+            )
 
     def prune(self, index: int) -> BlockResult:
-        """Prune a block, and move the hidden states on."""
+        """Prune a block and move the hidden states on.
+
+        Args:
+            index: Position of the block.
+        """
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._block(index) as layers:
-            masks = self.samples.masks if self.samples is not None else ()
-            run = partial(self._run, index)
-            options = self.options.of_block(index, len(self.blocks))
-            fixed = partial(self._fixed, index)
-            work = BlockPruner(index, layers, options, run, fixed, self._batches(index), masks, self.ranks)
+            block = BlockPruner(
+                index,
+                layers,
+                replace(self.options, pattern=self.options.pattern.of_block(index, len(self.blocks))),
+                partial(self._run, index),
+                partial(self._constant_weights, index),
+                self._batches(index),
+                self.samples.masks if self.samples is not None else (),
+                self.ranks,
+            )
             if self.samples is None:
-                kept, loss_after = work.prune(), None
+                kept, loss_after = block.mask_by_score(), None
             else:
-                kept, loss_after = self._prune_calibrated(index, work, self.samples)
+                kept, loss_after = self._prune_calibrated(index, block, self.samples)
             weights = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
             record = BlockRecord(
                 index,
                 f"{self.name}.{index}",
-                work.records(kept),
-                work.loss_before,
+                block.records(kept),
+                block.loss_before,
                 loss_after,
                 seconds=time.perf_counter() - start,
                 peak_memory=peak_memory(self.device),
@@ -262,60 +275,59 @@ class _Pruner:
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
 
     def _prune_calibrated(
-        self, index: int, work: BlockPruner, samples: Samples
+        self, index: int, block: BlockPruner, samples: Samples
     ) -> tuple[dict[str, Tensor], float | None]:
-        if not work.layers:  # left dense
-            for hidden in (samples.hidden, self.stream):
-                if hidden is not None and index < self.last_missing:
-                    self._forward(index, hidden, work.samples)
+        """Prune a block with calibration data; returns the masks and the loss afterwards."""
+        is_last = index == len(self.blocks) - 1
+        if not block.layers:  # excluded
+            for hidden in (samples.hidden, self.dense_stream):
+                if hidden is not None and not is_last:
+                    self._forward(index, hidden, block.batches)
             return {}, None
-        # at the first block the two streams are one
-        shares = self.stream is None or index == 0
-        targets = work.measure(samples.hidden, keep_outputs=shares and self.options.uses_optimisation)
-        work.require_finite()
-        if self.stream is not None:
-            if not shares:
-                self._forward(index, self.stream, work.samples)
-                targets = self.stream
-            self.stream = targets
-        if self.options.uses_optimisation:
-            kept = work.optimise(samples.hidden, targets)
-        else:
-            kept = work.solve() if self.options.method == "sparsegpt" else work.prune()
-        # the ranks did the same arithmetic on the same sums; this makes them equal whatever their hardware
-        self.ranks.broadcast_([layer.weight for layer in work.layers.values()])
-        # the last block feeds no other: only the samples that the report looks at
-        num_needed = len(samples) if index < self.last_missing else work.num_probes
+        # at the first block, pruned and dense model have the same hidden states
+        one_stream = self.dense_stream is None or index == 0
+        targets = block.measure(samples.hidden, keep_outputs=one_stream and block.optimisation is not None)
+        if self.dense_stream is not None:
+            if not one_stream:
+                self._forward(index, self.dense_stream, block.batches)
+                targets = self.dense_stream
+            self.dense_stream = targets
+        kept = block.finish(samples.hidden, targets)
+        # all ranks did the same arithmetic on the same sums; the broadcast makes them equal on different hardware, too
+        self.ranks.broadcast_([layer.weight for layer in block.layers.values()])
+        # behind the last block only the samples whose loss is reported are needed
+        num_needed = block.num_probes if is_last else len(samples)
         outputs = samples.hidden[:num_needed]
-        self._forward(index, outputs, work.samples)
+        self._forward(index, outputs, block.batches)
         samples.hidden[:num_needed] = outputs
-        loss_after = work.mean_loss(outputs, targets)
-        if work.loss_before is None:
-            work.loss_before = loss_after
+        loss_after = block.mean_loss(outputs, targets)
+        if block.loss_before is None:
+            block.loss_before = loss_after
         return kept, loss_after
 
     def _batches(self, index: int) -> Batches:
-        """Which samples the block can run together; tried once for each form of its other arguments."""
+        """Group the samples that can run through a block together; tried once for each signature of its calls."""
         if self.samples is None:
             return Batches(())
         batches = self.samples.batches(index)
         trial = next((batch[:2] for batch in batches.split(range(len(self.samples))) if len(batch) > 1), None)
         if trial is None:
             return batches
-        form = self.samples.form(trial[0], index)
-        if form not in self._runs_together:
-            self._runs_together[form] = self._try_together(index, trial)
-        return batches if self._runs_together[form] else batches.apart()
+        signature = self.samples.call_signature(trial[0], index)
+        if signature not in self._is_batchable:
+            self._is_batchable[signature] = self._try_batch(index, trial)
+        return batches if self._is_batchable[signature] else batches.one_by_one()
 
-    def _try_together(self, index: int, trial: list[int]) -> bool:
+    def _try_batch(self, index: int, trial: list[int]) -> bool:
+        """Whether two samples have the same outputs in one batch as one by one."""
         assert self.samples is not None
         hidden = [self.samples.hidden[sample] for sample in trial]
         alone = torch.cat([self._run(index, [sample], states) for sample, states in zip(trial, hidden, strict=True)])
         try:
-            together = self._run(index, trial, torch.cat(hidden))
+            batched = self._run(index, trial, torch.cat(hidden))
         except RuntimeError:
-            return False  # an argument that is not broadcast over samples
-        return bool((together - alone).norm() <= 1e-2 * alone.norm())
+            return False  # an argument does not broadcast over samples
+        return bool((batched - alone).norm() <= 1e-2 * alone.norm())
 
     def _run(self, index: int, batch: Sequence[int], hidden: Tensor) -> Tensor:
         assert self.samples is not None
@@ -328,22 +340,23 @@ class _Pruner:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @contextmanager
-    def _fixed(self, index: int) -> Iterator[None]:
-        """While the block's weights stay as they are, autocast casts them once; it remembers trainable ones only."""
+    def _constant_weights(self, index: int) -> Iterator[None]:
+        """Let autocast cast the weights of a block once for all forwards inside; it caches only trainable weights."""
         autocasts = self.options.compute_dtype != "model"
         weights = self.blocks[index].parameters() if autocasts else ()
-        frozen = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
+        frozen_weights = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
         with self._autocast():
             try:
-                for weight in frozen:
+                for weight in frozen_weights:
                     weight.requires_grad_(True)
                 yield
             finally:
-                for weight in frozen:
+                for weight in frozen_weights:
                     weight.requires_grad_(False)
 
     def _forward(self, index: int, hidden: list[Tensor], batches: Batches) -> None:
-        with self._fixed(index):
+        """Replace hidden states by the outputs of a block."""
+        with self._constant_weights(index):
             for batch in batches.split(range(len(hidden))):
                 output = self._run(index, batch, torch.cat([hidden[sample] for sample in batch]))
                 for sample, states in zip(batch, output.split(1), strict=True):
@@ -351,13 +364,13 @@ class _Pruner:
 
     @contextmanager
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
-        """One block on the device, its layers to prune."""
+        """Move a block to the device inside the context; yields its layers to prune."""
         block = self.blocks[index]
         with parameters_loaded(block):
             home = next(block.parameters()).device
             block.to(self.device)
             try:
-                yield prunable_layers(block, self.options, f"{self.name}.{index}")
+                yield prunable_layers(block, self.options.exclude_modules, f"{self.name}.{index}")
             finally:
                 block.to(home)
 
@@ -371,14 +384,4 @@ def _warn_of_slow_bfloat16(device: torch.device, options: PruneOptions) -> None:
             "This CPU has no instructions for bfloat16, which takes several times as long as float32 on it; set "
             '`compute_dtype` to "model"',
             stacklevel=3,
-        )
-
-
-def _check_samples(num_samples: int, options: PruneOptions) -> None:
-    if num_samples == 0:
-        raise ValueError(f"Expected calibration samples for method={options.method!r}, but got none")
-    if options.uses_optimisation and num_samples < options.samples_per_round:
-        raise ValueError(
-            f"Expected argument `samples_per_round` to be at most the number of calibration samples ({num_samples}), "
-            f"but got {options.samples_per_round}; lower it or calibrate on more samples"
         )

@@ -1,6 +1,5 @@
-"""Calibration samples: one row of a batch each, as hidden states and calls of the blocks."""
+"""Calibration samples as hidden states and block arguments, and the batches in which they run through a block."""
 
-import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.blocks import BlockCall, CallCapture
+from wandazeta.pruning.calibration import num_rows
 
-# of a batch: enough to keep a processor busy, little beside the block's own activations
+# tokens of a batch: keeps the processor busy, and is small beside the activations of the block
 _MAX_TOKENS = 2048
 
 
 @dataclass
 class Samples:
-    """All calibration samples.
+    """The calibration samples of one rank.
 
     Args:
-        hidden: Hidden states at the input of the current block, each of shape (1, tokens, width).
-        calls: For each sample the other arguments of each block.
-        masks: For each sample the positions that count, None where all do.
+        hidden: Hidden states at the input of the current block, one tensor of shape (1, tokens, width) per sample.
+        calls: For each sample, the other arguments of each block.
+        masks: For each sample, which positions are no padding, bool of shape (1, tokens); None if all are.
     """
 
     hidden: list[Tensor]
@@ -33,19 +33,19 @@ class Samples:
 
     @property
     def num_tokens(self) -> int:
-        """Positions that count."""
+        """Number of tokens, without padding."""
         counts = (
             h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks, strict=True)
         )
         return sum(counts)
 
     def batches(self, block_index: int) -> "Batches":
-        """Which samples a block can run together: those without padding for which it is called alike.
+        """Find the samples that can run through a block in one batch: without padding, and with equal arguments.
 
-        Tensors that are equal were captured as one, so comparing identities is enough.
+        Equal tensors of different samples were captured as one object, so their identities are compared.
 
         Args:
-            block_index: The block.
+            block_index: Position of the block.
         """
         keys: list[Hashable] = []
         for states, calls, mask in zip(self.hidden, self.calls, self.masks, strict=True):
@@ -53,18 +53,23 @@ class Samples:
             keys.append(None if mask is not None else (states.shape, _key(_parts(call), id)))
         return Batches(self.masks, keys, [states.shape[:-1].numel() for states in self.hidden])
 
-    def form(self, sample: int, block_index: int) -> Hashable:
-        """Equal for calls whose tensors have the same shapes."""
+    def call_signature(self, sample: int, block_index: int) -> Hashable:
+        """Return a key that is equal for calls whose tensors have equal shapes.
+
+        Args:
+            sample: Index of the sample.
+            block_index: Position of the block.
+        """
         return _key(_parts(self.calls[sample][block_index]), lambda tensor: tuple(tensor.shape))
 
 
 class Batches:
-    """Cuts lists of samples into batches that go through a block together.
+    """Groups samples into batches that run through a block in one forward.
 
     Args:
-        masks: For each sample the positions that count, None where all do.
-        keys: Samples of one key can share a batch; None for a sample that shares with none.
-        num_tokens: Length of each sample; a batch has no more than a few thousand.
+        masks: For each sample, which positions are no padding; None if all are.
+        keys: Samples with equal keys can share a batch; None for a sample that needs a batch of its own.
+        num_tokens: Length of each sample; the total length of a batch is limited.
     """
 
     def __init__(
@@ -75,10 +80,10 @@ class Batches:
         self._num_tokens = num_tokens or [0] * len(masks)
 
     def split(self, indices: Sequence[int]) -> list[list[int]]:
-        """Cut samples into batches of neighbours.
+        """Group neighbouring samples into batches.
 
         Args:
-            indices: The samples, in the order in which they run.
+            indices: Indices of the samples, in the order in which they run.
         """
         batches: list[list[int]] = []
         for index in indices:
@@ -91,11 +96,15 @@ class Batches:
         return batches
 
     def mask(self, batch: Sequence[int]) -> Tensor | None:
-        """The positions of a batch that count, bool of shape (samples, tokens), None where all do."""
+        """Return the positions of a batch that are no padding, bool of shape (samples, tokens); None if all are.
+
+        Args:
+            batch: Indices of its samples.
+        """
         return self._masks[batch[0]] if len(batch) == 1 else None
 
-    def apart(self) -> "Batches":
-        """The same samples, each in a batch of its own."""
+    def one_by_one(self) -> "Batches":
+        """Return the same samples, each in a batch of its own."""
         return Batches(self._masks)
 
 
@@ -113,47 +122,6 @@ def _key(value: Any, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
     return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def split_rows(batch: Any) -> list[Any]:
-    """Split a batch into batches of one row.
-
-    Args:
-        batch: Tensors in any nesting of mappings, lists and tuples; the length of the first one is the number of
-            rows, and everything of that length is split. Anything else is one row.
-
-    Returns:
-        The rows, each a batch of the same kind.
-
-    Example:
-        >>> split_rows({"x": torch.tensor([[1], [2]]), "name": ["a", "b"]})
-        [{'x': tensor([[1]]), 'name': ['a']}, {'x': tensor([[2]]), 'name': ['b']}]
-    """
-    num_rows = _first_length(batch)
-    return [batch] if num_rows in (None, 1) else [_row(batch, i, num_rows) for i in range(num_rows)]
-
-
-def _first_length(batch: Any) -> int | None:
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((length for item in items if (length := _first_length(item)) is not None), None)
-
-
-def _row(batch: Any, index: int, num_rows: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[index : index + 1] if batch.ndim and batch.shape[0] == num_rows else batch
-    if isinstance(batch, Mapping):
-        row = copy.copy(batch)  # keeps what a BatchEncoding or an ordered dict adds
-        for key, value in batch.items():
-            row[key] = _row(value, index, num_rows)  # type: ignore[index]
-        return row
-    if isinstance(batch, (list, tuple)):
-        if all(isinstance(item, (str, int, float)) for item in batch):
-            return batch[index : index + 1] if len(batch) == num_rows else batch
-        items = [_row(item, index, num_rows) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
 def capture_samples(
     blocks: nn.ModuleList,
     forward: Callable[[Any], object],
@@ -161,14 +129,14 @@ def capture_samples(
     token_mask: Callable[[Any], Tensor | None] | None,
     device: torch.device,
 ) -> Samples:
-    """Run the real model on every row, up to the blocks' end, and keep what the blocks are called with.
+    """Run the model on every row up to its last block, and record the arguments of every block.
 
     Args:
         blocks: The blocks.
-        forward: Runs the model on a row.
+        forward: Runs the model on one row.
         rows: Batches of one row.
-        token_mask: Gives the positions of a row that are not padding.
-        device: Where the samples are kept.
+        token_mask: Returns the positions of a row that are no padding, or None if all are.
+        device: Device that the samples are kept on.
 
     Raises:
         ValueError: If the model does not run its blocks one after another, or a mask does not fit.
@@ -177,7 +145,7 @@ def capture_samples(
     samples = Samples([], [], [])
     for row in rows:
         hidden, calls = capture(lambda row=row: forward(row))  # type: ignore[misc]
-        if _first_length(row) is None and hidden.ndim > 2 and min(hidden.shape[:2]) > 1:
+        if num_rows(row) is None and hidden.ndim > 2 and min(hidden.shape[:2]) > 1:
             raise ValueError(
                 f"Expected calibration batches of tensors, mappings or lists, but got {type(row).__name__} with "
                 f"{hidden.shape[0]} samples, which cannot be split; use batches of one sample"

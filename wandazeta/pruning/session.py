@@ -1,8 +1,8 @@
-"""One pruning from start to end: check, read, key, prune or load, report."""
+"""The life cycle of a pruning: check, prepare, key, prune or resume or load, report."""
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wandazeta import __version__
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.pruning.calibration import collect_batches, digest_batches, isolated_rng
+from wandazeta.pruning.calibration import collect_rows, split_rows
 from wandazeta.pruning.method.layers import validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.progress.key import PruneKey, digest_model
-from wandazeta.pruning.pruner import PruningInterrupted, prune_model
+from wandazeta.pruning.progress.key import PruneKey, digest_batches, digest_model
+from wandazeta.pruning.pruner import PreparedPruning, Progress, PruningInterrupted, prune_blocks
 from wandazeta.pruning.records import BlockRecord, PruneReport
-from wandazeta.pruning.samples import split_rows
 from wandazeta.utilities.files import check_writable
 from wandazeta.utilities.ranks import Ranks
+from wandazeta.utilities.rng import isolated_rng
+from wandazeta.version import __version__
 
 _ARCHITECTURE = "(architecture)"
-# settings that say how, not what, is computed, and what a transformers model was loaded with
+# attributes that do not change what blocks compute, and how a transformers model was loaded
 _PASSING = frozenset(
     {
         "training",
@@ -49,18 +49,76 @@ _PASSING = frozenset(
 )
 
 
+@torch.compiler.set_stance("force_eager")
+def prune_model(
+    model: nn.Module,
+    forward: Callable[[Any], object],
+    batches: Sequence[Any],
+    options: PruneOptions,
+    *,
+    block_name: str | None = None,
+    token_mask: Callable[[Any], Tensor | None] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    on_block: Callable[[BlockRecord, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
+) -> PruneReport:
+    """Find the blocks of a model and prune them in place, without a folder.
+
+    Args:
+        model: The model; its weights are replaced by the pruned ones.
+        forward: Runs the model on one batch; it is stopped after the last block.
+        batches: Calibration batches; every row is one sample.
+        options: The pruning options.
+        block_name: Dotted name of the list of blocks; found by default.
+        token_mask: Returns the positions of a batch, bool of shape (rows, tokens), that are no padding.
+        device: See `prune_blocks`.
+        progress: See `prune_blocks`.
+        on_block: See `prune_blocks`.
+        should_stop: See `prune_blocks`.
+        ranks: See `prune_blocks`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the model, the options or the calibration data do not fit; before any work.
+        PruningInterrupted: If `should_stop` returned True before the last block.
+    """
+    ranks = ranks or Ranks()
+    rows = [row for batch in batches for row in split_rows(batch)]
+    with torch.inference_mode(False), isolated_rng(options.seed), evaluation_mode(model.modules()), frozen(model):
+        name, blocks = _find_and_check_blocks(model, options, (lambda: forward(rows[0])) if rows else None, block_name)
+    if rows or not ranks.broadcast_object(progress is not None and progress.num_saved() >= len(blocks)):
+        options = options.for_samples(len(rows))
+    prepared = PreparedPruning(model, name, blocks, options, rows, forward, token_mask)
+    return prune_blocks(
+        prepared, device=device, progress=progress, on_block=on_block, should_stop=should_stop, ranks=ranks
+    )
+
+
+def _find_and_check_blocks(
+    model: nn.Module, options: PruneOptions, forward: Callable[[], object] | None, name: str | None
+) -> tuple[str, nn.ModuleList]:
+    name, blocks = find_blocks(model, forward, name)
+    validate_layers(blocks, options, model=model, block_name=name)
+    return name, blocks
+
+
 @dataclass
-class PruneRun:
-    """What a pruning needs to know, and the two ways to get it: make it, or load it.
+class PruningSession:
+    """One pruning of a module with a folder that keeps it: made, continued, or loaded.
 
     Args:
         module: The module that is pruned in place, or that holds the model.
-        options: What to prune and how.
-        folder: Where the progress is kept.
+        options: The pruning options, with all defaults filled in.
+        folder: Folder of the pruning.
         forward: Runs the model on one batch.
-        token_mask: Marks the positions of a batch that are not padding.
-        num_samples: The number of calibration samples.
-        block_name: Dotted name of the list of blocks in `module`; found where it is not given.
+        token_mask: Returns the positions of a batch, bool of shape (rows, tokens), that are no padding; None if all
+            are.
+        num_samples: Number of calibration samples.
+        block_name: Dotted name of the list of blocks in `module`; found by default.
     """
 
     module: nn.Module
@@ -71,11 +129,11 @@ class PruneRun:
     num_samples: int
     block_name: str | None = None
     was_complete: bool = field(default=False, init=False)
-    """Whether `prune` found nothing left to do."""
+    """Whether `run` loaded a complete pruning."""
     key_digest: str = field(default="", init=False)
-    """The hash that names the pruning, once it is begun or found."""
+    """Hash that identifies the pruning, once it is begun or loaded."""
 
-    def prune(
+    def run(
         self,
         loader: Callable[[], Iterable[Any]],
         *,
@@ -84,43 +142,50 @@ class PruneRun:
         should_stop: Callable[[], bool],
         show_progress: bool,
     ) -> PruneReport | None:
-        """Prunes the module, or goes on with its pruning, or loads it if it is complete.
+        """Prune the module, continue an interrupted pruning, or load a complete one.
 
         Args:
-            loader: Makes the calibration loader; called once the cheap checks are through.
-            device: Where the block at work is.
-            ranks: Those that prune together; only rank 0 reads and writes the folder.
-            should_stop: Asked after each block.
-            show_progress: Whether to draw a progress bar.
+            loader: Makes the calibration loader; called after the checks that need no data.
+            device: Device of the current block.
+            ranks: The ranks; only rank 0 reads and writes the folder.
+            should_stop: Called after each block; returns whether to stop.
+            show_progress: Draw a progress bar.
 
         Returns:
-            The report, or `None` if `should_stop` ended it on any rank.
+            The report, or None if `should_stop` stopped the pruning on any rank.
 
         Raises:
             ValueError: If anything does not fit on any rank, before any long work.
         """
-        name, blocks, batches, key = ranks.run_on_all(lambda: self._prepare(loader, device, ranks))
-        found = ranks.broadcast_object(key)
-        ranks.run_on_all(lambda: _require_same(key, found))
+        prepared, key = ranks.run_on_all(lambda: self._prepare(loader, device, ranks))
+        expected = ranks.broadcast_object(key)
+        ranks.run_on_all(lambda: _require_same(key, expected))
         ranks.run_on_all(lambda: self.folder.open(key) if ranks.rank == 0 else None)
         self.key_digest = ranks.broadcast_object(self.folder.key_digest)
-        finished = ranks.broadcast_object(self._load(blocks) if ranks.rank == 0 else None)
-        if finished is not None:
+        report = ranks.broadcast_object(self._load(prepared.blocks) if ranks.rank == 0 else None)
+        if report is not None:
             self.was_complete = True
-            for block, record in zip(blocks, finished.blocks, strict=True):
+            for block, record in zip(prepared.blocks, report.blocks, strict=True):
                 parameters = dict(block.named_parameters())
                 ranks.broadcast_([parameters[layer.name] for layer in record.layers])
-            self.folder.lend_weights(blocks, finished)
-            return finished
-        with _progress_bar(len(blocks), show_progress and ranks.rank == 0) as advance:
+        else:
+            report = self._prune(prepared, device, ranks, should_stop, show_progress)
+        if report is not None:
+            self.folder.redirect_stored_weights(prepared.blocks, report)
+        return report
+
+    def _prune(
+        self,
+        prepared: PreparedPruning,
+        device: torch.device,
+        ranks: Ranks,
+        should_stop: Callable[[], bool],
+        show_progress: bool,
+    ) -> PruneReport | None:
+        with _progress_bar(len(prepared.blocks), show_progress and ranks.rank == 0) as advance:
             try:
-                report = prune_model(
-                    self.module,
-                    self.forward,
-                    batches,
-                    self.options,
-                    block_name=name,
-                    token_mask=self.token_mask,
+                report = prune_blocks(
+                    prepared,
                     device=device,
                     progress=self.folder,
                     on_block=lambda record, num_blocks: advance(record),
@@ -130,45 +195,46 @@ class PruneRun:
             except PruningInterrupted:
                 return None
         ranks.run_on_all(lambda: self.folder.finish(report) if ranks.rank == 0 else None)
-        self.folder.lend_weights(blocks, report)
         return report
 
     def _prepare(
         self, loader: Callable[[], Iterable[Any]], device: torch.device, ranks: Ranks
-    ) -> tuple[str, nn.ModuleList, list[Any], PruneKey]:
-        # before any forward, which may count or keep something in them
+    ) -> tuple[PreparedPruning, PruneKey]:
+        """Find the blocks, check them and the folder, read the calibration samples, and make the key."""
+        # before any forward, which may change attributes
         settings = {module: _settings(module) for module in self.module.modules()}
         lists = block_lists(self.module) if self.block_name is None else []
-        # a teacher or an average of weights beside the model: a forward tells which of them is pruned
-        known = self._checked_blocks(None) if len(lists) <= 1 else None
-        if known is None and not self.options.uses_calibration:
+        uses_calibration = self.options.method.uses_calibration
+        # of several lists, such as those of a teacher and of the model, a forward tells which one runs
+        found = self._find_blocks(None) if len(lists) <= 1 else None
+        if found is None and not uses_calibration:
             raise ValueError(
                 f"Expected argument `blocks` to name one of {', '.join(f'`{name}`' for name in lists)}, as without "
                 "calibration data nothing tells which of them the model runs"
             )
         if ranks.rank == 0:
-            weights = [weight for weight in known[1].parameters() if weight.ndim >= 2] if known is not None else []
-            room = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
-            check_writable(self.folder.directory, needed_bytes=room)
-        batches = (
-            collect_batches(loader(), self.num_samples, self.options.seed) if self.options.uses_calibration else []
-        )
+            weights = [weight for weight in found[1].parameters() if weight.ndim >= 2] if found is not None else []
+            needed = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
+            check_writable(self.folder.directory, needed_bytes=needed)
+        rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
         with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
-            name, blocks = known or self._checked_blocks(lambda: self.forward(batches[0]))
-            key = self._key(name, blocks, batches, device, ranks)
+            name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]))
+            prepared = PreparedPruning(self.module, name, blocks, self.options, rows, self.forward, self.token_mask)
+            key = self._key(prepared, device, ranks)
         key.model[_ARCHITECTURE] = _architecture(blocks, settings)
-        return name, blocks, batches, key
+        return prepared, key
 
-    def _checked_blocks(self, forward: Callable[[], object] | None) -> tuple[str, nn.ModuleList]:
-        name, blocks = find_blocks(self.module, forward, self.block_name)
-        validate_layers(blocks, self.options, model=self.module, block_name=name)
-        return name, blocks
+    def _find_blocks(self, forward: Callable[[], object] | None) -> tuple[str, nn.ModuleList]:
+        return _find_and_check_blocks(self.module, self.options, forward, self.block_name)
 
     def load_finished(self) -> PruneReport:
-        """Loads a finished pruning into the dense module, without calibration data.
+        """Load a finished pruning into the dense module, without calibration data.
+
+        Returns:
+            The report.
 
         Raises:
-            ValueError: If the folder holds none, or that of another model or with other options.
+            ValueError: If the folder holds no finished pruning, or one of another model or with other options.
         """
         found = self.folder.read_key()
         name = self.block_name or (found.options.get("blocks") if found is not None else None)
@@ -182,8 +248,8 @@ class PruneRun:
         report = self._load(blocks)
         if report is None:
             raise ValueError(
-                f"Expected argument `output_dir` to hold a whole pruning, but a file in '{self.folder.directory}' is "
-                "damaged; run `fit` or `prune` again to make it anew."
+                f"Expected argument `output_dir` to hold a complete pruning, but a file in '{self.folder.directory}' "
+                "is damaged; run `fit` or `prune` again to make it anew."
             )
         return report
 
@@ -194,26 +260,23 @@ class PruneRun:
             return None
         return report if self.folder.load_into(blocks) else None
 
-    def _key(
-        self, name: str, blocks: nn.ModuleList, batches: list[Any], device: torch.device, ranks: Ranks
-    ) -> PruneKey:
+    def _key(self, prepared: PreparedPruning, device: torch.device, ranks: Ranks) -> PruneKey:
         calibration = {}
-        tensors = {f"{name}.{key}": tensor for key, tensor in _tensors(blocks)}
-        if batches:
-            # by rows, which are what is pruned with: how they are batched changes nothing
-            rows = [row for batch in batches for row in split_rows(batch)]
-            calibration = {"num_samples": self.num_samples, "contents": digest_batches(rows, self.token_mask)}
-            # copies are drawn by the head
-            until = None if self.options.num_copies else blocks[-1]
-            tensors |= _read(self.module, until, lambda: self.forward(rows[0]))
-        # sums over ranks round otherwise than sums in one process
+        tensors = {f"{prepared.block_name}.{key}": tensor for key, tensor in _tensors(prepared.blocks)}
+        if prepared.rows:
+            # of rows, so that the batch size does not matter
+            contents = digest_batches(list(prepared.rows), self.token_mask)
+            calibration = {"num_samples": self.num_samples, "contents": contents}
+            tensors |= _find_read_tensors(self.module, prepared.blocks[-1], lambda: prepared.forward(prepared.rows[0]))
+        # sums over several ranks round differently
         environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}
         environment |= {"ranks": str(ranks.size)}
-        return PruneKey({**self.options.to_dict(), "blocks": name}, digest_model(tensors), calibration, environment)
+        options = {**self.options.to_dict(), "blocks": prepared.block_name}
+        return PruneKey(options, digest_model(tensors), calibration, environment)
 
 
-def _require_same(key: PruneKey, first: PruneKey) -> None:
-    difference = key.difference(first, ("options", "model", "calibration", "environment"))
+def _require_same(key: PruneKey, expected: PruneKey) -> None:
+    difference = key.difference(expected, ("options", "model", "calibration", "environment"))
     if difference:
         raise ValueError(
             f"Expected every rank to prune the same model with the same data, but this one differs from rank 0 in "
@@ -222,7 +285,7 @@ def _require_same(key: PruneKey, first: PruneKey) -> None:
 
 
 class _ReadTensors(TorchFunctionMode):
-    """Notes every tensor that an operation is called with."""
+    """Records the ids of all tensors that operations are called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,24 +301,23 @@ class _ReadTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(module: nn.Module, until: nn.Module | None, forward: Callable[[], object]) -> dict[str, Tensor]:
-    """Finds the parameters and buffers that a forward reads: embeddings, rotary tables, what stands between blocks.
+def _find_read_tensors(module: nn.Module, last_block: nn.Module, forward: Callable[[], object]) -> dict[str, Tensor]:
+    """Find the parameters and buffers that a forward reads up to the end of its last block.
 
-    Up to the end of the last block, by default: a head, which may be new and random at every start, does not decide
-    what is pruned and is not among them.
+    These are embeddings, rotary tables and weights between the blocks. A head, which may be new and random at every
+    start, has no influence on the pruning and is not among them.
     """
     token = object()
 
     def stop(*_: Any) -> None:
         raise StopForward(token)
 
-    handle = until.register_forward_hook(stop) if until is not None else None
+    handle = last_block.register_forward_hook(stop)
     try:
         with torch.no_grad(), _ReadTensors() as mode:
             run_until_stopped(forward, token)
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()
     return {name: tensor for name, tensor in _tensors(module) if id(tensor) in mode.read}
 
 
@@ -265,12 +327,13 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _architecture(blocks: nn.ModuleList, settings: dict[nn.Module, dict[str, str]]) -> str:
-    """Hashes what the blocks' tensors do not show: classes, and the settings that modules and configurations hold."""
+    """Hash the classes of the blocks' modules, and the settings in their attributes and configurations."""
     held = [(name, sorted(settings[module].items())) for name, module in blocks.named_modules() if module is not blocks]
     return hashlib.sha256(repr([repr(blocks), held]).encode()).hexdigest()[:32]
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
+    """Plain values, functions and configurations in the attributes of a module."""
     found = {}
     for name, value in vars(module).items():
         if name.startswith("_") or name in _PASSING:
@@ -286,13 +349,13 @@ def _settings(module: nn.Module) -> dict[str, str]:
 
 
 def _saved_bytes(weight: Tensor) -> int:
-    # the weight, and one byte an element for its mask
+    # the weight, and a mask of one byte per element
     return weight.numel() * (weight.element_size() + 1)
 
 
 @contextmanager
 def _progress_bar(num_blocks: int, visible: bool) -> Iterator[Callable[[BlockRecord], None]]:
-    from rich.console import Console  # not at import: the core needs torch alone
+    from rich.console import Console  # not at import: this package needs torch only
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

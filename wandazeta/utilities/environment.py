@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wandazeta import __version__
+from wandazeta.version import __version__
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "safetensors", "deepspeed", "peft")

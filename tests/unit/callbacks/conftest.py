@@ -1,6 +1,6 @@
 import pytest
 
-from wandazeta.pruning import session as run_module
+from wandazeta.pruning import session
 
 
 @pytest.fixture
@@ -14,6 +14,6 @@ def forbid_pruning(monkeypatch):
         def refuse(*args, **kwargs):
             raise AssertionError("pruned again")
 
-        monkeypatch.setattr(run_module, "prune_model", refuse)
+        monkeypatch.setattr(session, "prune_blocks", refuse)
 
     return forbid

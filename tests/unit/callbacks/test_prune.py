@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.pruning import RO, RegionalOptimisation
 
 # -- what pruning does ------------------------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ def test_a_module_like_no_other_is_called_by_an_override(folder):
         def token_mask(self, batch):
             return batch[0] > 8
 
-    pruning = Mine(num_calibration_samples=8, samples_per_round=4, rounds=1, output_dir=str(folder))
+    pruning = Mine(method="wanda", num_calibration_samples=8, output_dir=str(folder))
     fit(pruning)
     counted = torch.cat([batch[0] for batch in loader()])[:8] > 8
     assert pruning.report.num_tokens == int(counted.sum())
@@ -262,13 +263,16 @@ def test_the_callback_is_written_in_yaml(tmp_path):
 class_path: wandazeta.callbacks.WandaPPPruneCallback
 init_args:
   sparsity_pattern: "4:8"
-  method: ro
+  method:
+    class_path: wandazeta.pruning.RO
+    init_args: {optimisation: {rounds: 3}}
   exclude_modules: [o_proj, ".*down"]
   calibration:
     class_path: lightning.pytorch.demos.boring_classes.BoringDataModule
 """)
     pruning = parser.instantiate_classes(parser.parse_args([f"--pruning={config}"]))
-    assert pruning.pruning.options.group == (4, 8)
+    assert pruning.pruning.options.pattern.group == (4, 8)
+    assert pruning.pruning.options.method == RO(RegionalOptimisation(rounds=3, samples_per_round=32))
     assert pruning.pruning.options.exclude_modules == ("o_proj", ".*down")
     assert type(pruning.pruning.calibration).__name__ == "BoringDataModule"
 
@@ -290,9 +294,11 @@ def test_padding_is_found_in_the_attention_mask():
         ({"sparsity_pattern": "4:2"}, "`sparsity_pattern`"),
         ({"sparsity_pattern": "unstructured"}, "`sparsity`"),
         ({"method": "sparse"}, "`method`"),
-        ({"alpha": -1.0}, "`alpha`"),
-        ({"num_calibration_samples": 0}, "`num_calibration_samples` to be at least 1"),
-        ({"num_calibration_samples": 8}, "`samples_per_round` to be at most `num_calibration_samples`"),
+        ({"num_calibration_samples": 0}, "`num_calibration_samples` to be an integer larger than 0"),
+        (
+            {"num_calibration_samples": 8, "method": RO(RegionalOptimisation(samples_per_round=9))},
+            r"`samples_per_round` to be at most the number of calibration samples \(8\)",
+        ),
         ({"device": "tpu-of-mine"}, "`device`"),
         ({"exclude_modules": "up"}, "`exclude_modules` to be a list"),
     ],

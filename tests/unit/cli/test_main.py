@@ -7,14 +7,16 @@ import torch
 import yaml
 from helpers.fit_config import write_fit_config
 from helpers.tiny_model import save_tiny_llama
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from wandazeta import __version__
-from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta import __version__, presets
+from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
+from wandazeta.pruning import RGS
 
 ROOT = Path(__file__).parents[3]
 MODEL = ["--model", "LanguageModel", "--model.model_name_or_path", "nowhere/at/all"]
@@ -50,7 +52,8 @@ def test_options_have_help(capsys):
         ("--model.help=ZerothOrderModule", "Number of queries of a step"),
         ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
         ("--data.help=TextDataModule", "Windows of the training split"),
-        ("--trainer.callbacks.help=WandaPPPruneCallback", "Rounds of regional optimisation"),
+        ("--prune.help", "Pruning method: a name"),
+        ("--trainer.callbacks.help=WandaPPPruneCallback", "Pruning method: a name"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main(["fit", option])
@@ -118,6 +121,7 @@ def test_what_may_be_a_checkpoint_is_left_to_its_reader(tmp_path, capsys, name):
     ("command", "option"),
     [
         ("diagnose", ["--output_dir"]),
+        ("fit", ["--run_dir"]),
         ("fit", ["--trainer.default_root_dir"]),
         ("fit", ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir"]),
         ("fit", ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath"]),
@@ -128,7 +132,7 @@ def test_a_file_where_a_folder_is_wanted_is_told_before_the_model_is_loaded(tmp_
     shown = failing(capsys, command, *MODEL, *DATA, *option, f"taken{below}")
     argument = option[-1].removeprefix("--").replace("trainer.logger.", "").replace("trainer.callbacks.", "")
     last = shown.strip().splitlines()[-1]
-    assert last.startswith(f"error: Expected argument `{argument}` to be a folder")
+    assert last.startswith(f"error: Expected argument `{argument}` to be a folder or a path where one can be created")
     assert f"'{tmp_path}/taken' is a file" in last
     assert "Traceback" not in shown
 
@@ -140,14 +144,14 @@ def test_diagnose_looks_at_its_folder_before_it_measures(tmp_path):
 
 
 def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
-    assert "Expected a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
+    assert "Expected a `prune:` group or a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
 
 
 def test_a_missing_checkpoint_is_told_where_something_untrained_would_be_tested(tmp_path):
     config = write_fit_config(tmp_path)
     for command, said in (("fit", 0), ("test", 0), ("test", 1)):
         main([command, "-c", str(config)])
-        log = (tmp_path / "run/log/logs/rank-0.log").read_text()
+        log = (tmp_path / "run/log" / ("" if command == "fit" else command) / "logs/rank-0.log").read_text()
         assert log.count("no last checkpoint available") == said
         if command == "test":
             (tmp_path / "run/checkpoints/last.ckpt").unlink(missing_ok=True)
@@ -162,7 +166,7 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
             *("--model", "ZerothOrderModule", "--model.model_name_or_path", str(model)),
             *(*DATA, "--data.source", str(text), "--data.sequence_length", "16"),
             *("--trainer.accelerator", "cpu", "--trainer.max_steps", "7"),
-            *("--trainer.callbacks", "WandaPPPruneCallback", "--trainer.callbacks.alpha", "5"),
+            *("--prune.method", "RGS", "--prune.method.alpha", "5"),
         ],
         run=False,
     )
@@ -172,7 +176,7 @@ def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
     assert isinstance(cli.trainer, PruningTrainer)
     assert cli.trainer.max_steps == 7
     (pruning,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WandaPPPruneCallback))
-    assert pruning.options.alpha == 5
+    assert pruning.options.method == RGS(alpha=5.0)
     # nothing ran
     assert cli.trainer.global_step == 0
     assert cli.trainer.state.fn is None
@@ -188,7 +192,7 @@ def test_the_default_logger_is_csv_even_beside_tensorboard(tmp_path, monkeypatch
     arguments = ["--model", "LanguageModel", "--model.model_name_or_path", str(model), "--trainer.accelerator", "cpu"]
     cli = command_line([*arguments, *("--trainer.logger", given, "--trainer.default_root_dir", "here")], run=False)
     assert type(cli.trainer.logger) is CSVLogger
-    assert cli.trainer.logger.log_dir == "here/lightning_logs/version_0"
+    assert Path(cli.trainer.logger.log_dir) == Path("here/log")
 
 
 def run(*command):
@@ -235,3 +239,73 @@ def test_prune_takes_a_subclass_of_its_callback_and_one_without_a_list(tmp_path,
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": [given] if form == "in a list" else given}}))
     # the callback is taken, so that the model is looked at
     assert "Expected argument `model_name_or_path`" in failing(capsys, "prune", "-c", str(config), *MODEL, *DATA)
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Builds a run without running it: `built("--run_dir", "here")`."""
+    model = save_tiny_llama(tmp_path / "model")
+
+    def build(*options):
+        model_options = ("--model", "LanguageModel", "--model.model_name_or_path", str(model))
+        return command_line([*model_options, "--trainer.accelerator", "cpu", *options], run=False)
+
+    return build
+
+
+def found(cli, kind):
+    return [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
+
+
+@pytest.mark.parametrize("option", ["--run_dir", "--trainer.default_root_dir"])
+def test_one_option_decides_where_everything_goes(built, tmp_path, option):
+    trainer = (cli := built(option, "here", "--prune", "{}", "--checkpoint_every", "7")).trainer
+    assert Path(trainer.default_root_dir) == Path("here")
+    assert Path(trainer.logger.log_dir) == Path("here/log")
+    (checkpoint,) = found(cli, ModelCheckpoint)
+    assert Path(checkpoint.dirpath).absolute() == tmp_path / "here/checkpoints"
+    assert (checkpoint.save_last, checkpoint._every_n_train_steps) == (True, 7)
+    (pruning,) = found(cli, WandaPPPruneCallback)
+    assert Path(pruning.output_dir) == Path("here/pruning")
+
+
+def test_without_options_a_run_has_the_working_directory_and_prunes_nothing(built, tmp_path):
+    cli = built()
+    assert Path(cli.trainer.logger.log_dir) == Path("log")
+    assert Path(found(cli, ModelCheckpoint)[0].dirpath).absolute() == tmp_path / "checkpoints"
+    assert not found(cli, WandaPPPruneCallback)
+
+
+def test_callbacks_and_loggers_of_the_trainer_keep_their_folders(built, tmp_path):
+    checkpoint = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "there")
+    logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
+    cli = built("--run_dir", "here", *checkpoint, *logger, "--prune.output_dir", "progress")
+    assert [Path(callback.dirpath).name for callback in found(cli, ModelCheckpoint)] == ["there"]
+    assert cli.trainer.logger.save_dir == "logs"
+    assert found(cli, WandaPPPruneCallback)[0].output_dir == "progress"
+    assert not found(built("--trainer.enable_checkpointing", "false"), ModelCheckpoint)
+
+
+def test_two_folders_for_one_run_are_refused(capsys):
+    shown = failing(capsys, "fit", *MODEL, *DATA, "--run_dir", "here", "--trainer.default_root_dir", "there")
+    assert "Expected argument `trainer.default_root_dir` to be left out with `run_dir`" in shown
+    assert "`checkpoint_every`" in failing(capsys, "fit", *MODEL, *DATA, "--checkpoint_every", "0")
+
+
+def test_a_pruning_comes_before_the_other_callbacks_and_after_the_checks_of_ranks(built):
+    cli = built("--prune", "{}", "--trainer.callbacks", "KeepSparsity")
+    kinds = [type(callback) for callback in cli.trainer.callbacks]
+    place = kinds.index(WandaPPPruneCallback)
+    assert kinds.index(RankWatchdog) < kinds.index(RankConsistencyCheck) < place < kinds.index(KeepSparsity)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_is_read_by_its_name_and_can_be_overridden(built, name):
+    (pruning,) = found(built("-c", f"preset:{name}", "--prune.seed", "3"), WandaPPPruneCallback)
+    settings = yaml.safe_load(presets.path(name).read_text())["prune"]
+    assert pruning.num_calibration_samples == settings["num_calibration_samples"]
+    assert pruning.options.seed == 3
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
+    assert "to be one of best, paper, but got 'bset'" in failing(capsys, "fit", "-c", "preset:bset", *MODEL)

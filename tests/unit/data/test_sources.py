@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from wandazeta.data.sources import check_fractions, load_tokenizer, read_documents, split_of
+from wandazeta.data.sources import SourceOptions, read_documents, read_splits, split_of
 
 
 def test_several_text_files_are_a_document_each(tmp_path):
@@ -25,9 +25,9 @@ def test_jsonl_and_parquet_hold_the_same(tmp_path):
     rows = [{"id": "x", "body": "line\u2028separator", "y": 1}, {"id": "z", "body": "two", "y": 0}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    reading = SourceOptions(text_column="body", label_column="y")
     from_jsonl, from_parquet = (
-        read_documents(str(tmp_path / f"a.{suffix}"), text_column="body", label_column="y")
-        for suffix in ("jsonl", "parquet")
+        read_documents(str(tmp_path / f"a.{suffix}"), reading, labelled=True) for suffix in ("jsonl", "parquet")
     )
     assert from_jsonl == from_parquet
     assert [(d.id, d.text, d.label) for d in from_jsonl] == [("x", "line\u2028separator", 1), ("z", "two", 0)]
@@ -36,7 +36,7 @@ def test_jsonl_and_parquet_hold_the_same(tmp_path):
 def test_max_documents(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
-    assert len(read_documents(str(file), max_documents=2)) == 2
+    assert len(read_documents(str(file), SourceOptions(max_documents=2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,20 @@ def test_splits_follow_the_fractions_and_the_id_alone():
 @pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.5), (1.1, -0.1, 0.0), (0.5, 0.5)])
 def test_bad_fractions(fractions):
     with pytest.raises(ValueError, match="add up to 1"):
-        check_fractions(fractions)
+        SourceOptions(split_fractions=fractions)
 
 
-def test_missing_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="`tokenizer` to be set"):
-        load_tokenizer(None, None)
-    with pytest.raises(ValueError, match="`tokenizer` to be a model directory or hub name"):
-        load_tokenizer(str(tmp_path), None)
+def test_documents_are_split_by_their_own_fractions_or_the_given_ones(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"id": f"d{index}", "text": "a"}) + "\n" for index in range(50)))
+    splits = read_splits(str(file), SourceOptions(), (0.5, 0.3, 0.2))
+    for split, documents in splits.items():
+        assert all(split_of(document.id, (0.5, 0.3, 0.2)) == split for document in documents)
+    assert sum(map(len, splits.values())) == 50
+    own = read_splits(str(file), SourceOptions(split_fractions=(1.0, 0.0, 0.0)), (0.5, 0.3, 0.2))
+    assert [len(documents) for documents in own.values()] == [50, 0, 0]
+
+
+def test_no_documents_are_no_maximum():
+    with pytest.raises(ValueError, match="`max_documents` to be an integer larger than 0, but got 0"):
+        SourceOptions(max_documents=0)

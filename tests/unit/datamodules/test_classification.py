@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.tokenizer import byte_tokenizer
 
-from wandazeta.data.sources import split_of
+from wandazeta.data.sources import SourceOptions, split_of
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 
 SPLITS = ("train", "val", "test")
@@ -89,7 +89,7 @@ def test_splits_are_balanced_disjoint_and_by_id(source):
         assert sum(labels) == size // 2
         texts, text_labels = data.texts(split)
         assert text_labels == labels
-        assert {split_of(f"r{text.rstrip('x')}", data.split_fractions) for text in texts} == {split}
+        assert {split_of(f"r{text.rstrip('x')}", (0.7, 0.15, 0.15)) for text in texts} == {split}
         seen |= {example.example_id for example in data.examples(split)}
     assert seen == set(range(80))
 
@@ -137,7 +137,7 @@ def test_the_fingerprint_is_that_of_the_training_examples(source, tmp_path):
 def test_label_names(tmp_path):
     rows = [{"text": f"text {index}", "label": ("neg", "pos")[index % 2]} for index in range(300)]
     source = write(tmp_path / "named.jsonl", rows)
-    data = build(source, label_names=["neg", "pos"])
+    data = build(source, reading=SourceOptions(label_names=["neg", "pos"]))
     texts, labels = data.texts("train")
     assert all(int(text.removeprefix("text ")) % 2 == label for text, label in zip(texts, labels, strict=True))
     with pytest.raises(ValueError, match=r"among \[0, 1\], but got 'neg'"):
@@ -145,11 +145,10 @@ def test_label_names(tmp_path):
 
 
 def test_calibration(source, tmp_path):
-    prompts = list(build(source, num_calibration_samples=5).calibration_dataloader())
-    assert len(prompts) == 5
+    data = build(source)
+    prompts = list(data.calibration_dataloader())
+    assert [batch["input_ids"][0].tolist() for batch in prompts] == [e.input_ids for e in data.examples("train")]
     assert all(batch["input_ids"].shape[0] == 1 and batch["attention_mask"].all() for batch in prompts)
-    with pytest.raises(ValueError, match="at most the 60 training examples"):
-        build(source, num_calibration_samples=61).calibration_dataloader()
     text = write(tmp_path / "text.jsonl", [{"text": f"{index} " * 30} for index in range(50)])
     calibration = TextDataModule(text, sequence_length=16, num_calibration_samples=7)
     batches = list(build(source, calibration=calibration).calibration_dataloader())
@@ -171,10 +170,9 @@ def test_the_models_own_tokenizer_is_the_default(source):
         ({"options": [" yes", " yes"]}, "two or more different answers"),
         ({"num_val": 11}, "`num_val` to be a multiple of the number of classes"),
         ({"num_test": 0}, "`num_test` to be a multiple"),
-        ({"label_names": ["a"]}, "one name per class"),
-        ({"padding": "left"}, '"fixed" or "batch"'),
+        ({"reading": SourceOptions(label_names=["a"])}, "one name per class"),
+        ({"padding": "left"}, "`padding` to be one of fixed, batch"),
         ({"batch_size": 0}, "`batch_size` to be an integer larger than 0"),
-        ({"split_fractions": (0.5, 0.5, 0.5)}, "add up to 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -185,8 +183,9 @@ def test_bad_arguments(arguments, message):
 def test_bad_number_of_classes(source):
     with pytest.raises(ValueError, match="`num_classes` to be at least 2"):
         ClassificationDataModule(num_classes=1)
+    reading = SourceOptions(label_column="id")
     with pytest.raises(ValueError, match=r"among \[0, 1\]"):
-        ClassificationDataModule(source, label_column="id", num_train=10, num_val=10, num_test=10).prepare_data()
+        ClassificationDataModule(source, reading=reading, num_train=10, num_val=10, num_test=10).prepare_data()
 
 
 def test_bad_data(source, tmp_path):
@@ -202,16 +201,14 @@ def test_bad_data(source, tmp_path):
 
 
 def test_pad_token(source):
-    def data(**kwargs):
-        return PromptedClassificationDataModule(
-            source, tokenizer=byte_tokenizer(pad=False), num_train=10, num_val=10, num_test=10, **kwargs
-        )
+    def data(tokenizer):
+        return PromptedClassificationDataModule(source, tokenizer=tokenizer, num_train=10, num_val=10, num_test=10)
 
-    with pytest.raises(ValueError, match="to have a pad token, but got none"):
-        data().setup("fit")
-    with pytest.raises(ValueError, match="no token 'nothing'"):
-        data(pad_token="nothing").setup("fit")
-    padded = data(pad_token="<eos>")
+    tokenizer = byte_tokenizer(pad=False)
+    with pytest.raises(ValueError, match=r"to have a pad token, but it has none; set `loading\.pad_token`"):
+        data(tokenizer).setup("fit")
+    tokenizer.pad_token = "<eos>"
+    padded = data(tokenizer)
     padded.setup("fit")
     batch = padded.collate(padded.examples("train"))
     filled = batch["input_ids"][batch["attention_mask"] == 0]

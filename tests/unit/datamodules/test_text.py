@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.tokenizer import byte_tokenizer
 
-from wandazeta.data.sources import split_of
+from wandazeta.data.sources import SourceOptions, split_of
 from wandazeta.datamodules import TextDataModule
 
 
@@ -30,7 +30,7 @@ def test_windows_are_the_documents_of_the_split_without_overlap(source):
     tokenizer = byte_tokenizer()
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        own = [row["text"] for row in rows if split_of(row["id"], data.split_fractions) == split]
+        own = [row["text"] for row in rows if split_of(row["id"], (0.8, 0.1, 0.1)) == split]
         expected = tokenizer("".join(text + "\n\n" for text in own), add_special_tokens=False)["input_ids"]
         windows = torch.cat(data.windows(split)).tolist()
         assert len(windows) == len(expected) // 32 * 32
@@ -55,6 +55,11 @@ def test_calibration_is_drawn_from_train_by_seed(source):
     train = {tuple(window.tolist()) for window in build(source).windows("train")}
     assert len(first) == 10
     assert set(first) <= train
+    # by default all of them, in an order that begins with the same ones
+    loader = build(source, num_calibration_samples=None).calibration_dataloader()
+    every = [tuple(batch["input_ids"][0].tolist()) for batch in loader]
+    assert every[:10] == first
+    assert set(every) == train
 
 
 def test_eval_windows_and_bos(source):
@@ -70,10 +75,10 @@ def test_eval_windows_and_bos(source):
 def test_too_little_text(source):
     with pytest.raises(ValueError, match=r"`num_calibration_samples` to be at most \d+"):
         build(source, num_calibration_samples=10_000).calibration_dataloader()
-    with pytest.raises(ValueError, match="to hold a window of `sequence_length` 100000"):
+    with pytest.raises(ValueError, match=r"fills a window of `sequence_length` 100000 .* in the train split"):
         build(source, sequence_length=100_000).train_dataloader()
     with pytest.raises(ValueError, match="the test split"):
-        build(source, split_fractions=(0.9, 0.1, 0.0)).test_dataloader()
+        build(source, reading=SourceOptions(split_fractions=(0.9, 0.1, 0.0))).test_dataloader()
 
 
 @pytest.mark.parametrize("name", ["sequence_length", "num_calibration_samples", "batch_size", "eval_windows"])

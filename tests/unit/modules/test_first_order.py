@@ -170,6 +170,7 @@ def test_adapters_are_fp32_on_a_16_bit_backbone(model_dir, tmp_path):
 
 def test_adapters_come_after_the_pruning_callback(model_dir, tmp_path):
     from wandazeta.callbacks import WandaPPPruneCallback
+    from wandazeta.pruning import RegionalOptimisation, WandaPP
 
     class Calibration:
         def __iter__(self):
@@ -178,7 +179,9 @@ def test_adapters_come_after_the_pruning_callback(model_dir, tmp_path):
                 yield {name: value[None, :length] for name, value in row.items()}
 
     prune_callback = WandaPPPruneCallback(
-        num_calibration_samples=8, samples_per_round=4, rounds=1, output_dir=str(tmp_path / "pruning")
+        method=WandaPP(optimisation=RegionalOptimisation(rounds=1, samples_per_round=4)),
+        num_calibration_samples=8,
+        output_dir=str(tmp_path / "pruning"),
     )
     prune_callback.calibration = torch.utils.data.DataLoader(list(Calibration()), batch_size=None)
     _, module = fit(model_dir, tmp_path, prune_callback)

@@ -1,7 +1,5 @@
-import random
 from collections import namedtuple
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -9,50 +7,26 @@ from transformers import BatchEncoding
 
 from wandazeta.pruning.calibration import (
     call_arguments,
-    collect_batches,
-    count_rows,
-    digest_batches,
-    isolated_rng,
-    take_rows,
+    collect_rows,
+    num_rows,
+    split_rows,
 )
+from wandazeta.pruning.progress.key import digest_batches
 
 Pair = namedtuple("Pair", "x y")
 
 
-def draw():
-    return random.random(), np.random.rand(), torch.rand(1).item()
-
-
-def seed_all():
-    random.seed(1)
-    np.random.seed(1)
-    torch.manual_seed(1)
-
-
-def test_global_generators_are_seeded_and_put_back():
-    with isolated_rng(3):
-        inside = draw()
-    seed_all()
-    expected = draw()
-    seed_all()
-    with isolated_rng(3):
-        assert draw() == inside
-    assert draw() == expected
-    seed_all()
-    with pytest.raises(ZeroDivisionError), isolated_rng(3):
-        _ = draw()[0] / 0
-    assert draw() == expected
-
-
-def test_batches_are_read_until_there_are_enough_and_the_last_is_cut():
+def test_rows_are_read_until_there_are_enough():
     data = TensorDataset(torch.arange(10))
     for number in (1, 4, 5, 8, 10):
-        batches = collect_batches(DataLoader(data, batch_size=4), number, seed=0)
-        assert torch.cat([batch[0] for batch in batches]).tolist() == list(range(number))
+        rows = collect_rows(DataLoader(data, batch_size=4), number, seed=0)
+        assert [row[0].tolist() for row in rows] == [[value] for value in range(number)]
     with pytest.raises(ValueError, match=r"`num_calibration_samples` to be at most 10, .* but got 11"):
-        collect_batches(DataLoader(data, batch_size=4), 11, seed=0)
+        collect_rows(DataLoader(data, batch_size=4), 11, seed=0)
     with pytest.raises(ValueError, match="at least one sample, but got an empty loader"):
-        collect_batches([], 1, seed=0)
+        collect_rows([], 1, seed=0)
+    empty = {"x": torch.empty(0, 3)}
+    assert len(collect_rows([empty, {"x": torch.ones(2, 3)}], 2, seed=0)) == 2
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -63,7 +37,7 @@ def test_a_shuffled_loader_gives_the_same_samples_and_is_not_advanced(own_genera
         torch.manual_seed(5)
         generator = torch.Generator().manual_seed(6) if own_generator else None
         loader = DataLoader(data, batch_size=10, shuffle=True, generator=generator)
-        seen = collect_batches(loader, 30, seed=0) if calibrate else None
+        seen = collect_rows(loader, 30, seed=0) if calibrate else None
         return seen, torch.cat([batch[0] for batch in loader])
 
     first, after = epoch(calibrate=True)
@@ -73,28 +47,33 @@ def test_a_shuffled_loader_gives_the_same_samples_and_is_not_advanced(own_genera
     assert torch.equal(after, epoch(calibrate=False)[1])
 
 
-def test_rows_are_cut_in_any_nesting():
-    x, table = torch.arange(8).view(4, 2), torch.ones(3, 2)
-    batch = BatchEncoding({"x": x, "table": table, "names": ["a", "b", "c", "d"], "nested": [x, (x,)], "n": 4})
-    assert count_rows(batch) == 4
-    cut = take_rows(batch, 3)
-    assert torch.equal(cut["x"], x[:3])
-    assert torch.equal(cut["table"], table)
-    assert cut["names"] == ["a", "b", "c"]
-    assert torch.equal(cut["nested"][1][0], x[:3])
-    assert cut["n"] == 4
-    pair = take_rows(Pair(x, x), 1)
+def test_rows_of_any_nesting():
+    x, y, table = torch.arange(6).view(3, 2), torch.arange(3), torch.ones(2, 5)
+    nested = [y, {"names": ["a", "b", "c"]}, (x,)]
+    batch = {"x": x, "nested": nested, "options": table, "k": 3, "pairs": [["a", "b", "c"]] * 3}
+    assert num_rows(batch) == 3
+    rows = split_rows(batch)
+    assert len(rows) == 3
+    assert torch.equal(rows[1]["x"], x[1:2])
+    assert torch.equal(rows[1]["nested"][0], y[1:2])
+    assert rows[1]["nested"][1]["names"] == ["b"]
+    assert torch.equal(rows[1]["nested"][2][0], x[1:2])
+    assert torch.equal(rows[1]["options"], table)
+    assert rows[1]["k"] == 3
+    assert rows[1]["pairs"] == [["a", "b", "c"]], "one list for each row, of as many strings as there are rows"
+    assert split_rows(x[:1])[0] is not None
+    assert len(split_rows((x, y))) == 3
+    pair = split_rows(Pair(x, y))[2]
     assert isinstance(pair, Pair)
-    assert pair.y.shape == (1, 2)
-    assert take_rows(x, 2).shape == (2, 2)
-    assert count_rows("no tensors") == 1
+    assert torch.equal(pair.y, y[2:])
+    assert (num_rows("text"), split_rows("text")) == (None, ["text"])
 
 
-def test_digests_see_contents_order_and_padding():
-    a, b = [torch.tensor([1, 2])], [torch.tensor([3, 4])]
-    digests = [digest_batches(batches, lambda _: None) for batches in ([a, b], [b, a], [a], [a, b, a])]
-    digests.append(digest_batches([a, b], lambda batch: batch[0] > 1))
-    assert len(set(digests)) == 5
+def test_rows_keep_the_class_of_the_batch():
+    batch = BatchEncoding({"input_ids": torch.arange(4).view(2, 2)})
+    rows = split_rows(batch)
+    assert torch.equal(rows[1].input_ids, torch.tensor([[2, 3]]))
+    assert batch.input_ids.shape == (2, 2)
 
 
 def hugging_face(input_ids, attention_mask=None, **kwargs): ...
@@ -130,10 +109,3 @@ IDS = {"input_ids": 1, "attention_mask": 2, "label": 3}
 )
 def test_a_batch_is_fitted_to_a_signature(function, batch, expected):
     assert call_arguments(function, batch) == expected
-
-
-def test_a_cut_batch_keeps_its_class():
-    batch = BatchEncoding({"input_ids": torch.ones(4, 3)})
-    cut = take_rows(batch, 2)
-    assert cut.input_ids.shape == (2, 3)
-    assert batch.input_ids.shape == (4, 3)

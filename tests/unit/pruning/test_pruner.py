@@ -5,10 +5,10 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad
 from helpers.prune_model import BATCHES, FAST, equal, linears, prune, rows_of, tiny
+from helpers.prune_options import make_options
 from helpers.pruning import Tiny
 
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
+from wandazeta.pruning import prune_model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -38,7 +38,7 @@ def test_nothing_else_is_changed():
         torch.rand(1), random.random(), np.random.rand()
         return model(**batch)
 
-    prune_model(model, forward, BATCHES, PruneOptions(**FAST))
+    prune_model(model, forward, BATCHES, make_options(**FAST))
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_refused(method, what, spoil):
 @pytest.mark.parametrize("method", ["wanda", "wanda++"])
 def test_compiled_blocks_are_pruned_as_others_are(method):
     tokens = [torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    options = PruneOptions(method=method, samples_per_round=4, rounds=1)
+    options = make_options(method, samples_per_round=4, rounds=1)
     torch.compiler.reset()
     compiled, eager = Tiny().eval(), Tiny().eval()
     for block in compiled.layers:

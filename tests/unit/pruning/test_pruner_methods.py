@@ -7,7 +7,7 @@ from helpers.prune_model import BATCHES, equal, linears, prune, rows_of, tiny
 
 from wandazeta.pruning.method.layers import prunable_layers
 from wandazeta.pruning.method.sparsegpt import sparsegpt
-from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pattern import SparsityPattern
 
 
 def independent_wanda(model, blocks, batches, num_pruned_of_4=None, sparsity=None):
@@ -80,7 +80,7 @@ def test_every_row_and_group_has_its_exact_count(method, pattern):
     untouched = ("embed", "norm", "lm_head")
     for (key, value), other in zip(model.state_dict().items(), dense.state_dict().values(), strict=True):
         assert torch.equal(value, other) == any(part in key for part in untouched)
-    wanted = PruneOptions(sparsity_pattern=pattern, sparsity=sparsity).target_sparsity
+    wanted = SparsityPattern(pattern, sparsity).target_sparsity
     assert report.sparsity == pytest.approx(wanted)
 
 
@@ -94,16 +94,16 @@ def test_no_rounds_is_rgs_and_no_gradient_is_ro():
 def test_rgs_by_hand():
     """The first block only: later ones see another input."""
     dense, _ = build("llama")
-    block, options = dense.model.layers[0], PruneOptions(method="rgs", alpha=50.0)
+    block = dense.model.layers[0]
     inputs = {}
-    for name, layer in prunable_layers(block, options).items():
+    for name, layer in prunable_layers(block).items():
         layer.register_forward_hook(lambda _, args, __, name=name: inputs.setdefault(name, []).append(args[0].detach()))
     outputs = []
     block.register_forward_hook(lambda _, __, output: outputs.append(output))
     for batch in BATCHES:
         dense(**batch)
     pruned = tiny(method="rgs", alpha=50.0)[0].model.layers[0]
-    for name, layer in prunable_layers(block, options).items():
+    for name, layer in prunable_layers(block).items():
         grads = [torch.autograd.grad(o.pow(2).sum().sqrt(), layer.weight, retain_graph=True)[0] for o in outputs]
         gradient = torch.stack(grads).pow(2).mean(0).sqrt()
         norm = torch.stack([x[0].norm(dim=0) ** 2 for x in inputs[name]]).mean(0).sqrt()
@@ -126,7 +126,6 @@ def test_magnitude_needs_no_data():
 def test_sparsegpt_solves_every_layer_from_its_own_inputs():
     """Block by block, with the whole model's forwards and one elimination a layer."""
     theirs, blocks = build("llama")
-    options = PruneOptions(method="sparsegpt")
     for block in theirs.get_submodule(blocks):
         grams = {}
 
@@ -139,33 +138,24 @@ def test_sparsegpt_solves_every_layer_from_its_own_inputs():
             theirs(**batch)
         for handle, layer in zip(handles, linears(block), strict=True):
             handle.remove()
-            layer.weight.copy_(sparsegpt([layer.weight], grams[layer], options)[0][0])
+            layer.weight.copy_(sparsegpt([layer.weight], grams[layer], SparsityPattern("2:4"))[0][0])
     ours, _, report = tiny(method="sparsegpt")
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=name)
     assert all(block.loss_after is not None for block in report.blocks)
 
 
-@pytest.mark.parametrize("start", ["score", "sparsegpt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_straight_through_ends_exactly_sparse(name, start):
-    model, blocks, report = tiny(name, mask_mode="straight_through", start=start, rounds=3, learning_rate=1e-2)
+def test_straight_through_ends_exactly_sparse(name):
+    model, blocks, report = tiny(name, mask_mode="straight_through", rounds=3, learning_rate=1e-2)
     for block in blocks:
         for layer in linears(block):
             rows = rows_of(layer)
             assert ((rows != 0).reshape(-1, 4).sum(1) == 2).all()
             assert not rows[rows == 0].signbit().any()
     assert report.sparsity == 0.5
-    other, _, _ = tiny(name, mask_mode="free", start=start, rounds=3, learning_rate=1e-2)
+    other, _, _ = tiny(name, mask_mode="free", rounds=3, learning_rate=1e-2)
     assert not equal(model, other)
-
-
-def test_straight_through_keeps_what_sparsegpt_prunes():
-    # steps too small to matter: the second pruning chooses by the score among all weights, not among SparseGPT's
-    options = {"method": "ro", "start": "sparsegpt", "rounds": 2, "learning_rate": 1e-12}
-    (_, fixed, _), (_, kept, _) = (tiny(mask_mode=mode, **options) for mode in ("fixed", "straight_through"))
-    layers = zip(linears(fixed[0]), linears(kept[0]), strict=True)
-    assert any(((a.weight == 0) & (b.weight != 0)).any() for a, b in layers)
 
 
 def test_straight_through_ends_with_the_mask_of_its_last_steps():
@@ -180,15 +170,3 @@ def test_straight_through_ends_with_the_mask_of_its_last_steps():
 
 def test_without_rounds_the_mask_mode_changes_nothing():
     assert equal(tiny(mask_mode="straight_through", rounds=0)[0], tiny(rounds=0)[0])
-
-
-def test_optimisation_may_start_from_sparsegpt():
-    options = {"method": "ro", "rounds": 1, "learning_rate": 1e-9, "mask_mode": "fixed", "target": "dense_block"}
-    started, blocks, report = tiny(start="sparsegpt", **options)
-    reference, other_blocks, _ = tiny(method="sparsegpt")
-    # with steps too small to matter the first block is SparseGPT's own
-    for layer, other in zip(linears(blocks[0]), linears(other_blocks[0]), strict=True):
-        torch.testing.assert_close(layer.weight, other.weight, rtol=1e-4, atol=1e-5)
-    plain = tiny(**options)[2]
-    assert report.blocks[0].loss_before < plain.blocks[0].loss_before
-    assert not equal(started, reference)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.prune_model import linears, prune, tiny
+from helpers.prune_options import make_options
 
 from wandazeta.data.samples import cache_folder
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import LanguageModel
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import _Pruner, prune_model
+from wandazeta.pruning import prune_model
+from wandazeta.pruning.pruner import _BlockSequence
 
 
 def test_sixteen_bit_models_stay_so():
@@ -41,8 +42,8 @@ def test_bfloat16_compute_hardly_changes_the_masks():
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "rgs", "wanda++"])
 def test_casts_that_are_kept_are_never_stale(method, monkeypatch):
     found = []
-    for fixed in (_Pruner._fixed, lambda self, index: nullcontext()):
-        monkeypatch.setattr(_Pruner, "_fixed", fixed)
+    for constant_weights in (_BlockSequence._constant_weights, lambda self, index: nullcontext()):
+        monkeypatch.setattr(_BlockSequence, "_constant_weights", constant_weights)
         model = build("llama")[0].requires_grad_(False)
         report = prune(model, method=method, compute_dtype="bfloat16")
         found.append((model.state_dict(), report.blocks[-1].loss_after))
@@ -66,7 +67,7 @@ def test_bfloat16_compute_hardly_changes_the_masks_of_the_sample_model():
         found = []
         for compute_dtype in ("model", "bfloat16"):
             model = copy.deepcopy(whole)
-            options = PruneOptions(method=method, alpha=5.0, compute_dtype=compute_dtype)
+            options = make_options(method, alpha=5.0, compute_dtype=compute_dtype)
             prune_model(model, model.calibration_forward, batches, options)
             blocks = model.backbone.model.layers
             found.append([torch.cat([(x.weight != 0).flatten() for x in linears(block)]) for block in blocks])

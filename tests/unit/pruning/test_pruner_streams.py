@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers.architectures import build, pad, token_batches
 from helpers.prune_model import BATCHES, equal, tiny
+from helpers.prune_options import make_options
 from torch import nn
 
-from wandazeta.pruning import samples
+from wandazeta.pruning import prune_model, samples
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
 
 
 @pytest.mark.parametrize("target", ["dense_block", "dense_stream"])
@@ -113,11 +113,11 @@ def test_samples_go_together_where_the_block_allows_it(per_sample):
     torch.manual_seed(0)
     model, rows = Broadcasting(per_sample), [torch.randn(1, 4, 8) for _ in range(6)]
     expected = copy.deepcopy(model)
-    options = PruneOptions(method="wanda")
+    options = PruneOptions("wanda")
     prune_model(model, model, rows, options)
     for layer in expected.layers:
         norm = sum(x[0].square().sum(0) for x in rows).sqrt()
-        kept = make_mask(layer.linear.weight.abs() * norm, options)
+        kept = make_mask(layer.linear.weight.abs() * norm, options.pattern)
         layer.linear.weight.data *= kept
         bias = torch.arange(4.0).view(1, 4, 1)
         rows = [(layer(x, bias)).detach() for x in rows]
@@ -159,7 +159,7 @@ def test_an_expert_that_a_round_does_not_reach_keeps_its_norms(mask_mode):
     torch.manual_seed(0)
     rows = [torch.randn(1, 4, 8) for _ in range(8)]
     rows[3][..., -1] = 100.0
-    options = PruneOptions(method="wanda++", rounds=4, samples_per_round=1, learning_rate=1e-3, mask_mode=mask_mode)
+    options = make_options(rounds=4, samples_per_round=1, learning_rate=1e-3, mask_mode=mask_mode)
     model = WithAnExpert()
     prune_model(model, model, rows, options)
     for block in model.layers:

@@ -1,35 +1,10 @@
-import collections
 import dataclasses
 
 import pytest
 import torch
 from torch import nn
-from transformers import BatchEncoding
 
-from wandazeta.pruning.samples import Batches, capture_samples, split_rows
-
-Pair = collections.namedtuple("Pair", "x y")
-
-
-def test_rows_of_any_nesting():
-    x, y = torch.arange(6).view(3, 2), torch.arange(3)
-    batch = {"x": x, "nested": [y, {"names": ["a", "b", "c"]}], "options": torch.zeros(2, 5), "k": 3}
-    rows = split_rows(batch)
-    assert len(rows) == 3
-    assert torch.equal(rows[1]["x"], x[1:2])
-    assert torch.equal(rows[1]["nested"][0], y[1:2])
-    assert rows[1]["nested"][1]["names"] == ["b"]
-    assert rows[1]["options"].shape == (2, 5)
-    assert rows[1]["k"] == 3
-    assert split_rows(x[:1])[0] is not None
-    assert len(split_rows((x, y))) == 3
-    assert isinstance(split_rows(Pair(x, y))[2], Pair)
-    assert split_rows("text") == ["text"]
-
-
-def test_the_kind_of_mapping_is_kept():
-    rows = split_rows(BatchEncoding({"input_ids": torch.arange(4).view(2, 2)}))
-    assert torch.equal(rows[1].input_ids, torch.tensor([[2, 3]]))
+from wandazeta.pruning.samples import Batches, capture_samples
 
 
 class Model(nn.Module):
@@ -75,7 +50,7 @@ def test_batches_are_neighbours_without_padding_that_are_called_alike():
     assert batches.split([0, 3, 1, 4]) == [[0], [3], [1], [4]]
     assert batches.mask([2]) is mask
     assert batches.mask([0, 1]) is None
-    assert batches.apart().split(range(5)) == [[0], [1], [2], [3], [4]]
+    assert batches.one_by_one().split(range(5)) == [[0], [1], [2], [3], [4]]
     long = Batches([None] * 5, keys=["a"] * 5, num_tokens=[1000] * 5)
     assert long.split(range(5)) == [[0, 1], [2, 3], [4]]
 
@@ -88,13 +63,13 @@ def test_samples_are_told_apart_by_shape_padding_and_arguments():
     assert samples.batches(0).split(range(4)) == [[0], [1], [2], [3]]
 
 
-def test_the_form_of_a_call_is_that_of_its_tensors():
+def test_the_signature_of_a_call_has_the_shapes_of_its_tensors():
     samples = capture([torch.randn(1, 3, 2)] * 3)
     shapes = [(1, 3), (1, 3), (1, 4)]
     for calls, shape in zip(samples.calls, shapes, strict=True):
         calls[0] = dataclasses.replace(calls[0], kwargs={"mask": torch.randn(shape), "cache": False})
-    assert samples.form(0, 0) == samples.form(1, 0) != samples.form(2, 0)
-    assert samples.batches(0).split(range(3)) == [[0], [1], [2]], "equal forms, other tensors"
+    assert samples.call_signature(0, 0) == samples.call_signature(1, 0) != samples.call_signature(2, 0)
+    assert samples.batches(0).split(range(3)) == [[0], [1], [2]], "equal shapes, other tensors"
 
 
 def test_hidden_states_with_tokens_first_are_refused():

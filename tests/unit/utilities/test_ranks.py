@@ -77,7 +77,7 @@ def test_statistics_of_two_ranks_are_those_of_one(tmp_path):
                     layers["both"](samples[index])
                     if index == 1:  # an expert that no sample of another rank is sent to
                         layers["one"](2 * samples[index])
-        statistics.share(ranks)
+        statistics.all_reduce(ranks)
         found = {name: (statistics.norm(name), statistics._grams[name]) for name in ("both", "one")}
         with pytest.raises(ValueError, match="`none` did not"):
             statistics.norm("none")

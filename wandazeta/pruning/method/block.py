@@ -1,4 +1,4 @@
-"""All that happens to one block: statistics, regional gradients, rounds of optimisation, the final pruning."""
+"""Prune one block: statistics, regional gradients, rounds of optimisation, and the final masks."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,6 @@ from wandazeta.pruning.method.regional import (
     optimise_block,
     regional_gradients,
 )
-from wandazeta.pruning.method.scores import magnitude_score, regional_score
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.options import PruneOptions
@@ -24,22 +23,22 @@ from wandazeta.pruning.records import LayerRecord
 from wandazeta.pruning.samples import Batches
 from wandazeta.utilities.ranks import Ranks
 
-# the report's losses are means over the first samples: enough to see the gain, next to no cost
+# samples whose mean loss is reported: enough to see the gain, at little cost
 NUM_PROBES = 8
 
 
 class BlockPruner:
-    """Prunes one block in place.
+    """Prunes the layers of one block in place.
 
     Args:
-        index: Position of the block; decides its draws of samples, so that a resumed run draws the same.
+        index: Position of the block. It seeds the draws of samples, so that a resumed run draws the same.
         layers: The layers to prune, by the name of their weight.
-        options: The options.
+        options: The options, with the pattern of this block.
         run: Runs the block on a batch of samples.
-        fixed: Within it, the weights stay as they are: what the runs make of them is kept.
-        samples: Which samples it can run together.
-        masks: Positions that count, for each sample.
-        ranks: Those that the samples are shared out to; all samples here are this rank's.
+        constant_weights: Context for several runs without a change of the weights, which may then be cast once.
+        batches: Groups samples that can run through the block together.
+        masks: For each sample, which positions are no padding; None if all are.
+        ranks: The ranks, among which the samples are distributed; all samples here belong to this rank.
     """
 
     def __init__(
@@ -48,22 +47,25 @@ class BlockPruner:
         layers: Mapping[str, nn.Linear],
         options: PruneOptions,
         run: RunBlock,
-        fixed: Callable[[], AbstractContextManager[None]],
-        samples: Batches,
+        constant_weights: Callable[[], AbstractContextManager[None]],
+        batches: Batches,
         masks: Sequence[Tensor | None],
         ranks: Ranks,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
-        self.options = options
+        self.method = options.method
+        self.optimisation = options.method.active_optimisation
+        self.pattern = options.pattern
         self.run = run
-        self.fixed = fixed
-        self.samples = samples
+        self.constant_weights = constant_weights
+        self.batches = batches
         self.masks = masks
         self.ranks = ranks
         self.num_probes = len(ranks.local_indices(range(NUM_PROBES)))
-        self.statistics = InputStatistics(layers, with_gram=options.uses_gram)
-        self.master = MasterWeights(layers, keep_pruned=options.keeps_pruned)
+        self.statistics = InputStatistics(layers, with_gram=self.method.uses_gram)
+        keeps_pruned = self.optimisation is not None and self.optimisation.mask_mode == "straight_through"
+        self.master = MasterWeights(layers, keep_pruned=keeps_pruned)
         self.gradients: dict[str, Tensor] = {}
         seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
@@ -71,17 +73,26 @@ class BlockPruner:
         self.loss_before: float | None = None
 
     def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
-        """Take input statistics and, where the score wants them, regional gradients of the dense block.
+        """Run the dense block to collect input statistics and, if the score uses them, regional gradients.
 
         Args:
-            hidden: The block's input for each sample.
-            keep_outputs: Keep the dense outputs of all samples, not only of those that the report looks at.
+            hidden: Input of the block for each sample.
+            keep_outputs: Return the dense outputs of all samples, not only of those whose loss is reported.
 
         Returns:
-            The dense outputs that are kept, from the first sample on.
+            Dense outputs, from the first sample on.
+
+        Raises:
+            ValueError: If weights, input norms or gradients are not finite.
         """
-        if not self.options.uses_gradients:
-            return self._measure_inputs(hidden, len(hidden) if keep_outputs else self.num_probes)
+        if self.method.uses_gradients:
+            outputs = self._measure_gradients(hidden, keep_outputs)
+        else:
+            outputs = self._measure_inputs(hidden, len(hidden) if keep_outputs else self.num_probes)
+        self._require_finite()
+        return outputs
+
+    def _measure_gradients(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
         outputs: list[Tensor] = []
 
         def on_output(output: Tensor) -> None:
@@ -95,26 +106,22 @@ class BlockPruner:
         return outputs
 
     def _measure_inputs(self, hidden: Sequence[Tensor], num_outputs: int = 0) -> list[Tensor]:
-        """Takes the statistics; the outputs of at least the first `num_outputs` samples come back."""
+        """Collect input statistics; returns the outputs of at least the first `num_outputs` samples."""
         outputs: list[Tensor] = []
         self.statistics.reset()
-        with self.statistics.collect(), self.fixed():
-            for batch in self.samples.split(range(len(hidden))):
+        with self.statistics.collect(), self.constant_weights():
+            for batch in self.batches.split(range(len(hidden))):
                 states = torch.cat([hidden[index] for index in batch])
                 wanted = len(outputs) < num_outputs
-                with self.statistics.sample(self.samples.mask(batch), len(batch), states.shape, may_stop=not wanted):
+                with self.statistics.sample(self.batches.mask(batch), len(batch), states.shape, may_stop=not wanted):
                     output = self.run(batch, states)
                     if wanted:
                         outputs.extend(output.split(1))
-        self.statistics.share(self.ranks)
+        self.statistics.all_reduce(self.ranks)
         return outputs
 
-    def require_finite(self) -> None:
-        """Refuse what scores cannot be made of: a comparison with NaN would prune whole rows, or at random.
-
-        Raises:
-            ValueError: If weights, input norms or gradients are infinite or no numbers.
-        """
+    def _require_finite(self) -> None:
+        """Refuse values that are not finite: comparisons with NaN would prune complete rows, or at random."""
         for name, layer in self.layers.items():
             values = {"weights": layer.weight, "inputs": self.statistics.norm(name)}
             if name in self.gradients:
@@ -127,87 +134,92 @@ class BlockPruner:
                         "overflows float16 in bfloat16 or float32"
                     )
 
-    def prune(self) -> dict[str, Tensor]:
-        """Set the lowest scores of the block as it is to zero.
-
-        Returns:
-            Masks in the layout of the weights.
-        """
-        kept = {}
-        for name in self.layers:
-            score = self._score(name)
-            self.score_moments[name] = _std_mean(score)
-            kept[name] = self._in_layout(name, make_mask(score, self.options))
-        self.master.apply_masks(kept)
-        return kept
-
-    def solve(self) -> dict[str, Tensor]:
-        """Prune the block as it is by SparseGPT.
-
-        Returns:
-            Masks in the layout of the weights.
-        """
-        kept = {}
-        for gram, names in self.statistics.groups():
-            views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
-            for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.options), strict=True):
-                # what the masters keep of the pruned weights is not part of the solution
-                view.copy_(torch.where(mask, solved, view))
-                self.score_moments[name] = _std_mean(solved.abs())
-                kept[name] = self._in_layout(name, mask)
-        self.master.apply_masks(kept)
-        return kept
-
-    def optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Regional optimisation; afterwards the block is pruned.
+    def finish(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Prune the block by its method, after `measure`.
 
         Args:
-            hidden: The block's input for each sample.
-            targets: The wanted output for each sample.
+            hidden: Input of the block for each sample.
+            targets: Target output for each sample; used if the block is optimised.
 
         Returns:
-            Masks in the layout of the weights.
+            Masks in the layout of the weights, True where a weight is kept.
         """
+        if self.optimisation is not None:
+            return self._optimise(hidden, targets)
+        return self._solve() if self.method.uses_gram else self.mask_by_score()
+
+    def mask_by_score(self) -> dict[str, Tensor]:
+        """Score the current weights and set the lowest scores to zero.
+
+        Returns:
+            Masks in the layout of the weights, True where a weight is kept.
+        """
+        kept = {}
+        for name, layer in self.layers.items():
+            score = self._score(name)
+            self.score_moments[name] = _std_mean(score)
+            kept[name] = weight_view(layer, make_mask(score, self.pattern)).contiguous()
+        self.master.apply_masks(kept)
+        return kept
+
+    def _solve(self) -> dict[str, Tensor]:
+        """Prune by SparseGPT, which chooses masks and adjusts the other weights."""
+        kept = {}
+        for gram, names in self.statistics.gram_groups():
+            views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
+            for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.pattern), strict=True):
+                view.copy_(solved)
+                self.score_moments[name] = _std_mean(self.method.score(solved))
+                kept[name] = weight_view(self.layers[name], mask).contiguous()
+        self.master.apply_masks(kept)
+        return kept
+
+    def _optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        assert self.optimisation is not None
         kept: dict[str, Tensor] = {}
 
-        def prune(number: int) -> dict[str, Tensor]:
-            kept.update(self.solve() if number == 0 and self.options.start == "sparsegpt" else self.prune())
+        def start_round(number: int) -> dict[str, Tensor]:
+            kept.update(self.mask_by_score())
             if number == 0:
-                self.statistics.leave_out_grams()  # the rounds look at norms alone
-                self.loss_before = self.probe_loss(hidden, targets)
+                self.loss_before = self._probe_loss(hidden, targets)
             return kept
 
         with self._trainable():
             optimise_block(
                 self.run,
                 self.master,
-                prune,
+                start_round,
                 hidden,
                 targets,
-                self.samples,
+                self.masks,
                 self.statistics,
-                self.options,
+                self.optimisation,
                 self.generator,
                 self.ranks,
             )
-        if self.options.mask_mode != "free":
-            return kept  # what the last steps were made with
+        if self.optimisation.mask_mode != "free":
+            return kept
+        # the last steps moved pruned weights away from zero
         self._measure_inputs(hidden)
-        return self.prune()
+        return self.mask_by_score()
 
-    def probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-        """Mean loss of the block as it is over the first samples."""
+    def _probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         probes = range(min(self.num_probes, len(hidden)))
         return self.mean_loss([self.run([index], hidden[index]) for index in probes], targets)
 
     def mean_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-        """Mean loss of the first outputs, over all ranks."""
+        """Mean loss of the first outputs, over all ranks.
+
+        Args:
+            outputs: Outputs of the block, from the first sample on.
+            targets: Target output for each sample.
+        """
         pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
         losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
         return self.ranks.sum(sum(losses)) / self.ranks.sum(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
-        """What to report of each layer.
+        """Return the record of each layer for the report.
 
         Args:
             kept: The final masks.
@@ -217,8 +229,7 @@ class BlockPruner:
             out_features, in_features = weight_view(layer).shape
             sparsity = 1 - kept[name].sum().item() / kept[name].numel()
             std, mean = (value.item() for value in self.score_moments[name])
-            pattern = self.options.pattern_label
-            records.append(LayerRecord(name, (out_features, in_features), pattern, sparsity, mean, std))
+            records.append(LayerRecord(name, (out_features, in_features), self.pattern.label, sparsity, mean, std))
         return tuple(records)
 
     @contextmanager
@@ -233,19 +244,15 @@ class BlockPruner:
                 layer.weight.grad = None
 
     def _score(self, name: str) -> Tensor:
-        layer = self.layers[name]
-        weight = weight_view(layer, self.master.masters[name].detach())
-        if not self.options.uses_calibration:
-            return magnitude_score(weight)
-        gradient = self.gradients.get(name)
-        gradient = None if gradient is None else weight_view(layer, gradient)
-        return regional_score(weight, self.statistics.norm(name), gradient, self.options.alpha)
-
-    def _in_layout(self, name: str, mask: Tensor) -> Tensor:
-        return weight_view(self.layers[name], mask).contiguous()
+        layer, gradient = self.layers[name], self.gradients.get(name)
+        return self.method.score(
+            weight_view(layer, self.master.masters[name].detach()),
+            self.statistics.norm(name) if self.method.uses_calibration else None,
+            None if gradient is None else weight_view(layer, gradient),
+        )
 
 
 def _std_mean(values: Tensor) -> tuple[Tensor, Tensor]:
-    """As `torch.std_mean` without correction, which is ten times slower on a CPU."""
+    """Like `torch.std_mean` without correction, which is ten times slower on a CPU."""
     mean = values.mean()
     return torch.linalg.vector_norm(values - mean) / values.numel() ** 0.5, mean

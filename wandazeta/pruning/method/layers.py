@@ -1,72 +1,74 @@
-"""Which weights inside the blocks are pruned, seen as (output features, input features) whatever their layout."""
+"""Find and check the layers to prune, and view their weights as (output features, input features)."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from wandazeta.models.streaming import is_file_backed
-from wandazeta.pruning.options import PruneOptions, num_pruned
+from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pattern import SparsityPattern, num_pruned
 from wandazeta.utilities.arguments import closest_names
 
-# hold matrices that no pruning method of ours applies to: nothing to say about them
+# modules with matrices that no pruning method applies to; they stay dense without an error
 _LEFT_DENSE = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
+    """Whether a layer stores its weight as (in, out), as transformers' `Conv1D` does."""
     return type(layer).__name__ == "Conv1D"
 
 
 def weight_view(layer: nn.Linear, tensor: Tensor | None = None) -> Tensor:
-    """The weight of a layer, or a tensor in its layout, as a view of shape (out, in).
+    """View the weight of a layer, or a tensor in its layout, with shape (out, in).
 
     Args:
-        layer: A layer that `prunable_layers` gave.
-        tensor: Something with the shape of its weight (gradient, mask); the weight itself if left out.
+        layer: A layer from `prunable_layers`.
+        tensor: A tensor with the shape of the weight, such as a gradient or a mask; by default the weight.
 
     Returns:
-        A view: writing to it writes to the weight.
+        A view, which shares its memory with the tensor.
     """
     tensor = layer.weight.detach() if tensor is None else tensor
     return tensor.t() if is_transposed(layer) else tensor
 
 
-def prunable_layers(block: nn.Module, options: PruneOptions, name: str = "") -> dict[str, nn.Linear]:
-    """The layers of a block that are pruned.
+def prunable_layers(block: nn.Module, exclude_modules: Sequence[str] = (), name: str = "") -> dict[str, nn.Linear]:
+    """Find the layers of a block that are pruned.
 
     Args:
         block: The block.
-        options: Gives the modules to leave out.
+        exclude_modules: Names of modules that stay dense, or regular expressions.
         name: Dotted name of the block in the model.
 
     Returns:
-        Layers by the name of their weight relative to the block, `mlp.up_proj.weight`.
+        The layers by the name of their weight relative to the block, such as `mlp.up_proj.weight`.
     """
-    # a Conv1D is no Linear, but has what is used of one
+    # Conv1D is not a Linear, but has the same attributes
     return {
         f"{layer_name}.weight": cast(nn.Linear, layer)
         for layer_name, layer in block.named_modules()
-        if (isinstance(layer, nn.Linear) or is_transposed(layer)) and not _excluded(f"{name}.{layer_name}", options)
+        if (isinstance(layer, nn.Linear) or is_transposed(layer))
+        and not _excluded(f"{name}.{layer_name}", exclude_modules)
     }
 
 
 def validate_layers(
     blocks: nn.ModuleList, options: PruneOptions, *, model: nn.Module | None = None, block_name: str = "blocks"
 ) -> None:
-    """Check that every block can be pruned as asked, before any work.
+    """Check that every block can be pruned, before any work.
 
     Args:
         blocks: The blocks.
-        options: The options.
-        model: The whole model, to find weights of blocks that it uses elsewhere too.
-        block_name: Dotted name of the list of blocks, for messages.
+        options: The pruning options.
+        model: The model, to find weights of the blocks that it uses elsewhere, too.
+        block_name: Dotted name of the list of blocks, for error messages.
 
     Raises:
-        ValueError: If a width does not fit the pattern, an excluded name matches nothing, nothing is left to prune,
-            or a block holds weights that cannot be pruned: they are named, never skipped in silence.
+        ValueError: If a layer's width does not fit the pattern, an excluded name matches nothing, no layer is left to
+            prune, or a block holds matrices that cannot be pruned; the message names them.
     """
     names = {f"{block_name}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in block.named_modules() if n}
     for pattern in options.exclude_modules:
@@ -76,15 +78,16 @@ def validate_layers(
                 f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
                 f"none; {closest_names(pattern, sorted(known))}"
             )
-    wanted = {name: module for name, module in names.items() if not _excluded(name, options)}
+    wanted = {name: module for name, module in names.items() if not _excluded(name, options.exclude_modules)}
     for name, module in wanted.items():
         _check_weight(name, module)
     _check_own_matrices(wanted, block_name)
     layers: dict[str, nn.Linear] = {}
     for i, block in enumerate(blocks):
-        of_block = {f"{block_name}.{i}.{n}": m for n, m in prunable_layers(block, options, f"{block_name}.{i}").items()}
+        prefix = f"{block_name}.{i}"
+        of_block = {f"{prefix}.{n}": m for n, m in prunable_layers(block, options.exclude_modules, prefix).items()}
         for name, layer in of_block.items():
-            _check_layer(name, layer, options.of_block(i, len(blocks)))
+            _check_width(name, layer, options.pattern.of_block(i, len(blocks)))
         layers |= of_block
     if not layers:
         raise ValueError(
@@ -94,17 +97,17 @@ def validate_layers(
     _check_shared(layers, model)
 
 
-def _check_layer(name: str, layer: nn.Linear, options: PruneOptions) -> None:
+def _check_width(name: str, layer: nn.Linear, pattern: SparsityPattern) -> None:
     in_features = weight_view(layer).shape[1]
     remedy = "choose another pattern or add the layer to `exclude_modules`"
-    if options.group is not None and in_features % options.group[1]:
+    if pattern.group is not None and in_features % pattern.group[1]:
         raise ValueError(
-            f"Expected argument `sparsity_pattern` to fit the width of every layer, but {options.sparsity_pattern!r} "
+            f"Expected argument `sparsity_pattern` to fit the width of every layer, but {pattern.sparsity_pattern!r} "
             f"does not divide the {in_features} inputs of `{name}`; {remedy}"
         )
-    if options.group is None and num_pruned(in_features, options.target_sparsity) == 0:
+    if pattern.group is None and num_pruned(in_features, pattern.target_sparsity) == 0:
         raise ValueError(
-            f"Expected argument `sparsity` to remove at least one weight of each row, but {options.sparsity:g} of the "
+            f"Expected argument `sparsity` to remove at least one weight of each row, but {pattern.sparsity:g} of the "
             f"{in_features} inputs of `{name}` is none; {remedy}"
         )
 
@@ -126,7 +129,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
 
 
 def _check_own_matrices(modules: Mapping[str, nn.Module], block_name: str) -> None:
-    """Refuse Linears in disguise, all at once: a router, fused 3-D experts, `in_proj_weight` of MultiheadAttention."""
+    """Refuse matrices outside Linear layers: routers, fused 3-D experts, `in_proj_weight` of MultiheadAttention."""
     found: dict[str, str] = {}
     for name, module in modules.items():
         if isinstance(module, (nn.Linear, *_LEFT_DENSE)) or is_transposed(module):
@@ -155,7 +158,7 @@ def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None
                 "add both to `exclude_modules` to leave them dense"
             )
     own = {id(layer) for layer in layers.values()}
-    # each module once: a second name for the blocks does not tie their weights
+    # `named_modules` yields each module once, so a second name of the blocks does not count as tied weights
     for name, module in model.named_modules() if model is not None else ():
         for parameter_name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():
             owner = owners.get(_identity(parameter))
@@ -167,7 +170,7 @@ def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None) -> None
 
 
 def _identity(weight: Tensor) -> int:
-    # a stored one is nowhere in memory
+    # a tensor that is still in its file has no address
     return weight.data_ptr() or id(weight)
 
 
@@ -175,16 +178,16 @@ def _name_in_block(name: str, block_name: str) -> str:
     return name.removeprefix(f"{block_name}.").split(".", 1)[1]
 
 
-def _excluded(name: str, options: PruneOptions) -> bool:
-    return any(_matches(name, pattern) for pattern in options.exclude_modules)
+def _excluded(name: str, exclude_modules: Sequence[str]) -> bool:
+    return any(_matches(name, pattern) for pattern in exclude_modules)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A whole name, its tail at a dot, or a module above it; `pattern` is also tried as a regular expression."""
-    return any(_tail(part, pattern) for part in _prefixes(name))
+    """Whether a pattern names a module or one of its parents: by full name, by its last parts, or as an expression."""
+    return any(_matches_tail(prefix, pattern) for prefix in _prefixes(name))
 
 
-def _tail(name: str, pattern: str) -> bool:
+def _matches_tail(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
 
 

@@ -1,31 +1,31 @@
-"""Masks from scores: True is kept. Equal scores: the lower index is pruned first, on every device."""
+"""Masks from scores: True where a weight is kept. Of equal scores the lower index is pruned, on every device."""
 
 import torch
 from torch import Tensor
 
-from wandazeta.pruning.options import PruneOptions, num_pruned
+from wandazeta.pruning.pattern import SparsityPattern, num_pruned
 
-# up to this group size comparing all pairs is several times faster than a sort
+# up to this group size, comparing all pairs is several times faster than a sort
 _LARGEST_PAIRWISE = 8
 
 
-def make_mask(score: Tensor, options: PruneOptions) -> Tensor:
-    """The mask that the options' pattern gives.
+def make_mask(score: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Choose the weights to keep from their scores.
 
     Args:
-        score: Shape (out, in).
-        options: The pattern.
+        score: Shape (out, in), finite.
+        pattern: The sparsity pattern.
 
     Returns:
         Bool of shape (out, in), True where the weight is kept.
     """
-    if options.group is not None:
-        return group_mask(score, *options.group)
-    return row_mask(score, options.target_sparsity)
+    if pattern.group is not None:
+        return group_mask(score, *pattern.group)
+    return row_mask(score, pattern.target_sparsity)
 
 
 def group_mask(score: Tensor, num_kept: int, group_size: int) -> Tensor:
-    """Keeps the N largest of every M consecutive inputs of a row.
+    """Keep the N largest of every M consecutive inputs of a row.
 
     Args:
         score: Shape (out, in), finite.
@@ -55,25 +55,26 @@ def group_mask(score: Tensor, num_kept: int, group_size: int) -> Tensor:
 
 
 def zero_where_false(weight: Tensor, mask: Tensor) -> None:
-    """Set a weight to zero, +0.0, where the mask is False; what it keeps stays bit for bit.
+    """Set a weight to +0.0 where the mask is False, in place; other values keep their bits.
 
-    On integers, a product does this many times faster on a CPU than `masked_fill_`; one of floats would leave -0.0.
+    The bits are multiplied as integers, which is many times faster on a CPU than `masked_fill_`; a product of floats
+    would leave -0.0.
 
     Args:
-        weight: Floating-point, changed in place.
-        mask: Bool of its shape.
+        weight: Floating-point tensor.
+        mask: Bool of the same shape.
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     weight.detach().view(integers[weight.element_size()]).mul_(mask)
 
 
 class OneGroup:
-    """Gives the mask of one N:M group of columns, as `group_mask` does, with few operations for a loop over many.
+    """Mask of one N:M group of columns: `group_mask` with few operations, for a loop over many groups.
 
     Args:
         num_kept: N.
         group_size: M.
-        device: Where the scores are.
+        device: Device of the scores.
 
     Example:
         >>> OneGroup(2, 4)(torch.tensor([[1.0], [3.0], [2.0], [2.0]])).int().flatten()
@@ -84,14 +85,14 @@ class OneGroup:
         self._num_pruned = group_size - num_kept
         self._later, self._earlier = torch.tril_indices(group_size, group_size, -1, device=device)
         pairs = torch.arange(len(self._later), device=device)
-        # a column beats all before it, but for those that are larger
+        # a column beats all earlier ones except those that are larger
         self._beaten = torch.arange(group_size, dtype=torch.float32, device=device)[:, None]
         self._change = torch.zeros(group_size, len(self._later), device=device)
         self._change[self._earlier, pairs] = 1.0
         self._change[self._later, pairs] = -1.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """The mask.
+        """Return the mask of one group.
 
         Args:
             scores: Shape (M, rows), finite.
@@ -104,14 +105,14 @@ class OneGroup:
 
 
 def row_mask(score: Tensor, sparsity: float) -> Tensor:
-    """Prunes the `num_pruned(in, sparsity)` smallest of every row.
+    """Prune the `num_pruned(in, sparsity)` smallest scores of every row.
 
     Args:
         score: Shape (out, in), finite.
         sparsity: Fraction to prune.
 
     Returns:
-        Bool of shape (out, in), exactly so many False in every row.
+        Bool of shape (out, in), with that many False in every row.
     """
     count = num_pruned(score.shape[1], sparsity)
     if count == 0:

@@ -1,6 +1,6 @@
-"""Regional gradients and regional optimisation (Wanda++, sections 4.1 and 4.2): one block at a time, no labels.
+"""Regional gradients and regional optimisation (Wanda++, sections 4.1 and 4.2), one block at a time, without labels.
 
-Shapes: a sample's hidden states are (1, tokens, width); weights and gradients (out, in) or the layer's own layout.
+Shapes: hidden states of a sample are (1, tokens, width); weights and gradients have the layout of the layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,47 +11,46 @@ from torch import Tensor, nn
 
 from wandazeta.pruning.method.masks import zero_where_false
 from wandazeta.pruning.method.statistics import InputStatistics
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.samples import Batches
+from wandazeta.pruning.methods import RegionalOptimisation
 from wandazeta.utilities.ranks import Ranks
 
-# (the samples of a batch, their hidden states) -> the block's output
+# (indices of the samples of a batch, their hidden states) -> output of the block
 RunBlock = Callable[[Sequence[int], Tensor], Tensor]
 
-# half precision would flush the gradient of a norm over millions of values to zero
+# in float16 the gradient of a norm over millions of values would underflow to zero
 _HALF_SCALE = 1024.0
 
 
-def select(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions that count, in float32 (float64 stays).
+def select_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Select the positions that are no padding, in float32, or in float64 if the states are.
 
     Args:
         states: Shape (1, tokens, width).
-        mask: Bool of shape (1, tokens), None for all.
+        mask: Bool of shape (1, tokens); None selects all.
     """
     states = states if mask is None else states[mask]
     return states if states.dtype == torch.float64 else states.float()
 
 
 def regional_loss(output: Tensor, mask: Tensor | None = None) -> Tensor:
-    """L = ‖f(X)‖₂ of one sample, not squared (Wanda++, equation 2).
+    """Regional loss L = ‖f(X)‖₂ of one sample, not squared (Wanda++, equation 2).
 
     Args:
-        output: The block's output, shape (1, tokens, width).
-        mask: Positions that count.
+        output: Output of the block, shape (1, tokens, width).
+        mask: Positions that are no padding, bool of shape (1, tokens); None if all are.
     """
-    return torch.linalg.vector_norm(select(output, mask))
+    return torch.linalg.vector_norm(select_tokens(output, mask))
 
 
 def optimisation_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean squared error between the pruned block and its target on one sample.
+    """Mean squared error between the output of the pruned block and its target, on one sample.
 
     Args:
-        output: The pruned block's output, shape (1, tokens, width).
-        target: What it should be.
-        mask: Positions that count.
+        output: Output of the pruned block, shape (1, tokens, width).
+        target: Target of the same shape.
+        mask: Positions that are no padding, bool of shape (1, tokens); None if all are.
     """
-    return nn.functional.mse_loss(select(output, mask), select(target, mask))
+    return nn.functional.mse_loss(select_tokens(output, mask), select_tokens(target, mask))
 
 
 def regional_gradients(
@@ -59,22 +58,25 @@ def regional_gradients(
     layers: Mapping[str, nn.Linear],
     hidden: Sequence[Tensor],
     masks: Sequence[Tensor | None],
-    norms: InputStatistics,
+    statistics: InputStatistics,
     on_output: Callable[[Tensor], None],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer, in float32 and in the layout of its weight.
+    """Regional gradients G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer (Wanda++, section 4.1).
 
-    The same forward yields the input norms and the dense outputs.
+    The same forwards collect the input statistics and the dense outputs.
 
     Args:
-        run: The dense block.
+        run: Runs the dense block.
         layers: The layers; their weights must require gradients.
-        hidden: The block's input for each sample.
-        masks: Positions that count, for each sample.
-        norms: Collects the input norms.
-        on_output: Gets each sample's dense output, in order.
-        ranks: Those that the samples are shared out to; each passes its own.
+        hidden: Input of the block for each sample of this rank.
+        masks: For each sample, which positions are no padding; None if all are.
+        statistics: Collects the input norms.
+        on_output: Called with the dense output of each sample, in order.
+        ranks: The ranks, among which the samples are distributed.
+
+    Returns:
+        Gradients in float32, in the layout of the weights.
     """
     squares = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
@@ -85,32 +87,32 @@ def regional_gradients(
             assert weight.grad is not None
             gradient = weight.grad.float()
             squares[name].addcmul_(gradient, gradient)
-            weight.grad = None  # each sample is squared on its own
+            weight.grad = None  # gradients are squared sample by sample
 
         return hook
 
-    with ExitStack() as hooks, norms.collect():
+    with ExitStack() as hooks, statistics.collect():
         for name, layer in layers.items():
             hooks.callback(layer.weight.register_post_accumulate_grad_hook(add_square(name)).remove)
         for index, (states, mask) in enumerate(zip(hidden, masks, strict=True)):
-            with norms.sample(mask), torch.enable_grad():
+            with statistics.sample(mask), torch.enable_grad():
                 output = run([index], states)
                 (regional_loss(output, mask) * scale).backward()
             on_output(output.detach())
-    norms.share(ranks)
+    statistics.all_reduce(ranks)
     ranks.all_reduce_(list(squares.values()))
-    return {name: (square / norms.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
+    return {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
 
 
 class MasterWeights:
-    """Float32 copies of 16-bit weights, which the optimiser moves; wider weights are their own masters.
+    """Float32 copies of 16-bit weights for the optimizer; weights of higher precision are optimised directly.
 
-    RMSprop at the paper's learning rate moves a weight by less than half an ulp of bfloat16 in all 160 steps.
+    RMSprop at the paper's learning rate changes a weight by less than half an ulp of bfloat16 in all 160 steps.
 
     Args:
-        layers: The layers, by name.
-        keep_pruned: Keep what is pruned in the masters, which are copies then whatever the precision; only the weights
-            get zeros, and the masters their gradients.
+        layers: The layers by name.
+        keep_pruned: Keep the values of pruned weights in the masters, as the straight-through estimator needs them.
+            The masters are copies then, whatever the precision, and only the weights of the block are set to zero.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], keep_pruned: bool = False) -> None:
@@ -126,10 +128,10 @@ class MasterWeights:
 
     @torch.no_grad()
     def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Set weights, and masters unless they keep what is pruned, to zero where the mask is False.
+        """Set weights to zero where the mask is False, and so the masters, unless they keep pruned values.
 
         Args:
-            masks: In the weights' layout.
+            masks: Bool masks in the layout of the weights, True where a weight is kept.
         """
         if self._keep_pruned:
             self._masks = masks
@@ -141,7 +143,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters to the weights; what is pruned stays zero where the masters keep it."""
+        """Copy the masters to the weights, rounded to their precision, with zeros for pruned values."""
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
                 weight.copy_(self.masters[name])
@@ -150,19 +152,22 @@ class MasterWeights:
 
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
-        """Add the weights' gradients, divided by `scale`, to the masters'."""
+        """Move the gradients of the weights to the masters.
+
+        Args:
+            scale: Factor of the loss, by which the gradients are divided.
+        """
         for name, weight in self.weights.items():
             master = self.masters[name]
             if master is not weight and weight.grad is not None:
-                gradient = weight.grad.to(master.dtype).div_(scale)
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                master.grad = weight.grad.to(master.dtype).div_(scale)
                 weight.grad = None
 
     def gradients(self, complete: bool) -> list[Tensor]:
-        """The masters' gradients.
+        """Gradients of the masters.
 
         Args:
-            complete: Make zeros of those that are missing, for a rank without a sample in this step.
+            complete: Create missing gradients as zeros, for a rank without a sample in this step.
         """
         for master in self.masters.values():
             if complete and master.grad is None:
@@ -170,7 +175,7 @@ class MasterWeights:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def clear_gradients(self) -> None:
-        """Free all gradients."""
+        """Set all gradients to None."""
         for parameter in (*self.weights.values(), *self.masters.values()):
             parameter.grad = None
 
@@ -178,75 +183,76 @@ class MasterWeights:
 def optimise_block(
     run: RunBlock,
     master: MasterWeights,
-    prune: Callable[[int], dict[str, Tensor]],
+    start_round: Callable[[int], dict[str, Tensor]],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
-    samples: Batches,
-    norms: InputStatistics,
-    options: PruneOptions,
+    masks: Sequence[Tensor | None],
+    statistics: InputStatistics,
+    optimisation: RegionalOptimisation,
     generator: torch.Generator,
     ranks: Ranks,
 ) -> None:
-    """K rounds: prune by the current score, then steps towards the target on M samples (Wanda++, algorithm 1).
+    """Regional optimisation: K rounds, each of a pruning and one step towards the target for each of M samples.
+
+    Source: Wanda++, algorithm 1.
 
     Args:
-        run: The block.
-        master: Its weights.
-        prune: Given the number of the round, scores and prunes the block as it is, and returns the masks.
-        hidden: The block's input for each sample.
-        targets: The wanted output for each sample.
-        samples: Which of them can go through the block together.
-        norms: Input norms of the block as it is; collected anew in each round's own forwards.
-        options: The options.
+        run: Runs the block.
+        master: The weights of the block.
+        start_round: Called with the index of the round; scores and prunes the block, and returns the masks.
+        hidden: Input of the block for each sample of this rank.
+        targets: Target output for each sample.
+        masks: For each sample, which positions are no padding; None if all are.
+        statistics: Input statistics; collected anew in the forwards of each round.
+        optimisation: The options, with `samples_per_round` filled in.
         generator: Draws the samples of each round.
-        ranks: Those that the samples are shared out to; each passes its own, and all take the same steps.
+        ranks: The ranks, among which the samples are distributed; all take the same steps.
 
     Raises:
         ValueError: If the weights are no longer finite.
     """
+    assert optimisation.samples_per_round is not None
     parameters = list(master.masters.values())
-    optimizer = _make_optimizer(parameters, options)
-    num_steps = options.rounds * (options.samples_per_round // options.samples_per_step)
-    decay = (lambda step: 1 - step / num_steps) if options.lr_schedule == "linear" else (lambda step: 1.0)
+    optimizer = _make_optimizer(parameters, optimisation)
+    num_steps = optimisation.rounds * optimisation.samples_per_round
+    decay = (lambda step: 1 - step / num_steps) if optimisation.lr_schedule == "linear" else (lambda step: 1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     half = any(weight.dtype == torch.float16 for weight in master.weights.values())
     num_samples = int(ranks.sum(len(hidden)))
 
-    for number in range(options.rounds):
-        kept = prune(number)
-        norms.reset()
-        drawn = torch.randperm(num_samples, generator=generator)[: options.samples_per_round].tolist()
-        with norms.collect():
-            for start in range(0, len(drawn), options.samples_per_step):
-                step = drawn[start : start + options.samples_per_step]
-                for batch in samples.split(ranks.local_indices(step)):
-                    share = len(batch) / len(step)
-                    target = torch.cat([targets[index] for index in batch])
-                    scale = float(target.numel()) if half else 1.0
-                    with norms.sample(samples.mask(batch), len(batch)), torch.enable_grad():
-                        output = run(batch, torch.cat([hidden[index] for index in batch]))
-                        loss = optimisation_loss(output, target, samples.mask(batch))
-                        (loss * (scale * share)).backward()
+    for number in range(optimisation.rounds):
+        kept = start_round(number)
+        statistics.reset()
+        drawn = torch.randperm(num_samples, generator=generator)[: optimisation.samples_per_round].tolist()
+        with statistics.collect():
+            for sample in drawn:
+                # on one rank only; the others add zeros
+                for index in ranks.local_indices([sample]):
+                    scale = float(targets[index].numel()) if half else 1.0
+                    with statistics.sample(masks[index]), torch.enable_grad():
+                        # in memory of its own: how a view of a batch is aligned may change the rounding of products
+                        output = run([index], hidden[index].clone())
+                        (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
                     master.take_gradients(scale)
                 ranks.all_reduce_(master.gradients(complete=ranks.size > 1))
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()
-                if options.mask_mode == "fixed":
+                if optimisation.mask_mode == "fixed":
                     master.apply_masks(kept)
                 else:
                     master.publish()
-        norms.share(ranks)
+        statistics.all_reduce(ranks)
     if not all(bool(torch.isfinite(parameter.sum())) for parameter in parameters):
         raise ValueError(
-            f"Expected argument `learning_rate` to keep the weights finite, but {options.learning_rate:g} did not; "
-            "lower it"
+            f"Expected argument `learning_rate` to keep the weights finite, but {optimisation.learning_rate:g} did "
+            "not; lower it"
         )
 
 
-def _make_optimizer(parameters: list[Tensor], options: PruneOptions) -> torch.optim.Optimizer:
-    if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=options.learning_rate)
-    # decay would pull the weights away from the target
+def _make_optimizer(parameters: list[Tensor], optimisation: RegionalOptimisation) -> torch.optim.Optimizer:
+    if optimisation.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=optimisation.learning_rate)
+    # without decay, which would pull the weights away from the target
     fused = parameters[0].dtype == torch.float32
-    return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(parameters, lr=optimisation.learning_rate, weight_decay=0.0, fused=fused)

@@ -1,16 +1,18 @@
-"""Scores: what is pruned is what scores lowest within its row or group."""
+"""Pruning scores: the lowest scores of each row or group are pruned."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wandazeta.pruning.options import Alpha
+Alpha = float | Literal["auto"]
 
-# of the norms' mean, by the ablation
-_AUTO_SHARE = 0.1
+# mean of α·G as a fraction of the mean input norm (docs/ablation.md)
+_AUTO_FRACTION = 0.1
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
-    """|W|, in float32.
+    """Magnitude score |W|, in float32.
 
     Args:
         weight: Shape (out, in).
@@ -19,13 +21,13 @@ def magnitude_score(weight: Tensor) -> Tensor:
 
 
 def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None = None, alpha: Alpha = 0.0) -> Tensor:
-    """The RGS score `(α·G + ‖X‖)·|W|` (Wanda++, equation 4); without a gradient it is Wanda's `‖X‖·|W|`.
+    """Regional gradient score `(α·G + ‖X‖)·|W|` (Wanda++, equation 4); without a gradient Wanda's `‖X‖·|W|`.
 
     Args:
         weight: Shape (out, in).
         input_norm: Norm of each input feature, shape (in,).
-        gradient: Regional gradient, shape (out, in).
-        alpha: Its weight; with `auto` the mean of α·G is a tenth of the norms'.
+        gradient: Regional gradient G, shape (out, in).
+        alpha: Weight of the gradient; `auto` makes the mean of α·G a tenth of the mean input norm.
 
     Returns:
         Scores in float32, shape (out, in).
@@ -38,9 +40,9 @@ def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None =
     if gradient is None or alpha == 0:
         return score.mul_(input_norm)
     if alpha == "auto":
-        # on the device: a number of Python would wait for it
-        share = _AUTO_SHARE * input_norm.mean() / gradient.mean()
-        # a layer that the loss does not depend on, as one before an output that is still zero
-        share = torch.where(share.isfinite(), share, 0.0)
-        return score.mul_(torch.addcmul(input_norm, gradient, share))
+        # computed on the device: a Python number would synchronise with it
+        scale = _AUTO_FRACTION * input_norm.mean() / gradient.mean()
+        # the gradient is zero in a layer that the loss does not depend on, such as one before a zero output
+        scale = torch.where(scale.isfinite(), scale, 0.0)
+        return score.mul_(torch.addcmul(input_norm, gradient, scale))
     return score.mul_(torch.add(input_norm, gradient, alpha=alpha))

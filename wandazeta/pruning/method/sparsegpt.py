@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, and let the columns still to come make up for the error (arXiv 2301.00774)."""
+"""SparseGPT: prune column by column, and adjust the later columns to compensate for the error (arXiv 2301.00774)."""
 
 from collections.abc import Sequence
 
@@ -6,36 +6,36 @@ import torch
 from torch import Tensor
 
 from wandazeta.pruning.method.masks import OneGroup, zero_where_false
-from wandazeta.pruning.options import PruneOptions, num_pruned
+from wandazeta.pruning.pattern import SparsityPattern, num_pruned
 
-# columns over which an unstructured mask is chosen at once, as in the paper
+# columns for which an unstructured mask is chosen at once, as in the paper
 _MASK_BLOCK = 128
-# below this many columns a loop over them beats splitting once more
+# below this number of columns a loop is faster than another split
 _LEAF = 8
 
 
 def sparsegpt(
-    weights: Sequence[Tensor], gram: Tensor, options: PruneOptions, damping: float = 0.01
+    weights: Sequence[Tensor], gram: Tensor, pattern: SparsityPattern, damping: float = 0.01
 ) -> list[tuple[Tensor, Tensor]]:
-    """Prune the weights of layers that share an input, and solve for what is kept of them.
+    """Prune the weights of layers that share an input, and solve for the weights that are kept.
 
-    The columns are split in halves again and again, so that most of the error goes to later columns in large matrix
-    products; only within a leaf does it go from column to column.
+    The columns are split in halves recursively, so that most of the error is passed to later columns by large matrix
+    products; only within a leaf of a few columns is it passed on column by column.
 
     Args:
-        weights: Shape (out, in) each.
-        gram: Σxxᵀ of the layer's inputs, shape (in, in); only its directions matter, not its scale.
-        options: Gives the pattern. Unstructured masks are chosen over whole blocks of columns, as in the paper, so
-            that the rows of a weight share the zeros of a block.
+        weights: Weights, each of shape (out, in).
+        gram: Σxxᵀ of the layers' inputs, shape (in, in); its scale does not matter.
+        pattern: The sparsity pattern. Unstructured masks are chosen for blocks of columns, as in the paper: the zeros
+            of a block are distributed freely over the rows of a weight.
         damping: Added to the diagonal, as a fraction of its mean.
 
     Returns:
-        For each its new values in float32, and the mask of what is kept; both of shape (out, in).
+        For each weight its new values in float32, and the mask of the weights that are kept; both of shape (out, in).
 
     Raises:
         ValueError: If the Gram matrix is not finite or cannot be inverted.
     """
-    solver = _Solver(weights, gram, options, damping)
+    solver = _Solver(weights, gram, pattern, damping)
     solver.solve(0, len(gram))
     zero_where_false(solver.columns, solver.kept)
     results = zip(solver.columns.split(solver.sizes, dim=1), solver.kept.split(solver.sizes, dim=1), strict=True)
@@ -43,27 +43,27 @@ def sparsegpt(
 
 
 class _Solver:
-    """Columns are rows here, which makes each of them contiguous."""
+    """State of the recursion; matrices are transposed, so that a column of weights is contiguous."""
 
-    def __init__(self, weights: Sequence[Tensor], gram: Tensor, options: PruneOptions, damping: float) -> None:
-        self.options = options
+    def __init__(self, weights: Sequence[Tensor], gram: Tensor, pattern: SparsityPattern, damping: float) -> None:
+        self.pattern = pattern
         self.sizes = [len(weight) for weight in weights]
         self.columns = torch.cat([weight.detach().float().t() for weight in weights], dim=1)
         self.kept = torch.ones_like(self.columns, dtype=torch.bool)
         self.errors = torch.zeros_like(self.columns)
-        self.mask_size = options.group[1] if options.group is not None else _MASK_BLOCK
-        self.group_mask = OneGroup(*options.group, gram.device) if options.group is not None else None
+        self.mask_size = pattern.group[1] if pattern.group is not None else _MASK_BLOCK
+        self.group_mask = OneGroup(*pattern.group, gram.device) if pattern.group is not None else None
         dead = gram.diagonal() == 0
-        self.columns[dead] = 0.0  # never seen: any value does
+        self.columns[dead] = 0.0  # these inputs are always zero, so any value does
         self.factor = _inverse_factor(gram, dead, damping)
 
     def solve(self, start: int, stop: int, chosen: bool = False) -> None:
-        """Prune the columns from `start` to `stop`, all earlier error being passed on already.
+        """Prune the columns from `start` to `stop`, after the error of all earlier columns was passed on.
 
         Args:
             start: The first column.
-            stop: The one after the last.
-            chosen: Whether their mask is there.
+            stop: The column after the last.
+            chosen: Whether their mask was chosen already.
         """
         size = stop - start
         if not chosen and size <= self.mask_size:
@@ -87,13 +87,13 @@ class _Solver:
             self.kept[start:stop] = self.group_mask(scores)
         else:
             self._choose_block(start, stop, scores)
-        # what an error is divided by: that of a weight that is kept is zero
+        # divisors of the errors: infinity, so no error, for weights that are kept
         self.errors[start:stop] = torch.where(self.kept[start:stop], torch.inf, diagonal)
 
     def _choose_block(self, start: int, stop: int, scores: Tensor) -> None:
         parts = zip(scores.split(self.sizes, dim=1), self.kept[start:stop].split(self.sizes, dim=1), strict=True)
         for part, kept in parts:
-            lowest = part.flatten().sort(stable=True).indices[: num_pruned(part.numel(), self.options.target_sparsity)]
+            lowest = part.flatten().sort(stable=True).indices[: num_pruned(part.numel(), self.pattern.target_sparsity)]
             kept.copy_(torch.ones_like(kept).flatten().index_fill_(0, lowest, False).view_as(kept))
 
     def _eliminate(self, column: int, stop: int) -> None:
@@ -105,7 +105,7 @@ class _Solver:
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix."""
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix."""
     damped = gram.float().clone()
     damped.diagonal()[dead] = 1.0
     damped.diagonal().add_(damping * damped.diagonal().mean())

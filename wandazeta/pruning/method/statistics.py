@@ -1,4 +1,4 @@
-"""What pruning needs to know of every layer's input, read in passing from the forwards that run anyway."""
+"""Input statistics of layers, collected by forward hooks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from wandazeta.models.blocks import StopForward
 from wandazeta.pruning.method.layers import weight_view
 from wandazeta.utilities.ranks import Ranks
 
-# a mebibyte of float32
+# values squared at once: one MiB of float32
 SQUARES_AT_ONCE = 2**18
 GRAM_TILE = 512
 
@@ -20,8 +20,16 @@ class InputStatistics:
     """Sums over the inputs of layers: Σx² of every feature and, for SparseGPT, the Gram matrix Σxxᵀ.
 
     Args:
-        layers: The layers, by name.
-        with_gram: Whether to sum Gram matrices, too.
+        layers: The layers by name.
+        with_gram: Collect Gram matrices, too.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> statistics = InputStatistics({"layer": layer})
+        >>> with statistics.collect(), statistics.sample():
+        ...     _ = layer(torch.tensor([[[3.0, 1.0], [4.0, 0.0]]]))
+        >>> statistics.norm("layer")
+        tensor([5., 1.])
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], with_gram: bool = False) -> None:
@@ -31,7 +39,7 @@ class InputStatistics:
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._seen: list[str] = []
         self._stop_at: str | None = None
-        # by the shape of the hidden states: the layer that runs last, None where one runs twice or not at all
+        # name of the layer that runs last, by shape of the hidden states; None if a layer runs twice or not at all
         self._last_layers: dict[torch.Size, str | None] = {}
         self._sums: dict[str, Tensor] = {}
         self._grams: dict[str, Tensor] = {}
@@ -39,7 +47,7 @@ class InputStatistics:
         self.num_samples = 0
 
     def reset(self) -> None:
-        """Forget all samples, but for the norms of layers that do not run again: an expert with few tokens may not."""
+        """Discard all samples; a layer that does not run afterwards, such as a rare expert, keeps its last norm."""
         self._earlier.update({name: self.norm(name) for name in self._sums})
         self._sums.clear()
         self._grams.clear()
@@ -47,7 +55,7 @@ class InputStatistics:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Within this context every forward of a layer counts."""
+        """Collect statistics from every forward of the layers inside the context."""
         handles = [
             layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self._layers.items()
         ]
@@ -66,14 +74,14 @@ class InputStatistics:
         shape: torch.Size | None = None,
         may_stop: bool = False,
     ) -> Iterator[None]:
-        """Within this context, inside `collect`, samples go through the block in one batch.
+        """Context of one forward of the block, inside `collect`.
 
         Args:
-            mask: Positions that count, bool of shape (samples, tokens); None where all do.
-            num_samples: How many samples the batch holds.
+            mask: Positions that are no padding, bool of shape (samples, tokens); None if all are.
+            num_samples: Number of samples in the batch.
             shape: Shape of the hidden states.
-            may_stop: The output is not wanted: where a whole forward on this shape has shown that every layer runs
-                just once, this one ends before the last layer, and with it the context.
+            may_stop: The output is not used, so the forward may end at the last layer; it does once a complete forward
+                with this shape has shown that every layer runs exactly once.
         """
         self._mask = mask
         self._seen = []
@@ -88,7 +96,7 @@ class InputStatistics:
                 once = sorted(self._seen) == sorted(self._layers)
                 self._last_layers[shape] = self._seen[-1] if once else None
         finally:
-            # an activation kept here would outlive its graph
+            # a reference to the activation would keep its graph alive
             self._last = None
             self._stop_at = None
         self.num_samples += num_samples
@@ -97,7 +105,7 @@ class InputStatistics:
         """Norm of each input feature, `‖X_j‖ = sqrt(mean over samples of the per-sample Σx²)`, as in Wanda.
 
         Args:
-            name: The layer.
+            name: Name of the layer.
 
         Returns:
             Float32 of shape (in,).
@@ -110,11 +118,11 @@ class InputStatistics:
         self._require(name)
         return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
 
-    def groups(self) -> list[tuple[Tensor, list[str]]]:
-        """Gram matrices, each with the layers that had this very input (query, key and value; gate and up).
+    def gram_groups(self) -> list[tuple[Tensor, list[str]]]:
+        """Gram matrices with the layers that share each of them, such as query, key and value.
 
         Returns:
-            Pairs of a float32 matrix of shape (in, in), summed over all positions, and names.
+            Pairs of a float32 matrix of shape (in, in), summed over all positions, and layer names.
 
         Raises:
             ValueError: If a layer did not run.
@@ -130,11 +138,11 @@ class InputStatistics:
                 group.append(name)
         return found
 
-    def share(self, ranks: Ranks) -> None:
-        """Adds up what all ranks have seen.
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Sum the statistics over all ranks.
 
         Args:
-            ranks: The ranks; each has collected its own samples since the last `reset`.
+            ranks: The ranks; each has collected from its own samples since the last `reset`.
         """
         if ranks.size == 1:
             return
@@ -150,11 +158,6 @@ class InputStatistics:
                 ranks.all_reduce_([self._grams.setdefault(name, torch.zeros(width, width, device=device))])
         self.num_samples = int(ranks.sum(self.num_samples))
 
-    def leave_out_grams(self) -> None:
-        """Free the Gram matrices, and sum none from now on."""
-        self._with_gram = False
-        self._grams.clear()
-
     def _require(self, name: str) -> None:
         if name not in self._sums:
             raise ValueError(
@@ -165,7 +168,7 @@ class InputStatistics:
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            # query, key and value see the very same tensor: one product for all
+            # query, key and value get the same tensor: compute its products once
             if self._last is None or self._last[0] is not x:
                 self._last = (x, *self._products(name, x))
             _, squares, gram = self._last
@@ -173,7 +176,7 @@ class InputStatistics:
             if gram is not None:
                 self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
             self._seen.append(name)
-            # in another order than before, the last layer may come while others have yet to
+            # if the order has changed, the layer that ran last before may run earlier than others
             if name == self._stop_at and len(set(self._seen)) == len(self._layers):
                 raise StopForward(self)
 
@@ -191,20 +194,20 @@ class InputStatistics:
         if not self._with_gram:
             return _square_sums(rows), None
         rows = rows.float()
-        # not in the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
+        # without the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
             return _square_sums(rows), _gram(rows)
 
 
 def _square_sums(rows: Tensor) -> Tensor:
-    """Σx² of every column, a piece at a time: fresh memory for all squares costs a CPU more than their sum."""
+    """Σx² of every column, in pieces on a CPU, where allocating all squares takes longer than adding them."""
     pieces = rows.split(max(1, SQUARES_AT_ONCE // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
-    # float64 sums: the result does not depend on the order of many small terms
+    # in float64, so that small terms are not lost in large sums
     return torch.stack([piece.float().square().sum(0).double() for piece in pieces]).sum(0)
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Σxxᵀ, tile by tile: those below the diagonal are those above it."""
+    """Σxxᵀ in tiles; the tiles below the diagonal are copied from those above it."""
     gram = rows.new_empty(rows.shape[1], rows.shape[1])
     starts = range(0, rows.shape[1], GRAM_TILE)
     for row, left in zip(starts, rows.split(GRAM_TILE, dim=1), strict=True):

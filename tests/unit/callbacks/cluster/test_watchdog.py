@@ -1,17 +1,18 @@
-"""Who is taken for lost, and who is not."""
+"""Which ranks the watchdog reports as lost."""
 
 import pytest
 import torch.distributed as dist
 from helpers.processes import fork_ranks
 
-from wandazeta.callbacks.cluster import watchdog as end_together
-from wandazeta.callbacks.cluster.watchdog import _Watch
+from wandazeta.callbacks.cluster import watchdog
+from wandazeta.callbacks.cluster.watchdog import Heartbeat
+from wandazeta.lightning_compat import default_store
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    # forks take them over
-    monkeypatch.setattr(end_together, "_PERIOD_S", 0.2)
+    # the forked ranks inherit it
+    monkeypatch.setattr(watchdog, "PERIOD_S", 0.2)
 
 
 def until_told(store):
@@ -23,37 +24,37 @@ def tell(store):
 
 
 def store_of_group():
-    return dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("test", default_store())
 
 
-def test_a_rank_that_has_not_begun_is_not_taken_for_lost_while_others_have_not_either(tmp_path):
+def test_no_single_rank_is_named_while_several_have_not_started(tmp_path):
     def work(rank, size):
         store = store_of_group()
         if rank > 0:
             until_told(store)
             return ""
-        watch = _Watch(0, rank, size, [])
-        watch.begin()
-        line = watch.find()
-        watch._stop()
+        heartbeat = Heartbeat(0, rank, size, [])
+        heartbeat.start()
+        line = heartbeat.find_lost_rank()
+        heartbeat.stop()
         tell(store)
         return line
 
-    assert fork_ranks(work, tmp_path, 3)[0].startswith("one of the ranks [1, 2] is lost before it began")
+    assert fork_ranks(work, tmp_path, 3)[0].startswith("one of the ranks [1, 2] was lost before it started")
 
 
-def test_the_one_rank_that_has_not_begun_and_the_one_that_is_silent_are_named(tmp_path):
+def test_the_only_rank_that_has_not_started_or_is_silent_is_named(tmp_path):
     def work(rank, size, silent):
         store = store_of_group()
-        watch = _Watch(0, rank, size, [])
+        heartbeat = Heartbeat(0, rank, size, [])
         if rank == 1:
             if silent:
-                watch._store.add("beat/1", 1)
+                heartbeat._store.add("beat/1", 1)
             until_told(store)
             return ""
-        watch.begin()
-        line = watch.find()
-        watch._stop()
+        heartbeat.start()
+        line = heartbeat.find_lost_rank()
+        heartbeat.stop()
         tell(store)
         return line
 
@@ -62,38 +63,38 @@ def test_the_one_rank_that_has_not_begun_and_the_one_that_is_silent_are_named(tm
         assert lines[0].startswith("rank 1 is lost")
 
 
-def test_the_last_to_leave_does_not_wait_for_ever_for_one_that_stands_still(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_together, "_LOOKS", 3)
+def test_rank_zero_does_not_wait_forever_for_a_silent_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "MAX_SILENT_PERIODS", 3)
 
     def work(rank, size):
         store = store_of_group()
-        watch = _Watch(0, rank, size, [])
-        if rank == 1:  # has begun, and neither beats nor leaves
-            watch._store.add("beat/1", 1)
+        heartbeat = Heartbeat(0, rank, size, [])
+        if rank == 1:  # has started, and neither beats nor leaves
+            heartbeat._store.add("beat/1", 1)
             until_told(store)
             return ""
         if rank == 2:
-            watch.begin()
-            watch.leave()
+            heartbeat.start()
+            heartbeat.leave()
             return ""
-        watch.begin()
+        heartbeat.start()
 
         def end(line):
             raise SystemExit(line)
 
-        monkeypatch.setattr(watch, "end", end)
+        monkeypatch.setattr(heartbeat, "end_process", end)
         with pytest.raises(SystemExit) as ended:
-            watch.leave()
-        watch._stop()
+            heartbeat.leave()
+        heartbeat.stop()
         tell(store)
         return str(ended.value)
 
     assert fork_ranks(work, tmp_path, 3)[0].startswith("rank 1 is lost")
 
 
-def test_an_error_of_the_store_does_not_hide_the_runs_own(tmp_path):
+def test_an_error_of_the_store_does_not_hide_the_error_of_the_run(tmp_path):
     def work(rank, size):
-        watch = _Watch(0, rank, size, [])
+        heartbeat = Heartbeat(0, rank, size, [])
 
         class Gone:
             def add(self, *_):
@@ -101,8 +102,8 @@ def test_an_error_of_the_store_does_not_hide_the_runs_own(tmp_path):
 
             compare_set = add
 
-        watch._store = Gone()
-        watch.fail()
+        heartbeat._store = Gone()
+        heartbeat.fail()
         return "ended"
 
     assert fork_ranks(work, tmp_path) == ["ended", "ended"]

@@ -7,7 +7,6 @@ from transformers.core_model_loading import WeightRenaming
 
 from wandazeta.pruning.export.masks import match_masks
 from wandazeta.pruning.method.layers import prunable_layers
-from wandazeta.pruning.options import PruneOptions
 
 
 class Holder(nn.Module):
@@ -28,7 +27,7 @@ def test_names_are_those_in_the_files_of_the_model(tmp_path, kind, renamed):
     layers = {
         f"backbone.{holder.blocks}.{index}.{name}"
         for index, block in enumerate(holder.backbone.get_submodule(holder.blocks))
-        for name in prunable_layers(block, PruneOptions())
+        for name in prunable_layers(block)
     }
     wanted = "stack.of" if renamed else holder.blocks
     masks = {name: weight > 0 for name, weight in on_disk.items() if name.startswith(wanted) and weight.ndim == 2}

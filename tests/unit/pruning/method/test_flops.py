@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers.architectures import build, token_batches
+from helpers.prune_options import make_options
 from torch.utils.flop_counter import FlopCounterMode
 
+from wandazeta.pruning import prune_model
 from wandazeta.pruning.method.block import NUM_PROBES
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.pruner import prune_model
 
 OPTIONS = [
     {"method": "wanda"},
@@ -58,15 +58,15 @@ def forward_and_backward(model, ids):
 def expected(options, forward, backward, num_samples, num_blocks):
     """As in the cost table of the method: PFLOP = N(F+B) + KM(F+B) + NF for norms + NF to propagate."""
     propagated = num_samples - (num_samples - NUM_PROBES) / num_blocks  # the last block feeds no other
-    if not options.uses_gradients:
+    if not options.method.uses_gradients:
         return (num_samples + propagated) * forward
     total = num_samples * (forward + backward) + propagated * forward
-    if options.uses_optimisation:
+    optimisation = options.method.active_optimisation
+    if optimisation is not None:
         # with the norms of the optimised block, and the loss before that the report shows
-        total += (
-            options.rounds * options.samples_per_round * (forward + backward) + (num_samples + NUM_PROBES) * forward
-        )
-        if options.target == "dense_stream":
+        steps = optimisation.rounds * optimisation.samples_per_round
+        total += steps * (forward + backward) + (num_samples + NUM_PROBES) * forward
+        if optimisation.target == "dense_stream":
             total += num_samples * (1 - 1 / num_blocks) * forward  # the first block's streams are one
     return total
 
@@ -79,7 +79,7 @@ def check(model, batches, options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o['method']} {o.get('target', '')}")
 def test_a_tiny_model(options):
-    check(build("llama")[0], token_batches(32), PruneOptions(**options))
+    check(build("llama")[0], token_batches(32), make_options(**options))
 
 
 @pytest.mark.slow
@@ -90,5 +90,5 @@ def test_smollm2():
     from wandazeta.data.samples import sample_model
 
     model = AutoModelForCausalLM.from_pretrained(sample_model(), dtype=torch.float32)
-    options = PruneOptions(rounds=1, samples_per_round=4, target="dense_stream")
+    options = make_options(rounds=1, samples_per_round=4, target="dense_stream")
     check(model, token_batches(16, length=8), options)

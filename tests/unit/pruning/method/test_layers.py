@@ -5,6 +5,7 @@ from torch import nn
 
 from wandazeta.pruning.method.layers import prunable_layers, validate_layers, weight_view
 from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pattern import SparsityPattern
 
 
 class Block(nn.Module):
@@ -24,7 +25,7 @@ def make(num_blocks=2, change=lambda block: None):
 def names(blocks, *excluded):
     options = PruneOptions(exclude_modules=excluded)
     validate_layers(blocks, options, block_name="model.layers")
-    return [list(prunable_layers(block, options, f"model.layers.{i}")) for i, block in enumerate(blocks)]
+    return [list(prunable_layers(block, excluded, f"model.layers.{i}")) for i, block in enumerate(blocks)]
 
 
 def test_names_are_those_of_the_weights():
@@ -47,7 +48,7 @@ def test_excluded_names_that_match_nothing_get_the_nearest():
 
 def test_conv1d_is_seen_as_out_by_in():
     model, _ = build("gpt2")
-    layers = prunable_layers(model.transformer.h[0], PruneOptions())
+    layers = prunable_layers(model.transformer.h[0])
     assert list(layers) == ["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
     view = weight_view(layers["attn.c_attn.weight"])
     assert view.shape == (48, 16)
@@ -57,10 +58,10 @@ def test_conv1d_is_seen_as_out_by_in():
 
 def test_widths_must_fit_the_pattern():
     with pytest.raises(ValueError, match=r"'4:8' does not divide the 12 inputs of `blocks.0.down_proj.weight`"):
-        validate_layers(make(), PruneOptions(sparsity_pattern="4:8"))
-    validate_layers(make(), PruneOptions(sparsity_pattern="4:8", exclude_modules=("down_proj",)))
+        validate_layers(make(), PruneOptions(pattern="4:8"))
+    validate_layers(make(), PruneOptions(pattern="4:8", exclude_modules=("down_proj",)))
     with pytest.raises(ValueError, match=r"8 inputs of `blocks.0.up_proj.weight` is none"):
-        validate_layers(make(), PruneOptions(sparsity_pattern="unstructured", sparsity=0.1))
+        validate_layers(make(), PruneOptions(pattern=SparsityPattern("unstructured", 0.1)))
 
 
 def test_what_cannot_be_pruned_is_refused_by_name_and_can_be_excluded():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wandazeta.pruning.method.masks import OneGroup, group_mask, make_mask, row_mask, zero_where_false
-from wandazeta.pruning.options import PruneOptions
+from wandazeta.pruning.pattern import SparsityPattern
 
 
 def brute_force(values, num_pruned):
@@ -72,8 +72,8 @@ def test_a_transposed_score_gives_the_same_mask():
     assert torch.equal(row_mask(score, 0.5), row_mask(view, 0.5))
 
 
-def test_make_mask_follows_the_options():
+def test_make_mask_follows_the_pattern():
     score = torch.rand(4, 8)
-    assert torch.equal(make_mask(score, PruneOptions(sparsity_pattern="4:8")), group_mask(score, 4, 8))
-    options = PruneOptions(sparsity_pattern="unstructured", sparsity=0.3)
-    assert torch.equal(make_mask(score, options), row_mask(score, 0.3))
+    assert torch.equal(make_mask(score, SparsityPattern("4:8")), group_mask(score, 4, 8))
+    pattern = SparsityPattern("unstructured", sparsity=0.3)
+    assert torch.equal(make_mask(score, pattern), row_mask(score, 0.3))

@@ -12,8 +12,7 @@ from wandazeta.pruning.method.regional import (
     regional_loss,
 )
 from wandazeta.pruning.method.statistics import InputStatistics
-from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.samples import Batches
+from wandazeta.pruning.methods import RegionalOptimisation
 from wandazeta.utilities.ranks import Ranks
 
 
@@ -86,7 +85,7 @@ def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
     targets = targets if targets is not None else [block(h).detach() for h in hidden]
     master, prune = halve(block)
     generator = torch.Generator().manual_seed(0)
-    optimise_block(run, master, prune, hidden, targets, Batches(masks), norms, options, generator, Ranks())
+    optimise_block(run, master, prune, hidden, targets, masks, norms, options, generator, Ranks())
     return norms
 
 
@@ -95,31 +94,27 @@ def reference(block, options, optimizer_class):
     targets = [block(h).detach() for h in HIDDEN]
     weights, generator = [block.up.weight, block.down.weight], torch.Generator().manual_seed(0)
     optimizer = optimizer_class(weights, lr=options.learning_rate)
-    steps_left = num_steps = options.rounds * options.samples_per_round // options.samples_per_step
+    steps_left = num_steps = options.rounds * options.samples_per_round
     for _ in range(options.rounds):
         for weight in weights:
             weight.data[:, ::2] = 0
         drawn = torch.randperm(4, generator=generator)[: options.samples_per_round].tolist()
-        for position, i in enumerate(drawn):
+        for i in drawn:
             count = 5 if i == 2 else None
-            loss = (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean()
-            (loss / options.samples_per_step).backward()
-            if (position + 1) % options.samples_per_step == 0:
-                if options.lr_schedule == "linear":
-                    optimizer.param_groups[0]["lr"] = options.learning_rate * steps_left / num_steps
-                optimizer.step()
-                optimizer.zero_grad()
-                steps_left -= 1
+            (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean().backward()
+            if options.lr_schedule == "linear":
+                optimizer.param_groups[0]["lr"] = options.learning_rate * steps_left / num_steps
+            optimizer.step()
+            optimizer.zero_grad()
+            steps_left -= 1
 
 
 @pytest.mark.parametrize("lr_schedule", ["constant", "linear"])
-@pytest.mark.parametrize("samples_per_step", [1, 2, 4])
 @pytest.mark.parametrize(("optimizer", "cls"), [("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.Adam)])
-def test_rounds_equal_a_plain_loop(samples_per_step, optimizer, cls, lr_schedule):
-    options = PruneOptions(
+def test_rounds_equal_a_plain_loop(optimizer, cls, lr_schedule):
+    options = RegionalOptimisation(
         rounds=3,
         samples_per_round=4,
-        samples_per_step=samples_per_step,
         learning_rate=1e-2,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
@@ -134,37 +129,18 @@ def test_rounds_equal_a_plain_loop(samples_per_step, optimizer, cls, lr_schedule
     torch.testing.assert_close(ours.down.weight, theirs.down.weight)
 
 
-def test_samples_in_one_batch_step_as_samples_apart():
-    """Equal to rounding: batches are for speed."""
-    hidden = [torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    options = PruneOptions(rounds=2, samples_per_round=4, samples_per_step=4, learning_rate=1e-2)
-    found = []
-    for samples in (Batches([None] * 4), Batches([None] * 4, keys=["a", "a", "a", "b"], num_tokens=[6] * 4)):
-        torch.manual_seed(0)
-        block = Block()
-        run, _, norms = parts(block)
-        master, prune = halve(block)
-        targets = [block(h).detach() for h in hidden]
-        generator = torch.Generator().manual_seed(0)
-        optimise_block(run, master, prune, hidden, targets, samples, norms, options, generator, Ranks())
-        assert norms.num_samples == 4
-        found.append((block.up.weight.detach(), norms.norm("down")))
-    for apart, together in zip(*found, strict=True):
-        torch.testing.assert_close(apart, together)
-
-
 def test_updates_are_masked_only_when_asked(block):
     options = {"rounds": 1, "samples_per_round": 2, "learning_rate": 1e-2}
-    run_rounds(block, PruneOptions(mask_mode="free", **options))
+    run_rounds(block, RegionalOptimisation(mask_mode="free", **options))
     assert (block.up.weight[:, ::2] != 0).any()
-    run_rounds(block, PruneOptions(mask_mode="fixed", **options))
+    run_rounds(block, RegionalOptimisation(mask_mode="fixed", **options))
     assert (block.up.weight[:, ::2] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_straight_through_equals_a_plain_loop(dtype):
     # masks by the size of the weights as they are, so that some come back
-    options = PruneOptions(rounds=3, samples_per_round=4, learning_rate=0.05, mask_mode="straight_through")
+    options = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.05, mask_mode="straight_through")
     torch.manual_seed(0)
     block = Block().to(dtype)
     hidden = [h.to(dtype) for h in HIDDEN]
@@ -202,7 +178,7 @@ def test_straight_through_equals_a_plain_loop(dtype):
         return kept
 
     generator.manual_seed(0)
-    optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
+    optimise_block(run, master, prune, hidden, targets, MASKS, norms, options, generator, Ranks())
     assert any((masks[name] & ~first_masks[name]).any() for name in masks)
     for name, weight in (("up", block.up.weight), ("down", block.down.weight)):
         torch.testing.assert_close(master.masters[name], parameters[name])
@@ -222,7 +198,7 @@ def test_zeros_are_positive(block, dtype):
 
 
 def test_norms_come_from_the_rounds_own_forwards(block):
-    norms = run_rounds(block, PruneOptions(rounds=2, samples_per_round=3, learning_rate=1e-2))
+    norms = run_rounds(block, RegionalOptimisation(rounds=2, samples_per_round=3, learning_rate=1e-2))
     assert norms.num_samples == 3
 
 
@@ -233,12 +209,12 @@ def test_sixteen_bits_keep_a_float32_master():
     hidden = [h.bfloat16() for h in HIDDEN]
     targets = [torch.zeros_like(h) for h in hidden]
     before = block.up.weight.detach().clone()
-    options = PruneOptions(rounds=1, samples_per_round=4, learning_rate=1e-4)
+    options = RegionalOptimisation(rounds=1, samples_per_round=4, learning_rate=1e-4)
     master, prune = halve(block)
     run, _, norms = parts(block)
     for _ in range(20):
         generator = torch.Generator().manual_seed(0)
-        optimise_block(run, master, prune, hidden, targets, Batches(MASKS), norms, options, generator, Ranks())
+        optimise_block(run, master, prune, hidden, targets, MASKS, norms, options, generator, Ranks())
     assert block.up.weight.dtype == torch.bfloat16
     assert master.masters["up"].dtype == torch.float32
     assert torch.equal(block.up.weight, master.masters["up"].bfloat16())
@@ -272,13 +248,11 @@ def test_small_half_precision_gradients_keep_their_digits():
     assert (found[0] - found[1]).norm() < 1e-2 * found[0].norm()
 
 
-def test_masters_add_up_the_gradients_of_a_step(block):
-    layers = {"up": block.bfloat16().up}
-    master = MasterWeights(layers)
-    for value in (3.0, 5.0):
-        block.up.weight.grad = torch.full_like(block.up.weight, value)
-        master.take_gradients(scale=2.0)
-        assert block.up.weight.grad is None
+def test_masters_take_the_gradients_of_the_weights(block):
+    master = MasterWeights({"up": block.bfloat16().up})
+    block.up.weight.grad = torch.full_like(block.up.weight, 8.0)
+    master.take_gradients(scale=2.0)
+    assert block.up.weight.grad is None
     assert torch.equal(master.masters["up"].grad, torch.full((12, 8), 4.0))
 
 
@@ -292,8 +266,8 @@ def test_half_precision_steps_do_not_vanish():
         master, states = MasterWeights(layers), [hidden.to(dtype)]
         before = master.masters["down"].detach().clone()
         targets = [block(states[0]).detach().float() + 1e-4]
-        options, draw = PruneOptions(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
-        optimise_block(run, master, lambda _: {}, states, targets, Batches([None]), norms, options, draw, Ranks())
+        options, draw = RegionalOptimisation(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
+        optimise_block(run, master, lambda _: {}, states, targets, [None], norms, options, draw, Ranks())
         updates.append(master.masters["down"].detach() - before)
     assert (updates[1] != 0).all()
     assert (updates[0].sign() == updates[1].sign()).float().mean() > 0.9
@@ -303,4 +277,4 @@ def test_weights_that_blow_up_are_an_error(block):
     hidden = [h.clone() for h in HIDDEN]
     targets = [torch.full_like(h, float("nan")) for h in hidden]
     with pytest.raises(ValueError, match="`learning_rate` to keep the weights finite"):
-        run_rounds(block, PruneOptions(rounds=1, samples_per_round=2), hidden, MASKS, targets)
+        run_rounds(block, RegionalOptimisation(rounds=1, samples_per_round=2), hidden, MASKS, targets)

@@ -1,17 +1,14 @@
 import dataclasses
 import json
-import resource
-import shutil
 
 import pytest
 import torch
 from torch import nn
 
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.progress.key import PruneKey, digest_model
+from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
-from wandazeta.utilities.files import check_writable, write_atomically
 
 KEY = PruneKey(
     options={"alpha": 100.0, "sparsity_pattern": "2:4", "exclude_modules": ()},
@@ -192,44 +189,3 @@ def test_block_files_without_a_key_are_not_taken_for_ours(tmp_path):
     (tmp_path / "key.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         reopened(tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="to be a folder that can be written to"):
-        check_writable(tmp_path / "file" / "folder")
-    with pytest.raises(ValueError, match="GiB of room"):
-        check_writable(tmp_path, needed_bytes=2**60)
-
-
-@pytest.mark.parametrize(("num_bytes", "size"), [(700, r"0\.7 KiB"), (5 * 2**20, r"5\.0 MiB"), (2**31, r"2\.0 GiB")])
-def test_small_disks_are_measured_in_small_units(tmp_path, monkeypatch, num_bytes, size):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=num_bytes - 1))
-    with pytest.raises(ValueError, match=f"to have {size} of room"):
-        check_writable(tmp_path, needed_bytes=num_bytes)
-
-
-def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-    try:
-        write_atomically(tmp_path / "small", b"whole")
-        with pytest.raises(OSError, match="File too large") as error:
-            write_atomically(tmp_path / "large", bytes(101))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert error.value.filename == str(tmp_path / "large")
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
-
-
-def test_digests_tell_values_types_and_shapes_apart():
-    zeros = torch.zeros(2, 3)
-    variants = [zeros, zeros.view(3, 2), zeros.half(), zeros.int(), zeros - 0.0, torch.zeros(0), torch.tensor(0.0)]
-    variants.append(torch.full((2, 3), -0.0))
-    digests = [digest_model({"x": tensor})["x"] for tensor in variants]
-    assert digests[0] == digests[4]
-    assert len(set(digests)) == len(digests) - 1
-    assert digest_model({"x": torch.arange(6.0).view(2, 3).t()}) == digest_model(
-        {"x": torch.tensor([[0.0, 3], [1, 4], [2, 5]])}
-    )

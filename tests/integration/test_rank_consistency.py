@@ -40,7 +40,7 @@ def other_text(root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_version, "rank 1 has lightning 9.8.7 and not "),
+        (other_version, "rank 1 has lightning 9.8.7 instead of "),
         (other_model, "rank 1 has another model; "),
         (other_text, "rank 1 has another training data; "),
     ],

@@ -1,0 +1,111 @@
+"""Private names of Lightning and torch that wandazeta depends on: a version that lacks one fails here first."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.nn.parallel import DistributedDataParallel
+
+from wandazeta import lightning_compat
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("callbacks", "datamodules", "modules", "wandazeta")
+PRIVATE = re.compile(
+    r"_checkpoint_connector|_accelerator_connector|_data_source|_should_accumulate|\.procs\b|_get_default_store"
+    r"|\b_trainer\b|_ddp_params_and_buffers_to_ignore"
+)
+
+
+def quiet_trainer(**options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(**{"accelerator": "cpu", "enable_checkpointing": "callbacks" in options} | quiet | options)
+
+
+def test_private_names_are_used_in_one_file_only():
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "lightning_compat.py":
+                assert not PRIVATE.search(path.read_text()), path
+
+
+def test_the_trainer_of_a_module_is_found_and_a_module_may_have_none():
+    module, trainer = BoringModel(), quiet_trainer(fast_dev_run=True)
+    assert lightning_compat.attached_trainer(module) is None
+    trainer.fit(module)
+    assert lightning_compat.attached_trainer(module) is trainer
+
+
+def test_last_is_the_file_that_a_checkpoint_callback_wrote(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = quiet_trainer(max_steps=1, callbacks=[checkpoint], limit_val_batches=0)
+    assert lightning_compat.checkpoint_path(trainer, "last") is None
+    trainer.fit(BoringModel())
+    assert lightning_compat.checkpoint_path(trainer, "last") == str(tmp_path / "last.ckpt")
+
+
+def test_the_requeue_signal_is_that_of_the_slurm_environment(monkeypatch):
+    assert lightning_compat.requeue_signal(quiet_trainer()) is None
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_NODELIST", "localhost")
+    for auto_requeue in (True, False):
+        environment = SLURMEnvironment(auto_requeue=auto_requeue)
+        trainer = quiet_trainer(plugins=[environment], devices=1)
+        expected = environment.requeue_signal if auto_requeue else None
+        assert lightning_compat.requeue_signal(trainer) == expected
+
+
+def test_training_data_and_accumulation_are_known_inside_a_fit():
+    seen = []
+
+    class Module(BoringModel):
+        def setup(self, stage):
+            seen.append(lightning_compat.training_data(self.trainer))
+
+        def on_train_batch_end(self, *_):
+            seen.append(lightning_compat.is_accumulating(self.trainer))
+
+    module = Module()
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, accumulate_grad_batches=2)
+    trainer.fit(module)
+    assert seen == [module, True, False, False]
+    loader = BoringModel().train_dataloader()
+    trainer.fit(module, loader)
+    assert seen[4] is loader
+
+
+def test_the_processes_of_lightnings_launcher_are_known():
+    trainer = quiet_trainer()
+    assert lightning_compat.launched_processes(trainer) == []
+    assert "self.procs" in inspect.getsource(_SubprocessScriptLauncher)
+
+
+def test_the_default_store_is_that_of_the_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        lightning_compat.default_store().set("key", "value")
+        assert lightning_compat.default_store().clone().get("key") == b"value"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_leaves_the_named_tensors_alone():
+    module = BoringModel()
+    lightning_compat.exclude_from_ddp(module, ["layer.weight"])
+    assert '"_ddp_params_and_buffers_to_ignore"' in inspect.getsource(DistributedDataParallel.__init__)
+    assert module._ddp_params_and_buffers_to_ignore == ["layer.weight"]
+
+
+@pytest.mark.parametrize("name", ["_get", "_parse_ckpt_path", "_prepare_subcommand_parser"])
+def test_the_methods_of_the_command_line_that_ours_overrides_or_calls_exist(name):
+    assert callable(getattr(LightningCLI, name))

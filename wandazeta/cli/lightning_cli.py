@@ -1,0 +1,239 @@
+"""LightningCLI with the options of wandazeta: one folder for a run, a group for pruning, presets, and resuming."""
+
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from typing_extensions import override
+
+from wandazeta import presets
+from wandazeta.callbacks import AtomicCheckpointIO, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
+from wandazeta.callbacks.run_record import RunRecord, keep_metrics
+from wandazeta.utilities.arguments import check_at_least
+
+_PRESET = "preset:"
+
+
+class ConfigOrPreset(ActionConfigFile):
+    """Option that reads a configuration file, or a preset of the package as `preset:NAME`."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, str) and values.startswith(_PRESET):
+            values = str(presets.path(values.removeprefix(_PRESET)))
+        super().__call__(parser, cfg, values, option_string)
+
+
+class WandazetaCLI(LightningCLI):
+    """LightningCLI with the commands `prune` and `diagnose`, in which a run resumes from its last checkpoint.
+
+    A run has one folder, `run_dir`:
+
+    - `log/` has the metrics as CSV, the configuration, the environment and the log of every rank, and `log/COMMAND/`
+      those of the commands other than `fit`;
+    - `checkpoints/` has `last.ckpt`, which the run resumes from;
+    - `pruning/` has the progress and the result of the pruning that the `prune` group configures.
+
+    Loggers, ModelCheckpoints and pruning callbacks in the trainer's arguments have folders of their own.
+    """
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("prune", "diagnose")}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        known = ", ".join(f"{_PRESET}{name}" for name in presets.names())
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ConfigOrPreset,
+            help=f"Configuration file in YAML, or one of {known}; later ones override it.",
+        )
+        return parser
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run: logs, checkpoints and progress of the pruning; by default "
+            "`trainer.default_root_dir`, else the working directory.",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=50,
+            help="Training steps between two checkpoints, unless `trainer.callbacks` has a ModelCheckpoint.",
+        )
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # the order of instantiation: the model comes last, so that other errors show before it is loaded
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_subclass_arguments(
+            WandaPPPruneCallback,
+            "prune",
+            required=False,
+            # the command `prune` has a group of this name, for its own arguments
+            as_group=False,
+            help="Prune the model before it is fitted; `{}` prunes with the default settings.",
+        )
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand not in ("prune", "diagnose"):
+            parser.set_defaults({"ckpt_path": "last"})
+        return parser
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI reads the file here, for hyperparameters that it may hold
+        given = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if given is None:
+            return
+        _check_checkpoint(str(given))
+        try:
+            super()._parse_ckpt_path()
+        except Exception as error:
+            # torch raises errors of many types for a file that is no checkpoint
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise _no_checkpoint(str(given), f"which cannot be read as one ({first_line})") from error
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # checked before the model is loaded, which takes long
+        config = self._config
+        check_at_least("checkpoint_every", config.checkpoint_every, 1)
+        root = config.trainer.get("default_root_dir")
+        if config.run_dir is not None and root not in (None, config.run_dir):
+            raise ValueError(
+                f"Expected argument `trainer.default_root_dir` to be left out with `run_dir`, but got {root!r} and "
+                f"{config.run_dir!r}"
+            )
+        given = config.trainer.get("callbacks") or []
+        paths = [str(callback.get("class_path", "")) for callback in (given if isinstance(given, list) else [given])]
+        if self.subcommand == "prune" and config.get("prune") is None and not any(map(_is_prune_callback, paths)):
+            raise ValueError(
+                "Expected a `prune:` group or a WandaPPPruneCallback in `trainer.callbacks`, but got neither; add "
+                "`-c preset:best` for the recommended settings"
+            )
+        for argument, folder in _folders(config):
+            _check_folder(argument, Path(folder).expanduser().absolute())
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get_config_init()
+        given = config.trainer
+        run_dir = Path(config.run_dir or given.default_root_dir or ".")
+        command = "" if self.subcommand in (None, "fit") else str(self.subcommand)
+        if config.run_dir is not None:
+            kwargs["default_root_dir"] = config.run_dir
+        if given.logger in (None, True):
+            # without a version of its own, so that a second run continues in the same folder
+            kwargs["logger"] = CSVLogger(run_dir, name="log", version=command)
+        self.save_config_kwargs = self.save_config_kwargs | {"folder": run_dir / "log" / command}
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_metrics(trainer.loggers)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        records = [callback for callback in callbacks if isinstance(callback, RunRecord)]
+        others = [callback for callback in callbacks if not isinstance(callback, RunRecord)]
+        # before callbacks that prune in their `setup`, for hours; LightningCLI would put RunRecord last
+        first = [RankWatchdog(), *records, RankConsistencyCheck()]
+        callbacks[:] = [*first, *self._pruning(run_dir), *others]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        has_checkpoint = any(isinstance(callback, ModelCheckpoint) for callback in given)
+        if self.subcommand != "prune" and not has_checkpoint and config.get("enable_checkpointing") is not False:
+            run_dir = Path(config.get("default_root_dir") or ".")
+            every = self._get_config_init().checkpoint_every
+            callbacks = [
+                *callbacks,
+                ModelCheckpoint(run_dir / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
+            ]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _pruning(self, run_dir: Path) -> list[Callback]:
+        callback: WandaPPPruneCallback | None = self._get_config_init().get("prune")
+        if callback is None:
+            return []
+        if callback.output_dir == signature(WandaPPPruneCallback).parameters["output_dir"].default:
+            callback.output_dir = str(run_dir / "pruning")
+        return [callback]
+
+    @property
+    def _config(self) -> Namespace:
+        """The options of the command, as parsed."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def _get_config_init(self) -> Namespace:
+        """The options of the command, with their classes instantiated."""
+        return self.config_init[self.subcommand] if self.subcommand else self.config_init
+
+
+def _is_prune_callback(class_path: str) -> bool:
+    kind = resolve_name(class_path) if class_path else None
+    return isinstance(kind, type) and issubclass(kind, WandaPPPruneCallback)
+
+
+def _check_checkpoint(ckpt_path: str) -> None:
+    # names that Lightning resolves, and addresses
+    if ckpt_path in ("last", "best", "hpc") or ckpt_path.startswith("registry") or "://" in ckpt_path:
+        return
+    path = Path(ckpt_path).expanduser()
+    if not path.exists():
+        raise _no_checkpoint(ckpt_path, "which does not exist")
+    # files inside a checkpoint of DeepSpeed, and inside one that torch writes from several ranks
+    if path.is_dir() and not any((path / name).exists() for name in ("checkpoint", "meta.pt", ".metadata")):
+        raise _no_checkpoint(ckpt_path, "which is another folder")
+
+
+def _no_checkpoint(ckpt_path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"Expected argument `ckpt_path` to be last, best, null or the path of a checkpoint, but got {ckpt_path!r}, "
+        f"{reason}; `last` is the newest checkpoint of the run"
+    )
+
+
+def _folders(config: Namespace) -> Iterator[tuple[str, str]]:
+    """Yield the folders that a run writes to, as far as they are given, each after the argument that names it."""
+    found = [(argument, config.get(argument)) for argument in ("output_dir", "run_dir")]
+    found.append(("trainer.default_root_dir", config.trainer.get("default_root_dir")))
+    for name, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
+        given = config.trainer.get(name)
+        for item in given if isinstance(given, list) else [given]:
+            if isinstance(item, Namespace):
+                found.append((argument, (item.get("init_args") or Namespace()).get(argument)))
+    return ((argument, str(folder)) for argument, folder in found if folder and "://" not in str(folder))
+
+
+def _check_folder(argument: str, folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise ValueError(
+                f"Expected argument `{argument}` to be a folder or a path where one can be created, but got "
+                f"'{folder}', where '{path}' is a file; choose another one"
+            )
