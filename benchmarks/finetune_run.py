@@ -20,10 +20,13 @@ from records import ROOT
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from wandazeta import zeroth_order
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.modules import LanguageModel
-from wandazeta.modules.zo_options import NonFiniteLossError, make_estimator
+from wandazeta.modules.zeroth_order import NonFiniteLossError
+
+TWO_SIDED: dict[str, Any] = {"class_path": "wandazeta.zeroth_order.TwoSided", "init_args": {}}
 
 
 class Curve(Callback):
@@ -109,7 +112,8 @@ def forwards_per_step(method: dict[str, Any]) -> int:
     if "forwards_per_step" in method:
         return int(method["forwards_per_step"])
     options = method["init_args"]
-    estimator = make_estimator(options.get("estimator", "two_sided"), 1.0)
+    class_path = options.get("estimator", TWO_SIDED)["class_path"]
+    estimator = getattr(zeroth_order, class_path.rpartition(".")[2])()
     return estimator.num_forwards(options["schedule"]["init_args"]["num_queries"])
 
 
@@ -118,12 +122,15 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     method = run["method"]
     options = dict(method.get("init_args", {}))
     if "with_head" in method:
-        options |= method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
+        options["head"] = method["with_head"] | ({} if run["head"] else {"num_answers": data.num_classes})
     loading = {"num_classes": data.num_classes if run["head"] else None}
     options |= {"model_name_or_path": str(ROOT / run["path"]), "loading": options.get("loading", {}) | loading}
     if "class_path" in method:
+        options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate",) if name in run}
         # a grid names an epsilon for methods that have one
-        options |= {"seed": run["seed"]} | {name: run[name] for name in ("learning_rate", "epsilon") if name in run}
+        if "epsilon" in run:
+            estimator = options.get("estimator", TWO_SIDED)
+            options["estimator"] = estimator | {"init_args": estimator["init_args"] | {"epsilon": run["epsilon"]}}
         if "forwards_per_step" not in method:
             options["max_forwards"] = run["forwards"]
         if method.get("decay", False):
@@ -134,7 +141,7 @@ def module_of(run: dict[str, Any], data: ClassificationDataModule) -> LanguageMo
     if run["name"] == "linear_probe" and not run["head"]:
         # notes the states that answers begin at; adapters that change nothing are left as they are
         class_path = "wandazeta.modules.ZerothOrderModule"
-        options["num_answers"] = data.num_classes
+        options["head"] = {"num_answers": data.num_classes}
     config = parser.parse_object({"module": {"class_path": class_path, "init_args": options}})
     module: LanguageModel = parser.instantiate_classes(config).module
     return module

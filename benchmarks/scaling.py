@@ -90,7 +90,7 @@ def zo_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[str,
 
     seed_everything(0, verbose=False)
     module = ZerothOrderModule(
-        str(MODEL), schedule=ConstantSchedule(NUM_QUERIES), prefix_cache=False, learning_rate=1e-6, query_chunk_size=8
+        str(MODEL), schedule=ConstantSchedule(NUM_QUERIES), prefix_cache_gib=0, learning_rate=1e-6, query_chunk_size=8
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",

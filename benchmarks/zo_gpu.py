@@ -29,10 +29,8 @@ from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
 from wandazeta.utilities.memory import peak_memory
-from wandazeta.zeroth_order import TwoSided
-from wandazeta.zeroth_order.aggregation import mean_gradient
-from wandazeta.zeroth_order.directions import directions_of_step
-from wandazeta.zeroth_order.estimators import projected_gradients
+from wandazeta.utilities.random_streams import directions_of_step
+from wandazeta.zeroth_order import TwoSided, mean_gradient, projected_gradients
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_gpu.json"
 EPSILON = 3e-3
@@ -51,8 +49,8 @@ class Steps:
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], chunk_size: int) -> None:
-        self.bank: AdapterVector = TensorTrainAdapters().insert(model, 0)
-        self.bank.to(batch["input_ids"].device)
+        self.vector: AdapterVector = TensorTrainAdapters().insert(model, 0)
+        self.vector.to(batch["input_ids"].device)
         self.scorer = Scorer(model)
         self.prepared: Prepared = self.scorer.prepare(batch)
         self.estimator = TwoSided(EPSILON)
@@ -61,13 +59,13 @@ class Steps:
 
     def _losses(self, theta_Pd: Tensor) -> Tensor:
         assert self.prepared.labels is not None
-        with self.bank.use(theta_Pd):
+        with self.vector.use(theta_Pd):
             return option_losses(self.scorer.option_scores(self.prepared, len(theta_Pd)).values, self.prepared.labels)
 
     @torch.no_grad()
     def run(self, num_queries: int) -> None:
         """One step; ends when the device has."""
-        theta = self.bank.theta
+        theta = self.vector.theta
         directions = directions_of_step(theta, 0, self.done)
         points = range(self.estimator.num_points(num_queries))
         found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)

@@ -29,7 +29,7 @@ from wandazeta.zeroth_order import ConstantSchedule
 RESULT = ROOT / "benchmarks" / "results" / "zo_memory.json"
 MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
 # one perturbed copy at a time, nothing kept from step to step
-FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache": False}
+FORWARD_ONLY = {"schedule": ConstantSchedule(1), "query_chunk_size": 1, "prefix_cache_gib": 0}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "inference": (LanguageModel, {}),
     "tensor_train": (ZerothOrderModule, FORWARD_ONLY | {"trainable": TensorTrainAdapters()}),

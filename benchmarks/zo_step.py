@@ -39,7 +39,7 @@ from wandazeta.adapters.tensor_train import TTLinear
 from wandazeta.datamodules import PromptedClassificationDataModule
 from wandazeta.modules import LanguageModel, ZerothOrderModule
 from wandazeta.scoring.scorer import Scorer, option_losses
-from wandazeta.zeroth_order import ConstantSchedule
+from wandazeta.zeroth_order import ConstantSchedule, TwoSided
 
 RESULT = ROOT / "benchmarks" / "results" / "zo_step.json"
 MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
@@ -206,7 +206,7 @@ def measure(setting: dict[str, Any], arguments: argparse.Namespace) -> list[dict
     module = ZerothOrderModule(
         str(arguments.model),
         schedule=ConstantSchedule(num_queries),
-        epsilon=EPSILON,
+        estimator=TwoSided(EPSILON),
         learning_rate=LEARNING_RATE,
         query_chunk_size=arguments.chunk,
         trainable=TensorTrainAdapters(bottleneck=BOTTLENECK, layers=layers, identity_start=False),

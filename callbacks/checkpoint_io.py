@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all."""
+"""Checkpoint plugin that writes every file atomically."""
 
 import io
 from pathlib import Path
@@ -12,11 +12,15 @@ from wandazeta.utilities.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint beside its place, flushes it to the disk and renames it.
+    """Writes checkpoints atomically: a full disk or a killed process leaves the previous checkpoint complete.
 
-    Lightning's own makes it in the system's temporary folder and moves it. To another file system, as from `/tmp` of a
-    node to a shared folder, a move is a copy over the checkpoint before: a full disk or a kill leaves part of one.
-    Where checkpoints go to a URL, nothing is changed. `wandazeta` uses it unless a run has another.
+    Lightning writes a checkpoint to the system's temporary directory and moves it. Across file systems, such as from
+    `/tmp` of a node to a shared directory, a move is a copy over the previous checkpoint, which a full disk or a kill
+    cuts short. This plugin writes beside the target, flushes to the disk and renames. Checkpoints on remote file
+    systems (`s3://…`) are left to Lightning.
+
+    The command line uses this plugin unless the trainer is given another one; elsewhere pass it as
+    `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
 
     @override
@@ -24,6 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        # to memory first: on a full disk torch's writer raises errors that do not say so
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Keep a pruned module exactly as sparse as it is while something trains its weights."""
+"""Keep a pruned module sparse while its weights are trained."""
 
 from typing import Any
 
@@ -11,32 +11,33 @@ from typing_extensions import override
 
 from wandazeta.models.zero3 import full_shape
 from wandazeta.pruning.export.masks import match_masks, read_masks
-from wandazeta.pruning.held_masks import HeldSparsity, pack_mask, unpack_mask, zero_masks
+from wandazeta.pruning.held_masks import HeldMasks, masks_from_zeros, pack_mask, unpack_mask
 
 
 class KeepSparsity(Callback):
-    """Holds pruned weights at zero while they are trained, whatever the module and its optimizers are.
+    """Keeps pruned weights at zero while they are trained, for any module and any optimizers.
 
-    Gradients are masked before they are accumulated, reduced over ranks and clipped (a norm is that of the kept
-    weights); weights and optimizer state after every step, so that weight decay, momenta and what a checkpoint brought
-    back leave no trace. At the end of the fit sparsity is checked. Automatic and manual optimization, any number of
-    optimizers, one device or DDP, any precision; the masks are kept in checkpoints, one bit a weight.
+    Gradients are masked before they are accumulated, reduced over ranks and clipped (the clipped norm is that of the
+    kept weights). Weights and optimizer state are masked after every step, so that neither weight decay nor momenta
+    nor a loaded checkpoint can change a pruned weight. Sparsity is checked at the end of the fit. Works with automatic
+    and manual optimization, several optimizers, one device or DDP, and any precision. Checkpoints hold the masks, one
+    bit per weight.
 
-    DeepSpeed, whatever the stage, keeps copies of weights and optimizer state that masks cannot reach. There gradients
-    alone are masked, which is enough for SGD, Adam and all that move a value by its own gradient; sparsity is checked
-    after the first step, too. Every rank holds whole masks, a byte for each weight.
+    DeepSpeed (any stage) keeps copies of weights and optimizer state that masks cannot reach. There only gradients are
+    masked, which is enough for SGD, Adam and other optimizers that update each value from its own gradient; sparsity
+    is also checked after the first step. Every rank holds the masks of all weights, one byte per weight.
 
     Masked full fine-tuning is this callback beside `FirstOrderModule(trainable=Weights())`. In a list of callbacks its
     place does not matter.
 
     Args:
-        masks: A `masks.safetensors`, or the directory of a `wandazeta prune` that holds it; by default the zeros of
-            the Linears in the blocks when the fit starts.
-        blocks: Dotted name of the list of blocks in the module; found where it is not given. For masks without a file.
+        masks: A `masks.safetensors`, or the directory that `wandazeta prune` wrote it to; by default the zeros of the
+            Linears inside the blocks when the fit starts.
+        blocks: Dotted name of the list of blocks in the module; found automatically by default. Only without `masks`.
 
     Raises:
-        ValueError: Before training, if the strategy shards weights (FSDP), nothing is pruned or masks do not fit;
-            after it, if something else has written to pruned weights.
+        ValueError: Before training, if the strategy shards gradients (FSDP), nothing is pruned or the masks do not
+            fit; after it, if something other than the optimizers has written to pruned weights.
 
     Example:
         >>> from wandazeta.callbacks import KeepSparsity
@@ -52,43 +53,40 @@ class KeepSparsity(Callback):
             )
         self.masks = masks
         self.blocks = blocks
-        self.held: HeldSparsity | None = None
-        """The weights and masks in force, while fitting and after it."""
-        self._first_step: int | None = None
-        self._read: dict[str, Tensor] | None = None
-        self._restored: dict[str, Tensor] | None = None
+        self.held: HeldMasks | None = None
+        """The masks and their weights, from the start of the training on."""
+        self._masks_from_file: dict[str, Tensor] | None = None
+        self._packed_masks_from_checkpoint: dict[str, Tensor] | None = None
+        # step after which sparsity is checked once during training
+        self._check_at_step: int | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._restored = None
+        self._packed_masks_from_checkpoint = None
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
-                f"Expected a strategy that leaves gradients whole, but got {type(trainer.strategy).__name__}, which "
-                "keeps flat or sharded ones that masks cannot reach; use one device, DDP or DeepSpeed"
+                f"Expected a strategy that does not shard gradients, but got {type(trainer.strategy).__name__}, whose "
+                "flat or sharded gradients masks cannot reach; use one device, DDP or DeepSpeed"
             )
         if self.masks is not None:
-            # what is wrong with the file shows before the module is pruned or trained
-            self._read = read_masks(self.masks)
+            # a bad file is refused before the module is pruned or trained
+            self._masks_from_file = read_masks(self.masks)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # by now DeepSpeed, too, has loaded the checkpoint, and the optimizers are the final ones
+        # the first hook at which DeepSpeed has loaded the checkpoint and the optimizers are the final ones
         parameters = dict(pl_module.named_parameters())
-        masks = None if self._read is None else match_masks(pl_module, self._read)
-        if self._restored is not None:
-            # not the zeros again: a kept weight may have become zero by chance, and would then stay so
-            masks = self._restored_masks(parameters, masks)
-        self.held = HeldSparsity(parameters, zero_masks(pl_module, self.blocks) if masks is None else masks)
-        self._read = self._restored = None
+        self.held = HeldMasks(parameters, self._find_masks(pl_module, parameters))
+        self._masks_from_file = self._packed_masks_from_checkpoint = None
         rank_zero_info(
-            f"Holding {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {len(self.held.masks)} layers "
+            f"Keeping {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {len(self.held.masks)} layers "
             "at zero"
         )
         if _trains_copies(trainer):
             self.held.hold_gradients()
-            self._first_step = trainer.global_step + 1
+            self._check_at_step = trainer.global_step + 1
         else:
             self.held.hold(trainer.optimizers)
 
@@ -96,20 +94,20 @@ class KeepSparsity(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.held is not None and self._first_step is not None and trainer.global_step >= self._first_step:
-            # an optimizer that moves weights without gradients is found now, not after hours
-            self._first_step = None
+        if self.held is not None and self._check_at_step is not None and trainer.global_step >= self._check_at_step:
+            # detects an optimizer that moves weights without gradients now rather than after hours
+            self._check_at_step = None
             self.held.check(signs=False)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # before the strategy is torn down, after which shares cannot be gathered
+        # DeepSpeed's weights can be gathered only before the strategy is torn down
         if self.held is not None and _trains_copies(trainer):
             self.held.check(signs=False)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # none where a checkpoint was of a finished run
+        # no masks are held where the checkpoint is that of a finished run, which trains nothing
         if self.held is not None and not _trains_copies(trainer):
             self.held.check()
 
@@ -121,6 +119,10 @@ class KeepSparsity(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
 
+    def _release(self) -> None:
+        if self.held is not None:
+            self.held.release()
+
     @override
     def state_dict(self) -> dict[str, Any]:
         masks = {} if self.held is None else self.held.masks
@@ -128,18 +130,23 @@ class KeepSparsity(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # none in a checkpoint from before a fit
-        self._restored = state_dict["masks"] or None
+        # a checkpoint from before the training holds none
+        self._packed_masks_from_checkpoint = state_dict["masks"] or None
 
-    def _restored_masks(self, parameters: dict[str, Any], given: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        assert self._restored is not None
-        unknown = [name for name in self._restored if name not in parameters]
+    def _find_masks(self, pl_module: LightningModule, parameters: dict[str, Any]) -> dict[str, Tensor]:
+        """Take the masks from the checkpoint, the file or the zeros of the weights, in this order."""
+        given = None if self._masks_from_file is None else match_masks(pl_module, self._masks_from_file)
+        packed = self._packed_masks_from_checkpoint
+        if packed is None:
+            return masks_from_zeros(pl_module, self.blocks) if given is None else given
+        # not from the zeros: a kept weight that has become zero by chance has to be trained on
+        unknown = [name for name in packed if name not in parameters]
         if unknown:
             raise ValueError(
-                f"Expected a checkpoint of the same module, but its masks are of `{unknown[0]}` and others that this "
-                "one does not have; start without it"
+                f"Expected a checkpoint of the same module, but it has masks of `{unknown[0]}` and other weights that "
+                "this module does not have; start without the checkpoint"
             )
-        masks = {name: unpack_mask(packed, full_shape(parameters[name])) for name, packed in self._restored.items()}
+        masks = {name: unpack_mask(bits, full_shape(parameters[name])) for name, bits in packed.items()}
         if given is not None and not (
             given.keys() == masks.keys() and all(torch.equal(given[name], mask) for name, mask in masks.items())
         ):
@@ -149,11 +156,7 @@ class KeepSparsity(Callback):
             )
         return masks
 
-    def _release(self) -> None:
-        if self.held is not None:
-            self.held.release()
-
 
 def _trains_copies(trainer: Trainer) -> bool:
-    """Whether optimizers step on something else than the module's parameters."""
+    """Whether the optimizers update copies of the weights and not the module's own parameters."""
     return isinstance(trainer.strategy, DeepSpeedStrategy)

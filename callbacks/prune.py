@@ -20,14 +20,15 @@ from typing_extensions import override
 
 from wandazeta.callbacks.calibration_data import calibration_loader
 from wandazeta.lightning_compat import requeue_signal
-from wandazeta.models.streaming import is_stored, require_whole
+from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
 from wandazeta.pruning.calibration import call_arguments
 from wandazeta.pruning.methods import MethodName, PruningMethod, make_method
 from wandazeta.pruning.options import ComputeDtype, PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
 from wandazeta.pruning.progress.folder import ProgressFolder
-from wandazeta.pruning.records import PruneReport, table
+from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.table import report_table
 from wandazeta.pruning.session import PruningSession
 from wandazeta.utilities.arguments import check_at_least
 from wandazeta.utilities.ranks import Ranks
@@ -154,7 +155,7 @@ class WandaPPPruneCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.state.status == TrainerStatus.RUNNING:
             # the module would raise this error, too, but only after the pruning
-            require_whole(pl_module)
+            require_in_memory(pl_module)
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
             return
@@ -242,7 +243,7 @@ class WandaPPPruneCallback(Callback):
             rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
         elif trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
-            console.print(table(report), width=console.width if console.is_terminal else 120)
+            console.print(report_table(report), width=console.width if console.is_terminal else 120)
         return report
 
     def _session(self, pl_module: LightningModule) -> PruningSession:
@@ -301,7 +302,7 @@ class WandaPPPruneCallback(Callback):
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
                 weight = parameters[name]
-                nonzero = weight.numel() if is_stored(weight) else int(torch.count_nonzero(weight))
+                nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if isinstance(pl_module, HasPrunedBackboneKey):
             pl_module.pruned_backbone_key = self.key

@@ -1,4 +1,4 @@
-"""LightningModules: a language model to evaluate, fine-tuned by forward passes alone or by back-propagation."""
+"""LightningModules: a language model to evaluate, and its fine-tuning by forward passes alone or back-propagation."""
 
 from wandazeta.modules.first_order import FirstOrderModule
 from wandazeta.modules.language_model import LanguageModel

@@ -17,8 +17,8 @@ from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered
-from wandazeta.modules.exchange import adjust_strategy
 from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, describe_rates, stepped
@@ -111,7 +111,7 @@ class FirstOrderModule(LanguageModel):
             # transformers loads models in evaluation mode, without dropout
             self.backbone.train()
         if attached_trainer(self) is not None:
-            adjust_strategy(self.trainer.strategy, save_frozen=not self._training.has_adapters)
+            configure_deepspeed(self.trainer.strategy, save_frozen=not self._training.has_adapters)
 
     def _insert_adapters(self) -> None:
         heads = ["head"] if isinstance(self.scorer, HeadScorer) else []

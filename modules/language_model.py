@@ -13,9 +13,8 @@ from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
-from wandazeta.models.streaming import is_stored, require_whole
-from wandazeta.modules.exchange import adjust_strategy
-from wandazeta.modules.strategies import loading_sharded_by
+from wandazeta.models.streaming import is_file_backed, require_in_memory
+from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
@@ -75,20 +74,20 @@ class LanguageModel(LightningModule):
         """
         if "backbone" not in self._modules:
             return ""
-        require_whole(self)
+        require_in_memory(self)
         return backbone_fingerprint(self.backbone)
 
     @override
     def setup(self, stage: str) -> None:
         if attached_trainer(self) is not None:
-            adjust_strategy(self.trainer.strategy)
+            configure_deepspeed(self.trainer.strategy)
         self._build_sharded()
-        require_whole(self)
+        require_in_memory(self)
 
     @override
     def cpu(self) -> Self:
         # the trainer calls this after an error too; streamed weights cannot be moved
-        return self if any(map(is_stored, self.parameters())) else super().cpu()
+        return self if any(map(is_file_backed, self.parameters())) else super().cpu()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

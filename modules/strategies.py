@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from wandazeta.models.blocks import find_blocks
@@ -52,6 +52,32 @@ def limit_gathered_weights(strategy: Any, model: nn.Module) -> None:
     """
     if uses_zero3(strategy):
         limit_gathered_blocks(_zero_options(strategy), find_blocks(model)[1])
+
+
+def configure_deepspeed(strategy: Any, save_frozen: bool = False) -> None:
+    """Exclude frozen weights from DeepSpeed's checkpoints, and set the batch size that it would read from the loader.
+
+    Args:
+        strategy: The trainer's strategy; any other than DeepSpeed is not changed.
+        save_frozen: Save frozen weights, too.
+    """
+    if hasattr(strategy, "exclude_frozen_parameters"):
+        strategy.exclude_frozen_parameters |= not save_frozen
+        # only logged; Lightning would read it from the loader's batch sampler, which loaders of whole batches lack
+        (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+
+
+def refuse_sharded_weights(strategy: Any) -> None:
+    """Raise an error for strategies that shard the model's weights or train copies of them.
+
+    Raises:
+        ValueError: If the strategy is one of them.
+    """
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise ValueError(
+            f"Expected a strategy that neither shards nor copies the weights for `Weights`, but got "
+            f"{type(strategy).__name__}; use one device or DDP, or train adapters"
+        )
 
 
 def _zero_options(strategy: DeepSpeedStrategy) -> dict[str, Any]:

@@ -1,298 +1,275 @@
-"""Fine-tuning with forward passes alone, as a LightningModule that stock strategies run (AdaZeta, arXiv 2406.18060)."""
+"""Fine-tuning with forward passes alone, as a LightningModule for stock strategies (AdaZeta, arXiv 2406.18060)."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.adapters import (
-    AdaptedModule,
-    AdapterVector,
-    InPlaceWeights,
-    LoRAAdapters,
-    TensorTrainAdapters,
-    Weights,
-    train_linears,
-)
-from wandazeta.adapters.files import describe_backbone
+from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
+from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
 from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
-from wandazeta.modules.checkpoints import TrainedByForwards
-from wandazeta.modules.exchange import Exchange, adjust_strategy, require_whole_weights
-from wandazeta.modules.strategies import limit_gathered_weights
-from wandazeta.modules.zo_options import (
-    EPSILON,
-    check_finite_steps,
-    check_weights_options,
-    check_zo_options,
-    compute_dtype,
-    make_estimator,
-    warn_of_waste,
-)
+from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
-from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
-from wandazeta.scoring.scorer import Prepared
-from wandazeta.utilities.arguments import check_range, stepped
+from wandazeta.scoring.scorer import Prepared, Scores
+from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
 from wandazeta.zeroth_order import (
-    AGGREGATIONS,
-    DISTRIBUTIONS,
-    AdaZetaSchedule,
+    DEFAULT_EPSILON,
     ConstantSchedule,
     Directions,
+    Estimator,
+    HeadGradient,
     LossFn,
-    RAdaZOUpdate,
+    QuerySchedule,
+    RankSync,
     SGDUpdate,
-    VarianceSchedule,
+    TrainedHead,
+    TwoSided,
+    Update,
     projected_gradients,
 )
-from wandazeta.zeroth_order.head import (
-    HeadGradient,
-    answers_head,
-    check_head_gradient,
-    check_head_learning_rate,
-    check_num_answers,
-)
+
+MAX_NONFINITE_STEPS = 10
+"""Steps in a row without any finite query after which a run stops."""
 
 
-class ZerothOrderModule(TrainedByForwards):
-    """A language model trained by forward passes alone: adapters (and a new head, if it has one), or its weights.
+class NonFiniteLossError(ValueError):
+    """Training has diverged, or its data or precision lead to losses that are not finite."""
 
-    The backbone is frozen. Every step draws Q directions from (seed, step, query), measures the slope of the loss along
-    each and moves the adapters by the mean of the slopes (by default two-sided Gaussian SPSA with plain SGD). The
-    stored adapters are never perturbed: perturbed copies go to the forward, folded into the batch. All adapters live in
-    one flat fp32 buffer that no strategy shards; a trainable parameter of one value gives strategies the optimizer that
-    they ask for, whose learning rate and scheduler are the real ones.
+
+class ZerothOrderModule(LanguageModel):
+    """A language model that is fine-tuned with forward passes alone: adapters (and a new head), or its own weights.
+
+    The backbone is frozen. In every step, the slopes of the loss along Q random directions, drawn from (seed, step,
+    query), estimate the gradient of the adapters; by default this is two-sided Gaussian SPSA with plain SGD. The stored
+    adapters are never perturbed: perturbed copies of them are evaluated, folded into the batch. All adapters are in one
+    flat fp32 buffer, which no strategy shards. A trainable parameter with one value, the anchor, gives strategies the
+    optimizer that they require; its learning rate and scheduler are those of the adapters.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
         loading: Precision, attention kernels, pad token and other options of loading; see `LoadingOptions`.
-        num_answers: Answer options of a language model to train a matrix and a bias for, which add to their scores from
-            the state that the answer begins at; zero at first, so that training begins with the prompt's own answers.
-        objective: What is lowered: one minus a metric of torchmetrics (scores and labels), or of `GeneratedText`; by
-            default the cross-entropy. A metric moves in jumps: it needs an `epsilon` of its own and large batches.
-        schedule: Number of queries of a step, `ConstantSchedule`, `AdaZetaSchedule` (by the epoch) or
-            `VarianceSchedule` (more when the slopes get small).
-        estimator: How slopes are measured: `two_sided` differences (2 forwards a query), `one_sided` ones that share
-            their base (1 a query and 1 more) or `forward_mode` derivatives, exact (counted as 2 a query).
-        directions: Distribution of the directions, `gaussian` (the paper's) or `rademacher`.
-        head_gradient: Of a new head, or of answers: `estimated` along the directions like all else, or `exact`, which
-            the base of `one_sided` slopes gives in closed form.
-        aggregation: How slopes become a gradient: their `mean` (the paper's), `align` (projection on the span of the
-            directions) or `fzoo` (mean over the slopes' standard deviation).
-        update: Rule that moves the adapters by the estimated gradient, `SGDUpdate` (the paper's) or `RAdaZOUpdate`.
+        trainable: What is trained: `TensorTrainAdapters` (AdaZeta's, the default), `LoRAAdapters`, or the model's own
+            `Weights`.
+        head: Options of a head that is trained together with adapters; see `TrainedHead`.
+        objective: What is minimised: one minus a metric of torchmetrics (of scores and labels) or of `GeneratedText`;
+            by default the cross-entropy. A metric is a step function, which needs large batches and an explicit
+            `epsilon`.
+        estimator: How the gradient is estimated: `TwoSided` differences (2 forwards for each query, the default),
+            `OneSided` differences (1 for each query and 1 more) or exact `ForwardMode` derivatives (counted as 2).
+        schedule: Number of queries of a step: `ConstantSchedule` (8 by default), `AdaZetaSchedule` (by the epoch) or
+            `VarianceSchedule` (more as the slopes become smaller).
+        update: Rule that moves the adapters along the estimated gradient: `SGDUpdate` (AdaZeta's, the default) or
+            `RAdaZOUpdate`.
         learning_rate: Learning rate of the update.
-        head_learning_rate: Another for a new head or for answers, which a scheduler moves alike; zeros have to travel
-            further than adapters that begin at the model itself. By default the same.
-        lr_scheduler: Makes a learning rate scheduler from the optimizer; it is stepped after every training step.
-        weight_decay: Weight decay of the matrices, at `learning_rate`; biases have none.
-        epsilon: Distance of the perturbed copies from the adapters; by default fits the precision of the forward.
-        query_chunk_size: Perturbed copies folded into one forward; halved when memory runs out.
-        trainable: What is trained, `TensorTrainAdapters` (the paper's), `LoRAAdapters`, or the model's own `Weights`.
-        parallel: What ranks share out, the `queries` of a step on the same batch or the `data` of its batch.
-        prefix_cache: Compute what lies below the adapters once per example and keep it.
-        prefix_cache_gib: Memory for that, in GiB of each process; examples beyond it are computed in every step.
-        max_forwards: Forward passes after which the run ends; a step that would exceed them is not begun.
-        max_nonfinite_steps: Steps in a row without any finite loss after which the run stops.
-        seed: Seed of the directions and of the adapters' start.
+        lr_scheduler: Creates a learning rate scheduler from the optimizer; it is stepped after every training step.
+        query_chunk_size: Perturbed copies that are evaluated in one forward; halved when memory runs out.
+        prefix_cache_gib: Memory of each process, in GiB, for hidden states below the first adapter, which are computed
+            once for each example; 0 turns the cache off. Further examples are computed in every step.
+        parallel: What is divided over ranks: the `queries` of a step on the same batch, or the `data` of its batch.
+        max_forwards: Budget of forward passes; the run ends before the step that would exceed it.
+        seed: Seed of the directions and of the adapters' initial values.
 
     Raises:
-        ValueError: If an argument is out of range, or does not fit the model or the trainer.
+        ValueError: If an argument is out of range, or does not fit another one, the model or the trainer.
     """
+
+    progress: Tensor
+    """Numbers of steps, forward passes and updates (steps that had an estimate), shape `(3,)`."""
 
     def __init__(
         self,
         model_name_or_path: str,
         loading: LoadingOptions | None = None,
-        num_answers: int | None = None,
+        trainable: Trainable | None = None,
+        head: TrainedHead | None = None,
         objective: Objective | None = None,
-        schedule: ConstantSchedule | AdaZetaSchedule | VarianceSchedule | None = None,
-        estimator: Literal["two_sided", "one_sided", "forward_mode"] = "two_sided",
-        directions: Literal["gaussian", "rademacher"] = "gaussian",
-        head_gradient: Literal["estimated", "exact"] = "estimated",
-        aggregation: Literal["mean", "align", "fzoo"] = "mean",
-        update: SGDUpdate | RAdaZOUpdate | None = None,
+        estimator: Estimator | None = None,
+        schedule: QuerySchedule | None = None,
+        update: Update | None = None,
         learning_rate: float = 1e-4,
-        head_learning_rate: float | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        weight_decay: float = 0.0,
-        epsilon: float | None = None,
         query_chunk_size: int = 16,
-        trainable: TensorTrainAdapters | LoRAAdapters | Weights | None = None,
-        parallel: Literal["queries", "data"] = "queries",
-        prefix_cache: bool = True,
         prefix_cache_gib: float = 4.0,
+        parallel: Literal["queries", "data"] = "queries",
         max_forwards: int | None = None,
-        max_nonfinite_steps: int = 10,
         seed: int = 0,
     ) -> None:
-        check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
-        check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
-        check_range("parallel", parallel, parallel in ("queries", "data"), "queries or data")
-        check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
-        check_range("max_nonfinite_steps", max_nonfinite_steps, max_nonfinite_steps >= 1, "at least 1")
         loading = loading or LoadingOptions()
-        loading.refuse("stream_weights", type(self).__name__, "it is for `prune` with LanguageModel")
-        num_classes = loading.num_classes
+        trainable = trainable or TensorTrainAdapters()
+        estimator = TwoSided() if estimator is None else estimator
         schedule = schedule or ConstantSchedule(8)
-        check_zo_options(schedule, estimator, directions, aggregation, epsilon, max_forwards)
-        check_objective(objective, epsilon, estimator)
-        check_num_answers(num_answers, num_classes, trainable)
-        num_trained = num_classes if num_answers is None else num_answers
-        weights = isinstance(trainable, Weights)
-        check_head_gradient(head_gradient, num_trained, objective, estimator, aggregation, weights)
-        check_head_learning_rate(head_learning_rate, num_trained, weights)
-        if isinstance(trainable, Weights):
-            check_weights_options(estimator, directions, aggregation, trainable.parts, num_classes)
+        check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")
+        check_range("prefix_cache_gib", prefix_cache_gib, prefix_cache_gib >= 0, "at least 0")
+        check_choice("parallel", parallel, ("queries", "data"))
+        is_estimator = isinstance(estimator, Estimator)
+        check_range("estimator", estimator, is_estimator, "TwoSided(), OneSided() or ForwardMode()")
+        loading.refuse("stream_weights", type(self).__name__, "it is for `prune` with LanguageModel")
+        _check_schedule(schedule, estimator, max_forwards)
+        _check_objective(objective, estimator)
+        _check_trainable(trainable, estimator, loading)
+        if head is not None:
+            _check_head(head, trainable, objective, estimator, loading)
         super().__init__(model_name_or_path, loading)
         if self.tokenizer.pad_token is None:
             raise ValueError(
                 f"Expected the tokenizer of {model_name_or_path} to have a pad token, but it has none; "
-                f"set `pad_token`, for example to {self.tokenizer.eos_token!r}"
+                f"set `loading.pad_token`, for example to {self.tokenizer.eos_token!r}"
             )
         self.automatic_optimization = False
         self.strict_loading = False
+        self.trainable = trainable
+        self.head = head or TrainedHead()
         self.objective = objective
-        self.schedule, self.estimator = schedule, estimator
-        self.directions, self.aggregation = directions, aggregation
-        self.num_answers = num_answers
-        self.head_gradient = head_gradient
-        self.update_rule = update or SGDUpdate()
+        self.estimator = estimator
+        self.schedule = schedule
+        self.update = update or SGDUpdate()
         self.learning_rate = learning_rate
-        self.head_learning_rate = head_learning_rate
         self.lr_scheduler = lr_scheduler
-        self.weight_decay = weight_decay
-        self.epsilon = epsilon
         self.query_chunk_size = query_chunk_size
-        self.trainable = trainable or TensorTrainAdapters()
-        self.parallel = parallel
-        self.prefix_cache = prefix_cache
         self.prefix_cache_gib = prefix_cache_gib
+        self.parallel = parallel
         self.max_forwards = max_forwards
-        self.max_nonfinite_steps = max_nonfinite_steps
         self.seed = seed
 
-        self.pruned_backbone_key = None
-        self._backbone_description = {}
-        self.adapters = None
-        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast one of no dimension
-        # steps, forwards and updates (steps that had an estimate): buffers, so that all is written in one go
+        self.adapters: TrainedVector | None = None
+        """The trained vector, once `setup` has inserted it."""
+        self.pruned_backbone_key: str | None = None
+        """Key of the backbone's pruning, set by the callback that prunes it."""
+        self._backbone_description: dict[str, Any] = {}
+        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
+        # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
-        self._head_gradient: HeadGradient | None = None
         if not loading.shard_on_load:
-            self.trainable.check(self.backbone, self.update_rule.num_states)
+            self.trainable.check(self.backbone, self.update.num_states)
 
     @property
     def data_sharding(self) -> tuple[int, int]:
-        """How the training data are shared out: (number of replicas, index of this one)."""
+        """How the training data are sharded: (number of shards, index of this rank's shard)."""
         if self.parallel == "queries" or attached_trainer(self) is None:
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the forward pass."""
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16"):
+            return torch.bfloat16
+        if precision.startswith("16"):
+            return torch.float16
+        # ZeRO-3 keeps the dtype of weights that it shards
+        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        return dtype if dtype in DEFAULT_EPSILON else torch.float32
+
+    # -- insertion of the adapters
+
     @override
     def setup(self, stage: str) -> None:
-        """Freeze the backbone, which may have been pruned by now, and put the adapters in."""
-        if stage == "fit" and isinstance(self.trainable, Weights):
-            require_whole_weights(self.trainer.strategy)
-        if attached_trainer(self) is not None:
-            adjust_strategy(self.trainer.strategy)
+        """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            if stage == "fit" and self.trainable.needs_whole_weights:
+                refuse_sharded_weights(trainer.strategy)
+            configure_deepspeed(trainer.strategy)
         if self._build_sharded():
-            self.trainable.check(self.backbone, self.update_rule.num_states)
-        if attached_trainer(self) is not None:
-            limit_gathered_weights(self.trainer.strategy, self.backbone)
+            self.trainable.check(self.backbone, self.update.num_states)
+        if trainer is not None:
+            limit_gathered_weights(trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
     def _insert_adapters(self) -> None:
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         self.backbone.requires_grad_(False)
-        self.adapters = self.trainable.insert(self.backbone, self.seed)
-        if isinstance(self.adapters, AdapterVector) and isinstance(self.scorer, HeadScorer):
-            train_linears(self.backbone, self.adapters, ["head"])
-        if isinstance(self.adapters, AdapterVector) and self.num_answers is not None:
+        linears = [] if self.loading.num_classes is None else ["head"]
+        self.adapters = adapters = self.trainable.insert(self.backbone, self.seed, linears)
+        if self.head.num_answers is not None:
             config: Any = self.backbone.config
-            answers = answers_head(config.get_text_config().hidden_size, self.num_answers)
-            self.adapters.append({"answers": answers})
-            self.scorer.adapt(answers=partial(self.adapters.linear, "answers"))
-        states = torch.zeros(self.update_rule.num_states, len(self.adapters.theta))
-        # in the bank, which keeps its precision whatever the strategy casts to
-        self.adapters.register_buffer("update_states", states)
-        self.adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
-        sites: set[nn.Module] = {module for module in self.backbone.modules() if isinstance(module, AdaptedModule)}
-        if isinstance(self.adapters, InPlaceWeights):
-            self.scorer.adapt(head_rows=self.adapters.rows)
-        elif self.prefix_cache and not isinstance(self.objective, GeneratedText):
+            width = config.get_text_config().hidden_size
+            self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
+        # buffers of the vector, which keeps its precision whatever the strategy casts to
+        adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
+        adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
+        self.scorer.adapt(head_rows=adapters.rows)
+        sites = adapted_modules(self.backbone)
+        if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):
             _, blocks = find_blocks(self.backbone)
             self.scorer.prefix = FrozenPrefix(self.backbone, blocks, sites, int(self.prefix_cache_gib * 2**30))
-        # DDP would broadcast every buffer at every forward: megabytes a step, and drift would go unseen
+        # DDP would broadcast every buffer at every forward: megabytes in each step, which would also hide drift
         exclude_from_ddp(self, [name for name, _ in self.named_buffers()])
         self._backbone_modules = list(self.backbone.modules())
-        rank_zero_info(f"{self.adapters.num_parameters:,} trainable values, {len(sites)} adapters")
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Precision of the forward."""
-        return compute_dtype(str(self.trainer.precision), self.backbone)
+        rank_zero_info(f"{adapters.num_parameters:,} trained values, {len(sites)} adapters")
 
     @override
     def configure_optimizers(self) -> Any:
         return stepped(self._new_optimizer(), self.lr_scheduler)
 
-    @override
     def _new_optimizer(self) -> SGD:
         return SGD([self.anchor], lr=self.learning_rate)
 
+    # -- training
+
     @override
     def on_fit_start(self) -> None:
-        # under ZeRO-3 every forward gathers weights from all ranks: all must run equally many
+        assert self.adapters is not None
+        # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
         sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
-        if isinstance(self.adapters, InPlaceWeights):
-            self.adapters.require_fp32()  # a precision plugin may have cast them by now
-        self._exchange = Exchange(self.trainer, self.parallel, lockstep=sharded)
+        self.adapters.prepare_fit()
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        self._rank_sync = RankSync(world_size, rank, reduce, self.parallel, lockstep=sharded)
         dtype = self.compute_dtype
-        self._estimator = make_estimator(self.estimator, self.epsilon or EPSILON[dtype])
-        if self.head_gradient == "exact":
-            assert isinstance(self.adapters, AdapterVector)
-            self._head_gradient = HeadGradient(self.adapters)
-        warn_of_waste(self._estimator, self.schedule, self.parallel, self.trainer.world_size, self.epsilon, dtype)
+        self._estimator = self.estimator.with_default_epsilon(dtype)
+        exact = self.head.gradient == "exact"
+        self._head_gradient = HeadGradient(self.adapters.linears_slice) if exact else None
+        if self.parallel == "queries" and self.estimator.num_points(self.schedule.max_queries) < world_size:
+            rank_zero_warn(
+                f"{self.schedule.max_queries} queries are too few for {world_size} ranks: some ranks will be idle"
+            )
+        if (warning := self.estimator.precision_warning(dtype)) is not None:
+            rank_zero_warn(warning)
         if sharded and self.scorer.prefix is not None:
             self.scorer.prefix = None
-            rank_zero_info("The frozen prefix is not reused: the strategy shards the backbone's weights.")
+            rank_zero_info("The prefix cache is off, because the strategy shards the backbone's weights.")
 
     @override
     def on_train_start(self) -> None:
         step = self.trainer.global_step
         self._updates = int(self.progress[0])
         if self._updates not in (step, step + 1):
-            # adapters from elsewhere start a run of their own
+            # adapters that were loaded from another run start a new one
             self._updates = step
             self.progress[0] = step
-        self.trainer.should_stop |= self._spent(step)
+        self.trainer.should_stop |= self._exceeds_budget(step)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         step = self.trainer.global_step
         self._advance_scheduler(step)
-        # a checkpoint written by a signal handler may hold the update of a step whose bookkeeping was still to come
-        if self._updates == step and not self._spent(step):
+        # a checkpoint from a signal handler may contain the update of a step that the trainer has not counted yet
+        if self._updates == step and not self._exceeds_budget(step):
             self._update_adapters(batch, step)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.manual_backward(self.anchor.sum() * 0.0)
         optimizer.step()
         self._advance_scheduler(step + 1)
-        self.trainer.should_stop |= self._spent(step + 1)
+        self.trainer.should_stop |= self._exceeds_budget(step + 1)
 
     def _advance_scheduler(self, step: int) -> None:
         scheduler = self.lr_schedulers()
@@ -300,53 +277,51 @@ class ZerothOrderModule(TrainedByForwards):
             scheduler.step()
 
     def num_queries(self, step: int) -> int:
-        """Queries of the step that comes next, by the epoch that it belongs to and by what was measured before."""
+        """Return the number of queries of the next step, by its epoch and by the slopes of earlier steps."""
         assert self.adapters is not None
         epoch = int(step // self.trainer.num_training_batches)
         return self.schedule.num_queries(epoch, self.adapters.get_buffer("schedule_states"))
 
-    def _spent(self, step: int) -> bool:
-        """Whether the next step would exceed the forward passes that the run may spend."""
+    def _exceeds_budget(self, step: int) -> bool:
+        """Whether a step would exceed the budget of forward passes."""
         if self.max_forwards is None:
             return False
-        return int(self.progress[1]) + self._estimator.num_forwards(self.num_queries(step)) > self.max_forwards
+        return int(self.progress[1]) + self.estimator.num_forwards(self.num_queries(step)) > self.max_forwards
 
     def _update_adapters(self, batch: dict[str, Tensor], step: int) -> None:
         assert self.adapters is not None
         num_queries = self.num_queries(step)
-        directions = self.adapters.start(self.seed, step, num_queries, DISTRIBUTIONS[self.directions])
+        directions = self.adapters.start_step(self.seed, step, num_queries, self.estimator.draw)
         theta, head = self.adapters.theta, self._head_gradient
         if head is not None:
             directions = head.directions(directions)
-        values = self._estimate(batch, directions, num_queries)
+        values = self._evaluate_points(batch, directions, num_queries)
         slopes = projected_gradients(self._estimator.slopes(values))
-        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-
-        stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
-        grad = AGGREGATIONS[self.aggregation](theta, slopes, directions)
+        grad = self.estimator.gradient(theta, slopes, directions)
         if head is not None:
-            head_grad = head.take(self._exchange, len(batch["input_ids"]))
+            head_grad = self._rank_sync.average_base(*head.observed(theta), len(batch["input_ids"]))
             if slopes.values:
-                # slopes without a deviation, as of adapters under a head of zeros, do not hold it up
+                # the head is updated even if the slopes have no deviation, as those of adapters below a head of zeros
                 grad = torch.zeros_like(theta) if grad is None else grad
-                head.put(grad, head_grad)
+                grad[head.slice] = head_grad
+
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
         updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         if grad is not None:
-            for part, rate in self._rates(learning_rate):
-                self.update_rule.step_(updated[part], grad[part], update_states[:, part], int(self.progress[2]), rate)
+            for part, rate in self._learning_rates(learning_rate):
+                self.update.step_(updated[part], grad[part], update_states[:, part], int(self.progress[2]), rate)
             self.schedule.observe_(schedule_states, slopes)
-        # decoupled from the moments, and the same as in the gradient where there are none
-        shrink = 0.0 if grad is None else learning_rate * self.weight_decay
-        done = self.progress + self.progress.new_tensor(
-            [1, self._estimator.num_forwards(num_queries), grad is not None]
-        )
-        self.adapters.store(updated, shrink, stored, [update_states, schedule_states, done])
+        # decoupled from moments; without moments it equals weight decay in the gradient
+        decay = 0.0 if grad is None else learning_rate * self.update.weight_decay
+        done = self.progress + self.progress.new_tensor([1, self.estimator.num_forwards(num_queries), grad is not None])
+        self.adapters.apply_update(updated, decay, stored, [update_states, schedule_states, done])
         self._updates = step + 1
 
         self.log("train/loss", self._estimator.loss(values), prog_bar=True)
-        # logging costs a good part of a millisecond a value, as much as a fast step's arithmetic
+        # logging takes up to a millisecond for each value, as long as the arithmetic of a fast step
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._spent(step + 1):
+        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
@@ -356,41 +331,244 @@ class ZerothOrderModule(TrainedByForwards):
                     "lr": learning_rate,
                 }
             )
-        self._nonfinite_steps = 0 if slopes.values else self._nonfinite_steps + 1
-        check_finite_steps(self._nonfinite_steps, self.max_nonfinite_steps, step)
+        self._count_nonfinite(bool(slopes.values), step)
 
-    def _rates(self, learning_rate: float) -> list[tuple[slice, float]]:
-        """Parts of the trained vector, each with its learning rate."""
-        if self.head_learning_rate is None:
+    def _count_nonfinite(self, has_finite: bool, step: int) -> None:
+        self._nonfinite_steps = 0 if has_finite else self._nonfinite_steps + 1
+        if self._nonfinite_steps >= MAX_NONFINITE_STEPS:
+            raise NonFiniteLossError(
+                f"Expected finite losses, but for {self._nonfinite_steps} steps (up to step {step}) every query was "
+                "nan or infinite; lower `learning_rate` or `epsilon`, and check the data and the precision"
+            )
+
+    def _learning_rates(self, learning_rate: float) -> list[tuple[slice, float]]:
+        """Return slices of the trained vector, each with its learning rate."""
+        if self.head.learning_rate is None:
             return [(slice(None), learning_rate)]
-        assert isinstance(self.adapters, AdapterVector)
-        end = self.adapters.layout.num_parameters
+        assert self.adapters is not None
+        head = self.adapters.linears_slice
         return [
-            (slice(end), learning_rate),
-            (slice(end, None), learning_rate * self.head_learning_rate / self.learning_rate),
+            (slice(head.start), learning_rate),
+            (head, learning_rate * self.head.learning_rate / self.learning_rate),
         ]
 
-    def _estimate(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
+    def _evaluate_points(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
+        """Return the values of all points of a step `(V, P)`, the same bits on every rank."""
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
-            points = self._exchange.share(num_points)
+            points = self._rank_sync.local_points(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
-                losses = self._head_gradient.watch(losses, batch["label"])
+                self._head_gradient.clear()
+                observe = partial(self._observe_base, labels=batch["label"])
+                losses = partial(self.losses, prepared=prepared, on_scores=observe)
             evaluations = self._estimator.evaluate(losses, theta, directions, points, self.query_chunk_size)
         self.query_chunk_size = evaluations.chunk_size
-        return self._exchange.gather(evaluations, num_points, self.adapters.checked(), batch["input_ids"])
+        return self._rank_sync.gather(evaluations, num_points, self.adapters.drift_probe(), batch["input_ids"])
 
-    def losses(self, theta_Pd: Tensor, prepared: Prepared) -> Tensor:
-        """Losses `[P]` of a batch under P adapter vectors; overridable, any number per vector will do."""
+    def _observe_base(self, theta_Pd: Tensor, scores: Scores, labels: Tensor) -> None:
+        """Compute the head's gradient if the first of the vectors is the trained one, the base of one-sided slopes."""
+        assert self.adapters is not None
+        assert self._head_gradient is not None
+        assert scores.features is not None
+        if torch.equal(theta_Pd[0], self.adapters.theta):
+            features_BD = scores.features.unflatten(0, (len(theta_Pd), -1))[0]
+            self._head_gradient.observe(features_BD, scores.values[0], labels)
+
+    def losses(
+        self, theta_Pd: Tensor, prepared: Prepared, on_scores: Callable[[Tensor, Scores], None] | None = None
+    ) -> Tensor:
+        """Return the losses `[P]` of a batch under P adapter vectors. Override it to minimise anything else.
+
+        Args:
+            theta_Pd: The vectors.
+            prepared: The batch, prepared by the scorer.
+            on_scores: Called with vectors and their scores; given if the head has an exact gradient.
+        """
         assert self.adapters is not None
         losses = []
-        on_scores = None if self._head_gradient is None else self._head_gradient.note_scores
-        for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds else 1):
+        for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds_queries else 1):
             with self.adapters.use(part):
+                observe = None if on_scores is None else partial(on_scores, part)
                 losses.append(
-                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, on_scores)
+                    objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, observe)
                 )
         return torch.cat(losses)
+
+    # -- checkpoints and saved adapters
+
+    @property
+    def backbone_key(self) -> str:
+        """Key of the backbone, pruned or not, that the adapters belong to."""
+        return str(self._backbone_description.get("backbone_key", ""))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remove the frozen backbone from the checkpoint, and add what identifies the run."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
+        checkpoint["zeroth_order"] = {
+            **self._description(),
+            **self._rules(),
+            **describe_rates(self._new_optimizer(), self.lr_scheduler),
+            "query_chunk_size": self.query_chunk_size,
+            "nonfinite_steps": self._nonfinite_steps,
+            "theta_sum": self._theta_sum(),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits this run, and restore what is not in the state dict."""
+        saved = checkpoint.get("zeroth_order")
+        if saved is None:
+            raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
+        here = self._description() | self._rules()
+        if attached_trainer(self) is not None and self.trainer.training:
+            here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
+        require_same(saved, here)
+        if "state_dict" in checkpoint:
+            expected = {name for name in self.state_dict() if self._is_trained(name)}
+            found = set(checkpoint["state_dict"])
+            if expected != found:
+                raise ValueError(
+                    f"Expected a checkpoint with exactly {sorted(expected)}, but it lacks {sorted(expected - found)} "
+                    f"and has {sorted(found - expected)} in addition"
+                )
+        elif self._theta_sum() != saved["theta_sum"]:  # DeepSpeed has loaded its own file by now
+            raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
+        self.query_chunk_size = saved["query_chunk_size"]
+        self._nonfinite_steps = saved["nonfinite_steps"]
+
+    def save_adapters(self, directory: str | Path) -> None:
+        """Save the adapters (LoRA in the format of peft), their description (`adapters.json`) and a model card.
+
+        Args:
+            directory: Directory to write to; it is made if it is missing.
+
+        Raises:
+            ValueError: If there are none, because the model's own weights are trained.
+        """
+        assert self.adapters is not None
+        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
+
+    def load_adapters(self, directory: str | Path) -> None:
+        """Load adapters that `save_adapters` wrote for the same backbone and sites.
+
+        Args:
+            directory: Directory with the adapters.
+
+        Raises:
+            ValueError: If they are for another backbone or other sites.
+        """
+        if self.adapters is None:
+            self._insert_adapters()
+        assert self.adapters is not None
+        load_adapter_files(Path(directory), self.adapters, self._description())
+
+    def _description(self) -> dict[str, Any]:
+        assert self.adapters is not None
+        return {**self.adapters.description(), "backbone_key": self.backbone_key}
+
+    def _rules(self) -> dict[str, Any]:
+        return {"update": type(self.update).__name__, "schedule_states": self.schedule.num_states}
+
+    def _theta_sum(self) -> float:
+        assert self.adapters is not None
+        return float(self.adapters.drift_probe().double().sum())
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether an entry of the state dict belongs into checkpoints."""
+        assert self.adapters is not None
+        inner = name.removeprefix("backbone.")
+        return inner == name or inner in self.adapters.parameter_names
+
+
+def _check_schedule(schedule: QuerySchedule, estimator: Estimator, max_forwards: int | None) -> None:
+    if schedule.min_queries < estimator.min_queries:
+        raise ValueError(
+            f"Expected argument `schedule` to have at least {estimator.min_queries} queries in every step, because "
+            f'aggregation="{estimator.aggregation}" divides by their standard deviation, but got {schedule}'
+        )
+    smallest = estimator.num_forwards(schedule.min_queries)
+    check_range(
+        "max_forwards", max_forwards, max_forwards is None or max_forwards >= smallest, f"at least {smallest}, one step"
+    )
+
+
+def _check_objective(objective: Objective | None, estimator: Estimator) -> None:
+    if objective is None:
+        return
+    check_objective(objective)
+    name = type(objective.metric if isinstance(objective, GeneratedText) else objective).__name__
+    if estimator.needs_differentiable_loss:
+        raise ValueError(
+            f"Expected argument `estimator` to be TwoSided or OneSided for the objective {name}, but got "
+            f"{type(estimator).__name__}; a metric is a step function and has no derivative"
+        )
+    if estimator.epsilon is None:
+        raise ValueError(
+            f"Expected argument `epsilon` of `estimator` to be set for the objective {name}, but got None; a metric is "
+            "a step function, and with the small default both sides have the same value: try 0.1"
+        )
+
+
+def _check_trainable(trainable: Trainable, estimator: Estimator, loading: LoadingOptions) -> None:
+    if loading.num_classes is not None and not trainable.trains_new_head:
+        raise ValueError(
+            "Expected argument `parts` to be all or biases_and_head for a model with `num_classes`, but got 'biases', "
+            "which leaves the new head at zero"
+        )
+    if trainable.has_explicit_directions:
+        return
+    kind = type(estimator).__name__
+    for name, value, fits, known in (
+        ("estimator", kind, not estimator.needs_differentiable_loss, "TwoSided or OneSided"),
+        ("directions", estimator.directions, estimator.directions == "gaussian", "gaussian"),
+        ("aggregation", estimator.aggregation, estimator.aggregation != "align", "mean or fzoo"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"Expected argument `{name}` to be {known} if `{type(trainable).__name__}` are trained, but got "
+                f"{value!r}; use {known}, or train adapters"
+            )
+
+
+def _check_head(
+    head: TrainedHead,
+    trainable: Trainable,
+    objective: Objective | None,
+    estimator: Estimator,
+    loading: LoadingOptions,
+) -> None:
+    kind = type(trainable).__name__
+    if head.num_answers is not None and loading.num_classes is not None:
+        raise ValueError("Expected either `num_classes`, for an encoder, or `num_answers`, for a language model")
+    if head.num_answers is not None and not trainable.supports_answers:
+        raise ValueError(
+            f"Expected `trainable` to be TensorTrainAdapters for a head with `num_answers`, but got {kind}; the saved "
+            "files of others cannot contain the head"
+        )
+    if head.num_answers is None and loading.num_classes is None:
+        raise ValueError(
+            "Expected `num_classes` or `num_answers` for argument `head`, but got neither, so there is no head to train"
+        )
+    if not trainable.has_separate_head:
+        raise ValueError(
+            f"Expected adapters in `trainable` for argument `head`, but got {kind}, which have one learning rate and "
+            "no exact gradient; leave out `head`, a new head is among the weights"
+        )
+    if head.gradient == "estimated":
+        return
+    for expected, fits, reason in (
+        ("no `objective`", objective is None, "a metric has no gradient"),
+        ("`estimator` OneSided", estimator.evaluates_base, f"{type(estimator).__name__} has no base forward"),
+        (
+            "`aggregation` mean or fzoo",
+            estimator.aggregation != "align",
+            "the head is not in the span of the directions that align projects on",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f'Expected {expected} for a head with gradient="exact", but {reason}; change either')

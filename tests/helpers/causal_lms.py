@@ -28,7 +28,7 @@ CONFIGS = {
 
 
 def tiny_lm(kind="llama", seed=0, **changes):
-    """Build a model whose weights are large enough for its outputs to depend on everything."""
+    """Build a model whose weights are so large that its outputs depend on all of them."""
     config = AutoConfig.for_model(kind, **(SIZES | CONFIGS[kind] | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def tiny_lm(kind="llama", seed=0, **changes):
 
 
 def save_tiny_lm(directory, kind="llama", pad=True, seed=0, **changes) -> Path:
-    """Write a model and a tokenizer as `from_pretrained` reads them."""
+    """Save a model and a tokenizer for `from_pretrained`."""
     tiny_lm(kind, seed, **changes).save_pretrained(directory)
     byte_tokenizer(pad=pad).save_pretrained(directory)
     return Path(directory)
@@ -57,7 +57,7 @@ def prompts(num, width=12, seed=0, vocabulary=300):
 
 
 def classification_batch(num=4, options=((7,), (9,)), seed=0, width=12):
-    """A batch as the classification data module makes it."""
+    """A batch like those of `PromptedClassificationDataModule`."""
     ids, mask = prompts(num, width, seed)
     longest = max(map(len, options))
     option_ids = torch.tensor([[*option, *[0] * (longest - len(option))] for option in options])
@@ -75,26 +75,26 @@ def classification_batch(num=4, options=((7,), (9,)), seed=0, width=12):
 
 
 def text_batch(num=3, width=12, seed=0):
-    """A batch as the text data module makes it."""
+    """A batch like those of `TextDataModule`."""
     ids, mask = prompts(num, width, seed)
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def rows_of(batch):
-    """Cut a batch into examples."""
+    """Split a batch into examples."""
     shared = {"option_ids", "option_mask"}
     num = len(batch["input_ids"])
     return [{k: v if k in shared else v[i] for k, v in batch.items()} for i in range(num)]
 
 
 def collate(rows):
-    """Put examples back together."""
+    """Join examples to a batch."""
     shared = {"option_ids", "option_mask"}
     return {k: rows[0][k] if k in shared else torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
 def step_loader(batch, batch_size, trainer, seed=0):
-    """Loader whose batches are a function of the trainer's step."""
+    """Loader whose batches depend on the step of the trainer alone."""
     rows = rows_of(batch)
     sampler = StepSampler(rows, batch_size, seed, trainer)
     return DataLoader(BatchDataset(rows, collate), sampler=sampler, batch_size=None)

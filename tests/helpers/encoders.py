@@ -20,7 +20,7 @@ KINDS = ("bert", "roberta", "mpnet")
 
 
 def tiny_encoder(kind="bert", seed=0):
-    """Build a model whose weights are large enough for its outputs to depend on everything."""
+    """Build a model whose weights are so large that its outputs depend on all of them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModel.from_config(AutoConfig.for_model(kind, **SIZES))
@@ -33,14 +33,14 @@ def tiny_encoder(kind="bert", seed=0):
 
 
 def save_tiny_encoder(directory, kind="bert", seed=0) -> Path:
-    """Write a model and a tokenizer as `from_pretrained` reads them."""
+    """Save a model and a tokenizer for `from_pretrained`."""
     tiny_encoder(kind, seed).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return Path(directory)
 
 
 def labelled_batch(num=6, num_classes=3, seed=0, width=12):
-    """A batch as the classification data module makes it."""
+    """A batch like those of `ClassificationDataModule`."""
     ids, mask = prompts(num, width, seed)
     label = torch.arange(num) % num_classes
     ids[:, 0] = 50 + label  # something to learn

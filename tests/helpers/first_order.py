@@ -1,4 +1,4 @@
-"""Tiny models that `FirstOrderModule` trains in a moment."""
+"""Train tiny models with `FirstOrderModule`, and prune them by magnitude."""
 
 import torch
 from helpers.causal_lms import classification_batch, step_loader, text_batch

@@ -1,18 +1,18 @@
-"""What DeepSpeed gathers of a sharded model in a step, and how much of it a rank holds at once."""
+"""Count what DeepSpeed gathers of a sharded model in a step, and how much of it a rank holds at once."""
 
 from lightning.pytorch import Callback
 
 
 class WatchGathers(Callback):
-    """Counts, from the second step on (the first has no trace yet), how often each parameter is gathered."""
+    """Counts how often each parameter is gathered, from the second step on: DeepSpeed traces the first."""
 
     def __init__(self):
         self.counts = {}
         self.steps = 0
         self.live = 0
-        """Most bytes of gathered weights at once."""
+        """Largest number of bytes of gathered weights at once."""
         self.own = 0
-        """Bytes of this rank's shares."""
+        """Bytes of the shards of this rank."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 1:
@@ -42,6 +42,6 @@ class WatchGathers(Callback):
             parameter.all_gather_coalesced = wrapped(parameter.all_gather_coalesced)
 
     def result(self):
-        """Gathers a step by parameter, and bytes."""
+        """Gathers of a step by parameter, and bytes."""
         per_step = {name: count / self.steps for name, count in self.counts.items()}
         return {"live": self.live, "own": self.own, "total": self.total, "per_step": per_step}

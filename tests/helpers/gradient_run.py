@@ -1,4 +1,4 @@
-"""Short trainings by back-propagation, one after the other, as a program to be spread out by DeepSpeed."""
+"""Short trainings by back-propagation, one after another, as a program that DeepSpeed starts on several ranks."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 class Noise(torch.optim.SGD):
-    """Moves every value, whatever its gradient."""
+    """An optimizer that changes every value, whatever its gradient."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -89,7 +89,7 @@ def train(
     trainer_options=None,
     **options,
 ):
-    """Train; return what this rank ended with."""
+    """Train; return the results of this rank."""
     from helpers.causal_lms import classification_batch, step_loader
     from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
     from lightning.pytorch import Trainer
@@ -149,7 +149,7 @@ def train(
 
 
 def main():
-    """Train as each entry of the JSON file's `runs` says; every rank writes what it ended with."""
+    """Train as each entry of the JSON file's `runs` says; every rank writes its results."""
     from helpers.processes import leave_process_group
 
     settings = json.loads(Path(sys.argv[1]).read_text())

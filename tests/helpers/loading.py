@@ -1,4 +1,4 @@
-"""Options of loading among others."""
+"""Separate the options of loading from others."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""A sparse `Tiny`, and the plain loop that keeps it sparse by multiplying gradients with masks."""
+"""A sparse `Tiny`, and a training loop in plain torch that keeps it sparse by masking its gradients."""
 
 import torch
 from helpers.pruning import Tiny, loader
@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 
 def prunable(module):
-    """The weights inside the blocks that a pruning takes, by name."""
+    """The weights in the blocks that pruning selects, by name."""
     return {
         name: weight for name, weight in module.named_parameters() if name.startswith("layers.") and weight.ndim == 2
     }
 
 
 def sparse_tiny(**kwargs):
-    """`Tiny` with the two smallest of every four weights of its blocks at zero, and without dropout."""
+    """`Tiny` without dropout, pruned to 2:4 by magnitude."""
     module = Tiny(**kwargs)
     module.dropout.p = 0.0
     with torch.no_grad():
@@ -24,7 +24,7 @@ def sparse_tiny(**kwargs):
 
 
 def reference(module, make_optimizer, steps, *, clip=None, accumulate=1, ranks=1):
-    """Train with nothing but torch; the batches of all ranks count alike. Returns the optimizer."""
+    """Train in plain torch on the batches of all ranks; returns the optimizer."""
     masks = {name: (weight != 0).float() for name, weight in prunable(module).items()}
     optimizer = make_optimizer(module.parameters())
     # every rank its own data, turn by turn

@@ -23,15 +23,17 @@ class Net(nn.Module):
 def adapted_net():
     """Return a loss of vectors `(N, d)`, the vector of the adapters as they are, and its gradient."""
     model = Net()
-    bank = inject_adapters(model, blocks=model.blocks, rank=2, bottleneck=4, identity_start=False, dtype=torch.float64)
+    vector = inject_adapters(
+        model, blocks=model.blocks, rank=2, bottleneck=4, identity_start=False, dtype=torch.float64
+    )
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def loss_fn(theta_Nd):
-        with bank.use(theta_Nd):
+        with vector.use(theta_Nd):
             y = model(x.repeat(len(theta_Nd), 1)).view(len(theta_Nd), *x.shape)
         return (y - target).square().mean((1, 2))
 
-    theta = bank.theta.clone().requires_grad_()
+    theta = vector.theta.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_fn(theta[None]).sum(), theta)
-    return loss_fn, bank.theta.clone(), gradient
+    return loss_fn, vector.theta.clone(), gradient

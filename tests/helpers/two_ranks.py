@@ -11,7 +11,7 @@ from helpers.prune_config import write_prune_config
 
 # the time in which a run ends once a rank is lost
 SOON_S = 60
-COMMAND = [sys.executable, "-m", "wandazeta.cli.main", "fit", "-c", "../config.yaml"]
+COMMAND = [sys.executable, "-m", "wandazeta", "fit", "-c", "../config.yaml"]
 
 
 def write_fit_config(root, num_blocks=10, steps=150):

@@ -60,6 +60,23 @@ def trainable_of(options):
     return chosen or adapters.TensorTrainAdapters(**{"rank": 2, "bottleneck": 8, "identity_start": False} | settings)
 
 
+def components(options):
+    """Turn the JSON form of components, such as `["OneSided", {"epsilon": 0.1}]`, into the components."""
+    from wandazeta import zeroth_order as zo
+    from wandazeta.models.loading import LoadingOptions
+
+    options = dict(options)
+    for name in options.keys() & {"estimator", "schedule", "update"}:
+        if isinstance(options[name], list):
+            kind, arguments = options[name]
+            options[name] = getattr(zo, kind)(**arguments)
+    for name, kind in (("loading", LoadingOptions), ("head", zo.TrainedHead)):
+        if isinstance(options.get(name), dict):
+            options[name] = kind(**options[name])
+    options["trainable"] = trainable_of(options)
+    return options
+
+
 def train(
     model_dir,
     root,
@@ -85,7 +102,6 @@ def train(
     """Train; return the trainer, the module and the recorder."""
     from helpers.causal_lms import classification_batch, step_loader, text_batch
     from helpers.encoders import labelled_batch
-    from helpers.loading import loading_of
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -120,8 +136,7 @@ def train(
             ModelCheckpoint(root, "step-{step}", save_top_k=-1, every_n_train_steps=save_every, save_last=True)
         )
     options = {"learning_rate": 3e-3, "query_chunk_size": 1, "schedule": ConstantSchedule(queries)} | options
-    options["trainable"] = trainable_of(options)
-    options["loading"] = loading_of(options)
+    options = components(options)
     module = ZerothOrderModule(str(model_dir), **options)
     trainer = Trainer(
         accelerator="cpu",
@@ -137,8 +152,8 @@ def train(
         callbacks=every,
         **(trainer_options or {}),
     )
-    if batch is None and options["loading"].num_classes:
-        batch = labelled_batch(num_examples, options["loading"].num_classes)
+    if batch is None and module.loading.num_classes is not None:
+        batch = labelled_batch(num_examples, module.loading.num_classes)
     if batch is None:
         batch = text_batch(num_examples) if text else classification_batch(num_examples)
     seed = trainer.global_rank if shuffle_per_rank else 0
@@ -148,18 +163,15 @@ def train(
 
 def trained_vector(module):
     """Everything that was trained, in one vector."""
-    bank = module.adapters
-    return bank.theta.clone() if bank.folds else torch.cat([weight.detach().flatten() for weight in bank.weights()])
+    vector = module.adapters
+    if vector.folds_queries:
+        return vector.theta.clone()
+    return torch.cat([weight.detach().flatten() for weight in vector.weights()])
 
 
 def main():
     """Train as the JSON file given says; every rank writes what it ended with."""
-    from wandazeta import zeroth_order as zo
-
     settings = json.loads(Path(sys.argv[1]).read_text())
-    for name in settings.keys() & {"schedule", "update"}:
-        kind, arguments = settings[name]
-        settings[name] = getattr(zo, kind)(**arguments)
     counter = None
     if settings.pop("count_bytes", False):
         counter, counting = count_bytes()

@@ -241,12 +241,14 @@ def test_what_is_in_closed_form_is_a_new_head_or_the_prompts_answers(tmp_path, c
 
     def noted(run, data):
         module = original(run, data)
-        trained.append((run["head"], module.num_answers, module.head_gradient))
+        trained.append((run["head"], module.head.num_answers, module.head.gradient))
         return module
 
     monkeypatch.setattr(benchmark.finetune_run, "module_of", noted)
-    config["methods"]["adazeta"]["init_args"] |= {"estimator": "one_sided"}
-    config["methods"]["adazeta"]["with_head"] = {"head_gradient": "exact"}
+    config["methods"]["adazeta"]["init_args"] |= {
+        "estimator": {"class_path": "wandazeta.zeroth_order.OneSided", "init_args": {}}
+    }
+    config["methods"]["adazeta"]["with_head"] = {"gradient": "exact"}
     benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "adazeta"))
     records = json.loads((tmp_path / "result.json").read_text())["records"]
     assert {r["model"] for r in records if r["phase"] == "final"} == {"encoder", "decoder"}

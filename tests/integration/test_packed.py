@@ -17,8 +17,8 @@ from transformers import (
     LlamaConfig,
 )
 
+from wandazeta.cli.prune import prune_module
 from wandazeta.pruning.export.packed import load_packed, write_packed
-from wandazeta.pruning.export.pretrained import prune_and_export
 
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {
@@ -40,7 +40,7 @@ class Module(LightningModule):
 def export(tmp_path, kind, dtype, pack=True, **kwargs):
     module = Module(kind, dtype)
     pruning = callback(tmp_path / "progress", method="magnitude", **kwargs)
-    prune_and_export(trainer(pruning), module, None, pruning, tmp_path / "out", pack=pack)
+    prune_module(trainer(pruning), module, None, pruning, tmp_path / "out", pack=pack)
     return module.backbone.eval()
 
 
@@ -69,7 +69,7 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
     assert len(masks) == num_layers - 2
     assert not any(excluded in name for name in masks)
 
-    # 2 of 4 values and 4 bits: 9/16 of the size in 16 bit, 17/32 in 32 bit, and the rest as it was, tied weights once
+    # 2 of 4 values and 4 bits: 9/16 of the size in 16-bit precision, 17/32 in 32-bit; the rest is unchanged
     packed_file = out / "sparsity/model.2of4.safetensors"
     pruned = sum(plain[name].nbytes for name in masks)
     dense = sum(tensor.nbytes for name, tensor in plain.items() if name not in masks)

@@ -11,8 +11,8 @@ from helpers.pruning import Tiny, callback, loader, same, trainer
 from helpers.small_disk import small_disk as small_disk_at
 from safetensors.torch import load_file, save_file
 
+from wandazeta.cli import prune as export
 from wandazeta.cli.main import main
-from wandazeta.pruning.export import pretrained as export
 from wandazeta.utilities import files
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from wandazeta.cli.prune import prune_module
 from wandazeta.models.loading import LoadingOptions
-from wandazeta.models.streaming import is_stored
+from wandazeta.models.streaming import is_file_backed
 from wandazeta.modules import LanguageModel
-from wandazeta.pruning.export.pretrained import prune_and_export
 from wandazeta.pruning.progress import folder as progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,8 +38,8 @@ def save_sharded(directory, kind="llama", dtype=torch.float32, **changes):
 def prune(model, folder, *, streamed, dtype="float32", **options):
     pruning = callback(folder / "progress", **options)
     module = LanguageModel(str(model), LoadingOptions(dtype=dtype, stream_weights=streamed))
-    assert any(map(is_stored, module.parameters())) == streamed
-    prune_and_export(trainer(pruning), module, Data(), pruning, folder / "out")
+    assert any(map(is_file_backed, module.parameters())) == streamed
+    prune_module(trainer(pruning), module, Data(), pruning, folder / "out")
     return module, pruning
 
 
@@ -74,7 +74,7 @@ def test_the_same_bits_as_in_memory(tmp_path, method, dtype):
     module, pruning = prune(model, tmp_path / "streamed", streamed=True, dtype=dtype, **options)
     assert_same_pruning(tmp_path / "streamed", tmp_path / "memory")
     assert pruning.report.sparsity == pytest.approx(0.5)
-    assert all(is_stored(parameter) for parameter in module.backbone.model.layers.parameters())
+    assert all(is_file_backed(parameter) for parameter in module.backbone.model.layers.parameters())
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "out", output_loading_info=True)
     assert not any(info.values())
     assert loaded.dtype == getattr(torch, dtype)
@@ -114,7 +114,7 @@ def test_one_block_at_a_time_is_in_memory(tmp_path, monkeypatch):
 
     def saving(folder, index, result):
         layers = module.backbone.model.layers
-        seen.append([not any(is_stored(p) for p in layer.parameters()) for layer in layers])
+        seen.append([not any(is_file_backed(p) for p in layer.parameters()) for layer in layers])
         save(folder, index, result)
 
     monkeypatch.setattr(progress.ProgressFolder, "save", saving)
@@ -122,11 +122,11 @@ def test_one_block_at_a_time_is_in_memory(tmp_path, monkeypatch):
     for layer in module.backbone.model.layers:
         layer.mlp.register_forward_hook(
             lambda *_: during.append(
-                sum(not is_stored(layer.mlp.up_proj.weight) for layer in module.backbone.model.layers)
+                sum(not is_file_backed(layer.mlp.up_proj.weight) for layer in module.backbone.model.layers)
             )
         )
     pruning = callback(tmp_path / "progress", method="wanda")
-    prune_and_export(trainer(pruning), module, Data(), pruning, tmp_path / "out")
+    prune_module(trainer(pruning), module, Data(), pruning, tmp_path / "out")
     assert set(during) == {1}
     assert seen == [[False] * 3] * 3
 
@@ -162,7 +162,7 @@ def test_a_complete_pruning_is_exported_again(tmp_path):
     module, pruning = prune(model, tmp_path, streamed=True, method="wanda")
     first = weights_of(tmp_path / "out")
     for _ in range(2):  # by the callback that made it, and by another
-        prune_and_export(trainer(pruning), module, Data(), pruning, tmp_path / "out")
+        prune_module(trainer(pruning), module, Data(), pruning, tmp_path / "out")
         assert all(torch.equal(weight, first[name]) for name, weight in weights_of(tmp_path / "out").items())
         pruning = callback(tmp_path / "progress", method="wanda")
         module = LanguageModel(str(model), LoadingOptions(stream_weights=True))

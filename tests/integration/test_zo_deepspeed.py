@@ -62,7 +62,7 @@ def test_a_model_is_pruned_first_and_then_trained(settings, alone, pruned_alone,
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_encoder_and_its_new_head_train_as_in_one_process(tmp_path, stage):
     model_dir = save_tiny_encoder(tmp_path / "model")
-    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "num_classes": 3}
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "loading": {"num_classes": 3}}
     (alone,) = run("zo_run", settings, tmp_path / "alone")
     for rank in run("zo_run", settings | {"strategy": {"stage": stage}, "devices": 2}, tmp_path / "two"):
         torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)

@@ -31,7 +31,7 @@ TWO = {"strategy": "ddp", "devices": 2}
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"queries": 1}, {"queries": 1, "estimator": "forward_mode"}],
+    [{}, {"queries": 1}, {"queries": 1, "estimator": ["ForwardMode", {}]}],
     ids=["more queries than ranks", "a side of the query each", "a rank without a query"],
 )
 def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, options):
@@ -48,8 +48,8 @@ def test_queries_are_the_same_bits_as_one_process(settings, alone, tmp_path, opt
 @pytest.mark.parametrize(
     "options",
     [
-        {"estimator": "one_sided", "directions": "rademacher", "aggregation": "align"},
-        {"estimator": "forward_mode", "aggregation": "fzoo"},
+        {"estimator": ["OneSided", {"directions": "rademacher", "aggregation": "align"}]},
+        {"estimator": ["ForwardMode", {"aggregation": "fzoo"}]},
     ],
     ids=["one_sided", "forward_mode"],
 )
@@ -64,7 +64,7 @@ def test_other_estimators_are_the_same_bits_as_one_process(settings, tmp_path, o
 
 def test_an_encoder_and_its_new_head_are_the_same_bits(tmp_path):
     model_dir = save_tiny_encoder(tmp_path / "model")
-    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "num_classes": 3}
+    settings = {"model_dir": str(model_dir), "steps": 4, "queries": 3, "loading": {"num_classes": 3}}
     (alone,) = run("zo_run", settings, tmp_path / "alone")
     for rank in run("zo_run", settings | TWO, tmp_path / "two"):
         assert torch.equal(rank["theta"], alone["theta"])

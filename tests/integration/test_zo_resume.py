@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch.optim.lr_scheduler import PolynomialLR
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
-from wandazeta.zeroth_order import AdaZetaSchedule, RAdaZOUpdate, VarianceSchedule
+from wandazeta.zeroth_order import AdaZetaSchedule, RAdaZOUpdate, SGDUpdate, VarianceSchedule
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def decay(optimizer):
 
 
 STATES = ("adapters.update_states", "adapters.schedule_states")
-OPTIONS = {"schedule": AdaZetaSchedule(1.0, 1.0, 4), "lr_scheduler": decay, "weight_decay": 0.1}
+OPTIONS = {"schedule": AdaZetaSchedule(1.0, 1.0, 4), "lr_scheduler": decay, "update": SGDUpdate(weight_decay=0.1)}
 
 
 @pytest.mark.parametrize("layers", ["last:1", "all"])
@@ -43,7 +43,7 @@ def test_resumed_equals_undisturbed(model_dir, tmp_path, stop, layers):
 
 
 def test_moments_are_resumed_too(model_dir, tmp_path):
-    options = OPTIONS | {"update": RAdaZOUpdate()}
+    options = OPTIONS | {"update": RAdaZOUpdate(weight_decay=0.1)}
     _, whole, _ = train(model_dir, tmp_path / "whole", steps=9, **options)
     train(model_dir, tmp_path / "parts", steps=4, save_every=4, **options)
     _, resumed, _ = train(model_dir, tmp_path / "parts", steps=9, save_every=4, resume=True, **options)
@@ -80,10 +80,9 @@ def test_killed_ten_times_in_a_row(model_dir, tmp_path):
         "steps": 60,
         "save_every": 2,
         "adapter_layers": "last:1",
-        "estimator": "one_sided",
-        "update": ["RAdaZOUpdate", {}],
+        "estimator": ["OneSided", {}],
+        "update": ["RAdaZOUpdate", {"weight_decay": 0.1}],
         "schedule": ["VarianceSchedule", {"min_queries": 2, "max_queries": 6, "window": 4}],
-        "weight_decay": 0.1,
         "kills": 10,
         "kill_seed": 0,
     }

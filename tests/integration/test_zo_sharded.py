@@ -33,7 +33,8 @@ def test_blocks_are_gathered_once_a_step_and_two_held_at_most(settings, alone, t
 
     shape = cost_model.Shape(hidden=32, layers=6, intermediate=48, vocabulary=300, key_value=16)
     strategy = {"stage": 3, "offload_parameters": options.get("offload", False)}
-    chosen = {"strategy": strategy, "devices": devices, "shard_on_load": options.get("shard_on_load", False)}
+    loading = {"shard_on_load": options.get("shard_on_load", False)}
+    chosen = {"strategy": strategy, "devices": devices, "loading": loading}
     ranks = run("zo_run", settings | chosen | {"watch_gathers": True}, tmp_path)
     assert len(ranks) == devices
     for rank in ranks:
@@ -58,10 +59,12 @@ def test_chunks_gather_once_each(settings, tmp_path):
 
 
 def test_bfloat16_is_loaded_in_shares(settings, tmp_path):
-    chosen = {"strategy": {"stage": 3}, "devices": 2, "dtype": "bfloat16", "watch_gathers": True}
+    chosen = {"strategy": {"stage": 3}, "devices": 2, "watch_gathers": True}
     chosen |= {"trainer_options": {"precision": "bf16-true"}}
-    whole = run("zo_run", settings | chosen, tmp_path / "whole")
-    shares = run("zo_run", settings | chosen | {"shard_on_load": True}, tmp_path / "shares")
+    whole, shares = (
+        run("zo_run", settings | chosen | {"loading": {"dtype": "bfloat16", "shard_on_load": shard}}, tmp_path / name)
+        for name, shard in (("whole", False), ("shares", True))
+    )
     for one, other in zip(whole, shares, strict=True):
         assert torch.equal(one["theta"], other["theta"])
         assert one["theta"].dtype == torch.float32
@@ -72,7 +75,7 @@ def test_goes_on_in_shares_from_a_checkpoint_of_whole_weights(settings, tmp_path
     settings = settings | {"strategy": {"stage": 3}, "devices": 2, "save_every": 2}
     undisturbed = run("zo_run", settings, tmp_path / "undisturbed")
     run("zo_run", settings | {"steps": 2}, tmp_path / "stopped")
-    for rank in run("zo_run", settings | {"resume": True, "shard_on_load": True}, tmp_path / "stopped"):
+    for rank in run("zo_run", settings | {"resume": True, "loading": {"shard_on_load": True}}, tmp_path / "stopped"):
         assert min(rank["steps"]) == 3
         assert torch.equal(rank["theta"], undisturbed[0]["theta"])
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wandazeta.zeroth_order import RAdaZOUpdate, SGDUpdate
+from wandazeta.zeroth_order import OneSided, RAdaZOUpdate, SGDUpdate, TwoSided
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,18 +98,18 @@ class StepsOfVectors(Callback):
         self.peaks = []
 
     def on_train_start(self, trainer, pl_module):
-        update, bank = pl_module._update_adapters, pl_module.adapters
+        update, vector = pl_module._update_adapters, pl_module.adapters
         pl_module.losses = lambda theta_Pd, prepared: theta_Pd[:, 0].clone()
 
         def watched(batch, step):
-            with LiveBytes([*pl_module.backbone.parameters(), *bank.buffers(), *batch.values()]) as live:
+            with LiveBytes([*pl_module.backbone.parameters(), *vector.buffers(), *batch.values()]) as live:
                 update(batch, step)
-            self.peaks.append(live.peak + bank.theta.nbytes + bank.update_states.nbytes)
+            self.peaks.append(live.peak + vector.theta.nbytes + vector.update_states.nbytes)
 
         pl_module._update_adapters = watched
 
 
-@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("estimator", [TwoSided(), OneSided()], ids=str)
 @pytest.mark.parametrize("copies", [1, 2, 6])
 @pytest.mark.parametrize("update", [SGDUpdate(), RAdaZOUpdate()], ids=["sgd", "radazo"])
 def test_vectors_of_a_step(cost_model, tmp_path, estimator, copies, update):

@@ -1,4 +1,4 @@
-"""The model card of exported adapters."""
+"""Model card of saved adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ _KINDS = {"tensor_train": "Tensor-train adapters", "lora": "LoRA adapters"}
 
 
 def adapter_card(description: dict[str, Any]) -> str:
-    """Write the card: what the adapters are, what they belong to, how to load them.
+    """Return the model card: kind and size of the adapters, their base model, and how to load them.
 
     Args:
-        description: What is in `adapters.json`.
+        description: Content of `adapters.json`.
     """
     kind = description["kind"]
-    # a path of one machine says nothing elsewhere
+    # a path of this machine is of no use elsewhere
     base = description["base_model"]
     name = Path(base).name if Path(base).is_absolute() else base
     facts = {
@@ -44,7 +44,7 @@ tags: [{kind.replace("_", "-")}, wandazeta]
 {rows}
 | sites | {sites} |
 
-They fit the weights that they were trained on, pruned as they were then: loading them onto others is refused.
+They fit the weights that they were trained on, with the same pruning; other weights are refused.
 {_PRUNED if description["backbone_key"] != description["backbone_fingerprint"] else ""}
 ```python
 {_usage(name, description)}
@@ -52,22 +52,25 @@ They fit the weights that they were trained on, pruned as they were then: loadin
 {_PEFT if kind == "lora" else ""}"""
 
 
-_PRUNED = """The run that trained them pruned the base model first, so name the pruned model's directory in its place.
+_PRUNED = """The base model was pruned before they were trained, so name the pruned model's directory instead.
 """
 
 _PEFT = """
-peft reads the same files (without a look at the weights): `PeftModel.from_pretrained(model, "path/to/this/directory")`.
+peft reads these files (without a check of the weights): `PeftModel.from_pretrained(model, "path/to/this/directory")`.
 """
 
 
 def _usage(name: str, description: dict[str, Any]) -> str:
-    """The lines that load the base model and the adapters; an encoder's has a new head of as many classes."""
+    """Return the lines that load the base model and the adapters; an encoder gets a new head."""
     directory = '"path/to/this/directory"'
     linear, *_, outputs = (description["linears"] or [":"])[0].split(":")
     if linear == "answers":
-        return f"""from wandazeta.modules import ZerothOrderModule
+        return f"""from wandazeta.models.loading import LoadingOptions
+from wandazeta.modules import ZerothOrderModule
+from wandazeta.zeroth_order import TrainedHead
 
-model = ZerothOrderModule("{name}", dtype="{description["dtype"]}", num_answers={outputs})
+loading = LoadingOptions(dtype="{description["dtype"]}")
+model = ZerothOrderModule("{name}", loading, head=TrainedHead(num_answers={outputs}))
 model.load_adapters({directory})"""
     return f"""{_model(name, description)}
 load_adapters(model, {directory})"""
@@ -89,7 +92,7 @@ model = EncoderClassifier(AutoModel.{load}, {num_classes})"""
 
 
 def _summary(kind: str, sites: list[str]) -> str:
-    """The places, each once, and in how many blocks or modules they are."""
+    """Return the sites, each once, and the number of blocks or modules that have them."""
     if kind == "tensor_train":
         parts = [site.split(":") for site in sites]
         places = dict.fromkeys(f"`{position}:{name}`" for _, position, name, _ in parts)

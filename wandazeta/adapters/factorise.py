@@ -1,4 +1,4 @@
-"""Split a width into the factors of a tensor train."""
+"""Factorise a width for a tensor train."""
 
 from functools import lru_cache
 
@@ -33,10 +33,10 @@ def factorise(width: int, num_factors: int = 3) -> list[int]:
 
 @lru_cache(maxsize=4096)
 def _splits(width: int, num_factors: int, smallest: int) -> tuple[tuple[int, ...], ...]:
-    """All ascending splits into 1..`num_factors` factors of at least `smallest`."""
+    """Return all ascending splits into 1 to `num_factors` factors of at least `smallest`."""
     found: list[tuple[int, ...]] = [(width,)] if width >= smallest else []
     if num_factors > 1:
-        # factors ascend, so the first of several is at most the square root of what is left
+        # factors ascend, so the first of several is at most the square root of their product
         divisors = (d for d in range(smallest, int(width**0.5) + 1) if width % d == 0)
         found += [(d, *rest) for d in divisors for rest in _splits(width // d, num_factors - 1, d)]
     return tuple(found)

@@ -1,140 +1,146 @@
-"""All adapters of a model in one flat vector, merged once per use.
+"""All adapters of a model in one flat vector.
 
 Legend: P perturbed copies of the vector, d its length, D features, C outputs of a trained Linear.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from wandazeta.adapters.layout import AdapterLayout, Layout, Matrices
-from wandazeta.zeroth_order.directions import Direction, Directions, directions_of_step
+from wandazeta.adapters.trained_vector import TrainedVector
+from wandazeta.utilities.random_streams import Direction, Directions, directions_of_step
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where one adapter sits.
+class Matrices(Protocol):
+    """The adapter of one site, ready to be applied."""
 
-    Args:
-        block: Index of the decoder block.
-        name: Name of the adapted module inside its block, such as `mlp.up_proj`.
-        position: `before` adapts the module's input, `after` its output.
-        width: Number of features there.
-    """
-
-    block: int
-    name: str
-    position: str
-    width: int
+    def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Apply the adapter to activations `(…, D)`, viewed as `(*rows, D)`: rows of all copies, or of each copy."""
 
 
-class AdapterVector(nn.Module, ABC):
+class Layout(Protocol):
+    """Positions of the adapters in the flat vector."""
+
+    num_parameters: int
+
+    def merge(self, theta: Tensor) -> Sequence[Matrices]:
+        """Return the adapters of all sites from vectors `(…, num_parameters)`."""
+
+    def merge_site(self, theta: Tensor, site: int) -> Matrices:
+        """Return the adapter of one site."""
+
+    def bias_slices(self) -> list[slice]:
+        """Return the slices of the vector that hold biases."""
+
+
+class AdapterVector(TrainedVector):
     """Holds every adapter of a model in one flat buffer `theta` and applies them.
 
-    A buffer, not a parameter: sharding strategies never touch it, and it keeps its dtype (fp32) whatever precision the
-    module is converted to. Only back-propagation makes a parameter of it, `train_by_gradient`. Linears that are trained
-    as they are (a new classification head) follow the adapters in it.
+    It is a buffer and not a parameter, so sharding strategies never touch it, and it keeps its dtype (fp32) whatever
+    precision the module is converted to. For training by back-propagation, `train_by_gradient` turns it into a
+    parameter. Linears that are trained in full (a new classification head) follow the adapters in the vector.
 
     Args:
-        layout: Which slice of the vector is what.
+        layout: Positions of the adapters in the vector.
         theta: The initial vector.
     """
 
-    theta: Tensor
-    folds = True
-    """Whether several copies go through one forward, each on its share of the rows."""
-    model_names: frozenset[str] = frozenset()
-    """Names of the model's own parameters that are trained."""
+    folds_queries = True
+    supports_prefix = True
 
     def __init__(self, layout: Layout, theta: Tensor) -> None:
         super().__init__()
         self.layout = layout
         self.register_buffer("theta", theta)
         self.linear_shapes: dict[str, tuple[int, int]] = {}
-        """Outputs and inputs of the Linears that are trained in full, by their names in the model."""
+        """Output and input widths of the Linears that are trained in full, by their names in the model."""
         self._folded: tuple[Tensor, Sequence[Matrices]] | None = None
         self._cache: tuple[ReferenceType[Tensor], tuple[int, bool], Sequence[Matrices]] | None = None
         self._decay_mask: Tensor | None = None
 
     def append(self, linears: dict[str, nn.Linear]) -> None:
-        """Copy Linears with a bias to the end of the vector, to be trained in full; to be called once.
+        """Copy Linears with a bias to the end of the vector, to train them in full. Can be called once.
 
         Args:
             linears: The Linears, by their names in the model.
         """
-        assert not self.linear_shapes
-        self.linear_shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-        with torch.inference_mode(False):
-            values = [x.detach().to(self.theta).flatten() for lin in linears.values() for x in (lin.weight, lin.bias)]
-            self.theta = torch.cat([self.theta, *values])
+        values = [x.detach().flatten() for linear in linears.values() for x in (linear.weight, linear.bias)]
+        self._append({name: (linear.out_features, linear.in_features) for name, linear in linears.items()}, values)
 
+    @override
+    def append_linear(self, name: str, in_features: int, out_features: int) -> Callable[[Tensor], Tensor]:
+        self._append({name: (out_features, in_features)}, [self.theta.new_zeros(out_features * (in_features + 1))])
+        return partial(self.linear, name)
+
+    def _append(self, shapes: dict[str, tuple[int, int]], values: Sequence[Tensor]) -> None:
+        assert not self.linear_shapes
+        self.linear_shapes = shapes
+        # a normal tensor even under inference mode: inference tensors have no version counter
+        with torch.inference_mode(False):
+            self.theta = torch.cat([self.theta, *(value.to(self.theta) for value in values)])
+
+    @override
     def description(self) -> dict[str, Any]:
-        """What the vector fits, in plain values."""
         linears = [f"{name}:{columns}:{rows}" for name, (rows, columns) in self.linear_shapes.items()]
         return {**self.adapter_description(), "linears": linears, "num_parameters": self.num_parameters}
 
     @abstractmethod
     def adapter_description(self) -> dict[str, Any]:
-        """What the adapters are and where they sit, in plain values."""
+        """Return the kind of the adapters, their sizes and their sites, in plain values."""
 
     file_name = "adapters.safetensors"
+    """Name of the file that adapters are exported to."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is trained, by the names of the file that it is exported to: `theta` itself or views of it."""
+        """Return the tensors of the exported file by their names: `theta` itself or views of it."""
         return {"theta": self.theta.detach()}
 
-    def start(self, seed: int, step: int, num_queries: int, draw: Direction) -> Directions:
-        """Go to a step and return its directions; adapters are the same vector in every one.
+    def peft_config(self) -> dict[str, Any] | None:
+        """Return the `adapter_config.json` with which peft reads the exported file, or None if it cannot read it."""
+        return None
 
-        Args:
-            seed: Base seed of the run.
-            step: Global step.
-            num_queries: Queries of the step.
-            draw: Distribution of the directions.
-        """
+    @override
+    def start_step(self, seed: int, step: int, num_queries: int, draw: Direction) -> Directions:
         return directions_of_step(self.theta, seed, step, draw)
 
-    def store(self, updated: Tensor, shrink: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        """Take new values of the vector, and note down in the same call that they are taken.
-
-        A signal handler that writes a checkpoint sees the adapters and their step both old or both new.
-
-        Args:
-            updated: The new vector; changed by the decay.
-            shrink: Share of the old vector that is taken off, but for biases.
-            stored: Tensors that say how far training is.
-            new: Their new values.
-        """
-        if shrink:
-            updated.sub_(self.theta * self.decay_mask, alpha=shrink)
+    @override
+    def apply_update(self, updated: Tensor, decay: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        if decay:
+            updated.sub_(self.theta * self.decay_mask, alpha=decay)
         torch._foreach_copy_([self.theta, *stored], [updated, *new])
 
-    def checked(self) -> Tensor:
-        """What ranks that drifted apart are noticed by."""
+    @override
+    def drift_probe(self) -> Tensor:
         return self.theta
 
     def train_by_gradient(self) -> None:
-        """Make `theta` a parameter of the same name, for an optimizer."""
+        """Turn `theta` into a parameter of the same name, for an optimizer."""
         theta = self.theta
         del self._buffers["theta"]
         self.theta = nn.Parameter(theta)
 
     @property
+    @override
     def num_parameters(self) -> int:
-        """Number of trainable values, of a vector that is shared out over ranks, too."""
+        # by the layout: under ZeRO-3, a parameter `theta` is empty outside of forward passes
         return self.layout.num_parameters + sum((columns + 1) * rows for rows, columns in self.linear_shapes.values())
 
     @property
+    @override
+    def linears_slice(self) -> slice:
+        return slice(self.layout.num_parameters, None)
+
+    @property
     def decay_mask(self) -> Tensor:
-        """Boolean vector, true where weight decay applies: everywhere but in the biases."""
+        """Boolean vector that is true where weight decay applies: everywhere except in biases."""
         if self._decay_mask is None or self._decay_mask.device != self.theta.device:
             mask = torch.ones(self.num_parameters, dtype=torch.bool)
             for where in self.layout.bias_slices():
@@ -144,12 +150,13 @@ class AdapterVector(nn.Module, ABC):
             self._decay_mask = mask.to(self.theta.device)
         return self._decay_mask
 
+    @override
     @contextmanager
     def use(self, theta_Pd: Tensor) -> Iterator[None]:
         """Run the model with P other vectors at once, each on its share of the rows.
 
-        Inside, the rows of every batch must be P-major: `x.view(P, rows, …)`, the p-th share adapted by `theta_Pd[p]`.
-        All cores are merged once, here.
+        Within the context, the rows of every batch must be P-major: `x.view(P, rows, …)`, where the p-th share is
+        adapted by `theta_Pd[p]`. The adapters of all sites are merged once, on entry.
 
         Args:
             theta_Pd: Vectors of shape `(P, num_parameters)`, on the device of the model's activations.
@@ -181,7 +188,7 @@ class AdapterVector(nn.Module, ABC):
         return y.reshape(*x.shape[:-1], -1)
 
     def linear_tensors(self) -> dict[str, Tensor]:
-        """Weight and bias of the trained Linears, as views of `theta`."""
+        """Return weight and bias of the trained Linears, as views of `theta`."""
         found: dict[str, Tensor] = {}
         for name in self.linear_shapes:
             weight, bias = self._linear(self.theta.detach(), name)
@@ -189,14 +196,14 @@ class AdapterVector(nn.Module, ABC):
         return found
 
     def _linear(self, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Weight `(…, C, D)` and bias `(…, C)` of a trained Linear, as views of a vector."""
+        """Return weight `(…, C, D)` and bias `(…, C)` of a trained Linear, as views of a vector."""
         sizes = [size for shape in self.linear_shapes.values() for size in (prod(shape), shape[0])]
         parts = theta[..., self.layout.num_parameters :].split(sizes, -1)
         index = list(self.linear_shapes).index(name)
         return parts[2 * index].unflatten(-1, self.linear_shapes[name]), parts[2 * index + 1]
 
     def _rows(self, x: Tensor) -> tuple[int, ...]:
-        """How to view the rows of activations: all at once, or as one share for each of the vectors in use."""
+        """Return how to view the rows of activations: all at once, or as one share for each vector in use."""
         if self._folded is None:
             return (-1,)
         copies = len(self._folded[0])
@@ -208,14 +215,14 @@ class AdapterVector(nn.Module, ABC):
         return copies, -1
 
     def _plain(self, site: int) -> Matrices:
-        """Merged adapter of `theta` itself, kept for all sites until `theta` changes."""
+        """Return the merged adapter of `theta` itself; all sites are cached until `theta` changes."""
         theta = self.theta
         trained = isinstance(theta, nn.Parameter) or (theta.requires_grad and torch.is_grad_enabled())
         if trained or theta.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(theta):
-            # a graph is freed by its backward, a transform's tensors live no longer than the transform, and what
-            # DeepSpeed writes to a parameter leaves its version as it was
+            # not cached: a backward pass frees its graph, tensors of a transform end with the transform, and DeepSpeed
+            # writes to parameters without changing their version
             return self.layout.merge_site(theta, site)
-        # tensors made under inference mode cannot take part in a later graph
+        # tensors from inference mode cannot be part of a later graph
         state = (theta._version, torch.is_inference_mode_enabled())
         if self._cache is None or self._cache[0]() is not theta or self._cache[1] != state:
             self._cache = (ref(theta), state, self.layout.merge(theta))
@@ -230,7 +237,7 @@ class AdapterVector(nn.Module, ABC):
         for name, before in buffers.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
-                # follow the module to its device, but not to its precision: 16 bits would swallow the updates
+                # follows the module to its device, but not to its precision: updates are too small for 16 bits
                 self._buffers[name] = before.to(after.device)
         self._cache = None
         return self
@@ -239,54 +246,11 @@ class AdapterVector(nn.Module, ABC):
         return {**self.__dict__, "_cache": None, "_folded": None, "_decay_mask": None}
 
     def extra_repr(self) -> str:
-        """Size of the bank, for `print(model)`."""
+        """Return the number of values, for `print(model)`."""
         return f"num_parameters={self.num_parameters}"
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Leave autocast, which would run the adapters in 16 bits."""
+    """Disable autocast, which would run the adapters in 16 bits."""
     enabled = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
-
-
-class TensorTrainVector(AdapterVector):
-    """A bank of tensor-train adapters.
-
-    Args:
-        sites: Where the adapters sit.
-        rank: TT rank.
-        bottleneck: Inner width of every adapter.
-        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
-    """
-
-    layout: AdapterLayout
-
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        rank: int = 5,
-        bottleneck: int = 64,
-        num_factors: tuple[int, int] = (3, 3),
-        identity_start: bool = True,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
-        generator = generator or torch.Generator().manual_seed(0)
-        # a normal tensor wherever the bank is made: inference tensors have no version to tell a change by
-        with torch.inference_mode(False):
-            theta = layout.initial(identity_start, generator, dtype)
-        super().__init__(layout, theta)
-        self.sites = tuple(sites)
-
-    @override
-    def adapter_description(self) -> dict[str, Any]:
-        return {
-            "kind": "tensor_train",
-            "rank": self.layout.rank,
-            "bottleneck": self.layout.bottleneck,
-            "sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in self.sites],
-        }

@@ -14,7 +14,6 @@ from torch import nn
 from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
-from wandazeta.adapters.inject import train_linears
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.sparsity import is_pruned
 from wandazeta.models.zero3 import is_zero3_sharded
@@ -246,8 +245,7 @@ class TensorTrainTraining(GradientTraining):
     @override
     def insert(self, model: nn.Module, seed: int, heads: Sequence[str]) -> AdapterVector:
         model.requires_grad_(False)
-        self._vector = self.options.insert(model, seed)
-        train_linears(model, self._vector, list(heads))
+        self._vector = self.options.insert(model, seed, heads)
         self._vector.train_by_gradient()
         return self._vector
 

@@ -1,4 +1,4 @@
-"""Put adapters into a model and take them out again, without hooks."""
+"""Insert adapters into a model and remove them again, without hooks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,27 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wandazeta.adapters.flat_vector import AdapterVector, Site, TensorTrainVector
+from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.sites import block_indices, default_sites, parse_site
+from wandazeta.adapters.tensor_train_vector import Site, TensorTrainVector
 
 
-class VectorModule(nn.Module):
-    """A module of the model that reads what is trained about it from a bank.
+class AdapterHost(nn.Module):
+    """Base class of wrappers around a module of the model, whose trained values are in an `AdapterVector`.
 
-    Everything else the model may ask of the module (`weight`, `in_features`, …) is answered by the module itself.
+    Other attributes that the model may read (`weight`, `in_features`, …) are those of the wrapped module.
 
     Args:
-        base: The module as it was.
-        bank: Holder of what is trained; referenced, not registered, as it belongs to whoever injected it.
+        base: The wrapped module.
+        vector: Vector with the trained values. It is referenced and not registered, as it belongs to the caller.
     """
 
-    bank: AdapterVector
+    vector: AdapterVector
 
-    def __init__(self, base: nn.Module, bank: AdapterVector) -> None:
+    def __init__(self, base: nn.Module, vector: AdapterVector) -> None:
         super().__init__()
         self.base = base
-        # past nn.Module.__setattr__, which would register the bank once per site
-        object.__setattr__(self, "bank", bank)
+        # nn.Module.__setattr__ would register the vector once per site
+        object.__setattr__(self, "vector", vector)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -37,51 +38,51 @@ class VectorModule(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-class AdaptedModule(VectorModule):
-    """A module with an adapter before or after it, or (a subclass) beside it.
+class AdaptedModule(AdapterHost):
+    """A module with an adapter before or after it, or (in a subclass) beside it.
 
     Args:
-        base: The module as it was.
-        bank: Holder of the adapter.
-        index: Which of the bank's sites this is.
-        position: Where the adapter sits.
+        base: The wrapped module.
+        vector: Vector with the adapter.
+        index: Index of the site in the vector.
+        position: Place of the adapter, `before`, `after` or `beside` the module.
     """
 
-    def __init__(self, base: nn.Module, bank: AdapterVector, index: int, position: str = "beside") -> None:
-        super().__init__(base, bank)
+    def __init__(self, base: nn.Module, vector: AdapterVector, index: int, position: str = "beside") -> None:
+        super().__init__(base, vector)
         self.index = index
         self.position = position
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on adapted input, or adapt its output (the first item if it returns a tuple)."""
         if self.position == "before":
-            return self.base(self.bank.adapt(self.index, x), *args, **kwargs)
+            return self.base(self.vector.adapt(self.index, x), *args, **kwargs)
         output = self.base(x, *args, **kwargs)
         if isinstance(output, tuple):
-            return (self.bank.adapt(self.index, output[0]), *output[1:])
-        return self.bank.adapt(self.index, output)
+            return (self.vector.adapt(self.index, output[0]), *output[1:])
+        return self.vector.adapt(self.index, output)
 
     def extra_repr(self) -> str:
-        """Where the adapter sits, for `print(model)`."""
+        """Return the place of the adapter, for `print(model)`."""
         return f"position={self.position}"
 
 
-class TrainedLinear(VectorModule):
-    """A Linear whose weight and bias are the bank's; its own, from before the training, are left as they were.
+class TrainedLinear(AdapterHost):
+    """A Linear that is trained in full: its weight and bias are in the vector, those of the base keep their values.
 
     Args:
-        base: The Linear as it was.
-        bank: Holder of what is trained.
+        base: The wrapped Linear.
+        vector: Vector with the trained weight and bias.
         name: Name of the Linear in the model.
     """
 
-    def __init__(self, base: nn.Module, bank: AdapterVector, name: str) -> None:
-        super().__init__(base, bank)
+    def __init__(self, base: nn.Module, vector: AdapterVector, name: str) -> None:
+        super().__init__(base, vector)
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the Linear."""
-        return self.bank.linear(self.name, x)
+        return self.vector.linear(self.name, x)
 
 
 def inject_adapters(
@@ -97,25 +98,25 @@ def inject_adapters(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TensorTrainVector:
-    """Wrap modules of the chosen blocks so that a new bank adapts their input or output.
+    """Insert tensor-train adapters into the chosen blocks of a model.
 
-    The bank starts on the CPU; register it somewhere (`self.adapters = bank`) so that it moves with the model.
+    The vector is on the CPU; register it (`self.adapters = vector`) so that it moves with the model.
 
     Args:
-        model: Model that holds the blocks; changed in place.
+        model: Model that contains the blocks; changed in place.
         blocks: Its decoder or encoder blocks.
-        sites: Adapter places in every block, such as `before:mlp.up_proj`; by default the paper's for LLaMA-like models
-            and encoders, else after the last Linear outside attention.
-        layers: Which blocks carry adapters; all by default.
+        sites: Places of adapters in every block, such as `before:mlp.up_proj`; by default AdaZeta's for LLaMA-like
+            models and encoders, else after the last Linear outside attention.
+        layers: Indices of the blocks with adapters; all by default.
         rank: TT rank.
         bottleneck: Inner width of every adapter.
         num_factors: Largest numbers of factors of a site's width and of the bottleneck.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
+        identity_start: Start with adapters that change nothing; otherwise with random ones, as AdaZeta's code does.
+        generator: Source of the initial values; seed 0 by default.
+        dtype: Precision of the vector and of the adapters' arithmetic.
 
     Returns:
-        The bank with all adapters in its buffer `theta`.
+        The vector, with all adapters in its buffer `theta`.
 
     Raises:
         ValueError: If a site or layer does not exist, or the model has adapters already.
@@ -129,55 +130,62 @@ def inject_adapters(
         for site in default_sites(blocks[index]) if sites is None else sites:
             position, name, width = parse_site(site, blocks[index])
             found.append(Site(index, name, position, width))
-    bank = TensorTrainVector(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
-    wrap_sites(blocks, bank)
-    return bank
+    vector = TensorTrainVector(found, rank, bottleneck, num_factors, identity_start, generator, dtype)
+    wrap_sites(blocks, vector)
+    return vector
 
 
-def wrap_sites(blocks: nn.ModuleList, bank: TensorTrainVector) -> None:
-    """Put the adapters of a bank where its sites are."""
-    for site_index, place in enumerate(bank.sites):
+def wrap_sites(blocks: nn.ModuleList, vector: TensorTrainVector) -> None:
+    """Wrap the modules at the sites of a vector, so that its adapters apply to them."""
+    for site_index, place in enumerate(vector.sites):
         parent_name, _, child = place.name.rpartition(".")
         parent = blocks[place.block].get_submodule(parent_name)
-        setattr(parent, child, AdaptedModule(getattr(parent, child), bank, site_index, place.position))
+        setattr(parent, child, AdaptedModule(getattr(parent, child), vector, site_index, place.position))
 
 
-def train_linears(model: nn.Module, bank: AdapterVector, names: Sequence[str]) -> None:
-    """Train Linears of a model in full, with the adapters of a bank that are in it.
+def train_linears(model: nn.Module, vector: AdapterVector, names: Sequence[str]) -> None:
+    """Train Linears of a model in full, together with the adapters of a vector.
 
     Args:
         model: The model; changed in place.
-        bank: The bank; its vector grows.
+        vector: The vector; their weights and biases are appended to it.
         names: Dotted names of Linears with a bias, such as a new head.
     """
+    if not names:
+        return
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    bank.append(linears)
+    vector.append(linears)
     for name, linear in linears.items():
-        model.set_submodule(name, TrainedLinear(linear, bank, name))
+        model.set_submodule(name, TrainedLinear(linear, vector, name))
+
+
+def adapted_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of a model that have an adapter."""
+    return {module for module in model.modules() if isinstance(module, AdaptedModule)}
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the wrapped modules back as they were before `inject_adapters`."""
+    """Replace every wrapper by the module that it wraps, as before the adapters were inserted."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            while isinstance(child, VectorModule):
+            while isinstance(child, AdapterHost):
                 child = child.base
                 setattr(parent, name, child)
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Refuse a second set of adapters in a model.
+    """Raise an error if a model has adapters already.
 
     Raises:
-        ValueError: If it has any.
+        ValueError: If it has.
     """
-    if any(isinstance(module, VectorModule) for module in model.modules()):
+    if any(isinstance(module, AdapterHost) for module in model.modules()):
         raise ValueError("Expected a model without adapters, but got one that has them; call remove_adapters first.")
 
 
 def _refuse_fused(block: nn.Module) -> None:
     if isinstance(block, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
-            "Expected blocks that call their submodules, but got nn.TransformerEncoderLayer, whose fast path passes "
-            "adapters by in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first."
+            "Expected blocks that call their submodules, but got nn.TransformerEncoderLayer, whose fast path skips "
+            "adapters in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first."
         )

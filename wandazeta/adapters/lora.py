@@ -1,7 +1,7 @@
-"""LoRA factors of a model in one flat vector, many perturbed copies at once (Hu et al., arXiv 2106.09685).
+"""LoRA adapters of a model in one flat vector, with many perturbed copies at once (Hu et al., arXiv 2106.09685).
 
-A matrix W gets a low-rank neighbour: `y = x W + (alpha / rank) (x Aᵀ) Bᵀ`, with A `(r, in)` and B `(out, r)` as peft
-lays them out. Legend: P perturbed copies, d length of the vector, N rows of a copy, r rank.
+The output of a Linear becomes `y = x W + (alpha / rank) (x Aᵀ) Bᵀ`, with A `(r, in)` and B `(out, r)` as in peft.
+Legend: P perturbed copies, d length of the vector, N rows of a copy, r rank.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.inject import AdaptedModule, refuse_adapted
-from wandazeta.adapters.sites import is_linear, unread_modules
+from wandazeta.adapters.sites import is_linear, unused_modules
 from wandazeta.models.zero3 import full_shape
 from wandazeta.utilities.arguments import closest_names
 
 
 @dataclass(frozen=True)
 class LoRASite:
-    """A Linear with a low-rank neighbour.
+    """A Linear with LoRA factors.
 
     Args:
         name: Dotted name in the model.
@@ -43,14 +43,14 @@ class LoRAMatrices(NamedTuple):
     scale: float
 
     def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """What the factors add to the output of the Linear for inputs `(…, in)`: `(…, out)` in their own dtype."""
+        """Return the addition to the output of the Linear for inputs `(…, in)`: `(…, out)`, in the factors' dtype."""
         x_ND = x.reshape(*rows, x.shape[-1]).to(self.A.dtype)
         added = (x_ND @ self.A.mT).mul_(self.scale) @ self.B.mT
         return added.reshape(*x.shape[:-1], added.shape[-1])
 
 
 class LoRALayout:
-    """Which slice of the flat vector is which factor: A, then B, site after site.
+    """Positions of the factors in the flat vector: A, then B, site after site.
 
     Args:
         sites: The Linears.
@@ -68,22 +68,22 @@ class LoRALayout:
         self.num_parameters = self.starts[-1]
 
     def merge(self, theta: Tensor) -> list[LoRAMatrices]:
-        """Factors of all sites, as views of vectors `(…, num_parameters)`."""
+        """Return the factors of all sites, as views of vectors `(…, num_parameters)`."""
         return [self.merge_site(theta, site) for site in range(len(self.shapes))]
 
     def merge_site(self, theta: Tensor, site: int) -> LoRAMatrices:
-        """Factors of one site."""
+        """Return the factors of one site."""
         shape_A, shape_B = self.shapes[site]
         start, middle, end = self.starts[site], self.starts[site] + shape_A[0] * shape_A[1], self.starts[site + 1]
         A = theta[..., start:middle].unflatten(-1, shape_A)
         return LoRAMatrices(A, theta[..., middle:end].unflatten(-1, shape_B), self.alpha / self.rank)
 
     def bias_slices(self) -> list[slice]:
-        """None: every value is a factor's."""
+        """Return no slices: LoRA has no biases."""
         return []
 
     def initial(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Initial vector as peft's: A uniform within `±1 / sqrt(in)` (Kaiming with a = sqrt(5)), B zero."""
+        """Return an initial vector as peft's: A uniform within `±1 / sqrt(in)` (Kaiming with a = sqrt(5)), B zero."""
         theta = torch.zeros(self.num_parameters, dtype=dtype)
         for site in range(len(self.shapes)):
             nn.init.kaiming_uniform_(self.merge_site(theta, site).A, a=sqrt(5), generator=generator)
@@ -91,14 +91,14 @@ class LoRALayout:
 
 
 class LoRAVector(AdapterVector):
-    """A bank of LoRA factors.
+    """The LoRA factors of a model.
 
     Args:
         sites: The Linears.
         rank: Inner width.
         alpha: Scale of the adapters, which add alpha / rank times their product.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
+        generator: Source of the initial values; seed 0 by default.
+        dtype: Precision of the vector and of the adapters' arithmetic.
     """
 
     layout: LoRALayout
@@ -133,8 +133,8 @@ class LoRAVector(AdapterVector):
         named = {name: factor.detach() for name, factor in self.factors().items()} | self.linear_tensors()
         return {f"base_model.model.{name}": tensor for name, tensor in named.items()}
 
+    @override
     def peft_config(self) -> dict[str, Any]:
-        """The `adapter_config.json` with which peft reads the factors."""
         return {
             "peft_type": "LORA",
             "task_type": None if self.linear_shapes else "CAUSAL_LM",
@@ -148,7 +148,7 @@ class LoRAVector(AdapterVector):
         }
 
     def factors(self) -> dict[str, Tensor]:
-        """Both factors of every site by peft's names, `<module>.lora_A.weight` and `<module>.lora_B.weight`: views."""
+        """Return views of both factors of every site, by peft's names `<module>.lora_{A,B}.weight`."""
         named: dict[str, Tensor] = {}
         for site, matrices in zip(self.sites, self.layout.merge(self.theta), strict=True):
             named |= {f"{site.name}.lora_A.weight": matrices.A, f"{site.name}.lora_B.weight": matrices.B}
@@ -160,9 +160,9 @@ class LoRAModule(AdaptedModule):
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the Linear and add what the factors give."""
+        """Run the Linear and add the output of the factors."""
         output = self.base(x, *args, **kwargs)
-        return self.bank.adapt(self.index, x).add_(output).to(output.dtype)
+        return self.vector.adapt(self.index, x).add_(output).to(output.dtype)
 
 
 def inject_lora(
@@ -175,21 +175,21 @@ def inject_lora(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LoRAVector:
-    """Put low-rank factors of a new bank beside Linears of a model.
+    """Insert LoRA adapters beside Linears of a model.
 
-    The bank starts on the CPU; register it somewhere (`self.adapters = bank`) so that it moves with the model.
+    The vector is on the CPU; register it (`self.adapters = vector`) so that it moves with the model.
 
     Args:
         model: The model; changed in place.
-        targets: Names of the Linears, whole or their last parts; by default all but the output embeddings.
+        targets: Names of the Linears, in full or their last parts; by default all except the output embeddings.
         within: Only Linears inside these modules, such as the top blocks; by default of the whole model.
         rank: Inner width.
         alpha: Scale of the adapters, which add alpha / rank times their product.
-        generator: Source of the initial values; seed 0 if not given.
-        dtype: Type of the vector and of the adapters' arithmetic.
+        generator: Source of the initial values; seed 0 by default.
+        dtype: Precision of the vector and of the adapters' arithmetic.
 
     Returns:
-        The bank with all factors in its buffer `theta`.
+        The vector, with all factors in its buffer `theta`.
 
     Raises:
         ValueError: If a target is no Linear of the model, or the model has adapters already.
@@ -197,7 +197,7 @@ def inject_lora(
     refuse_adapted(model)
     output_embeddings: Any = getattr(model, "get_output_embeddings", None)
     head = None if output_embeddings is None else output_embeddings()
-    left_out = {head, *unread_modules(model)}
+    left_out = {head, *unused_modules(model)}
     linears: dict[str, Any] = {n: m for n, m in model.named_modules() if is_linear(m) and m not in left_out}
     for target in targets or []:
         if not any(_is_named(name, target) for name in linears):
@@ -213,19 +213,19 @@ def inject_lora(
         and (inside is None or linear in inside)
     }
     if not found:
-        raise ValueError("Expected Linears to put factors beside, but the chosen part of the model has none.")
-    bank = LoRAVector(
+        raise ValueError("Expected Linears for LoRA adapters, but the chosen part of the model has none.")
+    vector = LoRAVector(
         [LoRASite(name, *_widths(linear)) for name, linear in found.items()], rank, alpha, generator, dtype
     )
-    wrap_linears(model, bank)
-    return bank
+    wrap_linears(model, vector)
+    return vector
 
 
-def wrap_linears(model: nn.Module, bank: LoRAVector) -> None:
-    """Put the factors of a bank beside the Linears that it names."""
-    for index, site in enumerate(bank.sites):
+def wrap_linears(model: nn.Module, vector: LoRAVector) -> None:
+    """Wrap the Linears at the sites of a vector, so that its factors apply beside them."""
+    for index, site in enumerate(vector.sites):
         parent, _, child = site.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRAModule(model.get_submodule(site.name), bank, index))
+        setattr(model.get_submodule(parent), child, LoRAModule(model.get_submodule(site.name), vector, index))
 
 
 def _is_named(name: str, target: str) -> bool:
@@ -233,6 +233,6 @@ def _is_named(name: str, target: str) -> bool:
 
 
 def _widths(linear: nn.Module) -> tuple[int, int]:
-    # transformers' Conv1D is transposed and knows its widths by its weight only
+    # the Conv1D of transformers is transposed and has no attributes for its widths
     rows, columns = full_shape(linear.get_parameter("weight"))
     return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)

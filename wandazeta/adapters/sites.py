@@ -1,14 +1,15 @@
-"""Which modules of a decoder or encoder block carry an adapter."""
+"""Sites of adapters: the modules of a decoder or encoder block that have one."""
 
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from wandazeta.models.zero3 import full_shape
+from wandazeta.protocols import HasUnusedModules
 from wandazeta.utilities.arguments import closest_names
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
-# the first family whose modules are all there decides
+# the first family that the block has all modules of is used
 _ENCODERS = (
     ("attention.output.dense", "output.dense"),  # BERT, RoBERTa, ELECTRA
     ("attention.attn.o", "output.dense"),  # MPNet
@@ -20,12 +21,12 @@ _ENCODERS = (
 def default_sites(block: nn.Module) -> list[str]:
     """Choose the sites of one block, written `position:name`.
 
-    1. A gated MLP as in LLaMA (`gate_proj`, `up_proj`, `down_proj` side by side): before the first two, after the last.
-    2. An encoder of the BERT kind: after the attention's output and after the MLP's output, before each residual.
-    3. Anything else: after the last Linear of the block (in order of registration) that no attention module holds and
-       that is as wide as the block's norms.
+    1. A gated MLP as in LLaMA (siblings `gate_proj`, `up_proj`, `down_proj`): before the first two, after the last.
+    2. An encoder like BERT: after the attention's output and after the MLP's output, before each residual.
+    3. Any other block: after its last Linear (in order of registration) that is outside attention and as wide as the
+       block's norms.
 
-    Routed experts carry none by default: an adapter there would see only some of the tokens.
+    Routed experts have none by default, because an adapter there would see only some of the tokens.
 
     Raises:
         ValueError: If the block has no such Linear.
@@ -50,13 +51,13 @@ def default_sites(block: nn.Module) -> list[str]:
     if not linears:
         raise ValueError(
             f"Expected blocks with an MLP whose last Linear can carry an adapter, but got {type(block).__name__}; "
-            f"name the places in argument `sites`, such as 'after:{next(reversed(norms), 'mlp.out')}'."
+            f"name the sites in argument `sites`, such as 'after:{next(reversed(norms), 'mlp.out')}'."
         )
     return [f"after:{linears[-1]}"]
 
 
 def parse_site(site: str, block: nn.Module) -> tuple[str, str, int]:
-    """Split `position:name`, check it against a block and look up the width there.
+    """Split `position:name`, check that the block has the module, and look up its width.
 
     Returns:
         Position, name inside the block, and number of features.
@@ -90,14 +91,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def unread_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules that a model names in `unused_modules` as ones whose output it does not use, with all that is in them."""
-    unread: list[nn.Module] = getattr(model, "unused_modules", [])
-    return {inner for module in unread for inner in module.modules()}
+def unused_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that a model lists as unused (see `HasUnusedModules`), with all modules inside them."""
+    unused: Sequence[nn.Module] = model.unused_modules if isinstance(model, HasUnusedModules) else []
+    return {inner for module in unused for inner in module.modules()}
 
 
 def block_indices(layers: slice | Sequence[int] | None, num_blocks: int) -> list[int]:
-    """Turn a choice of blocks into ascending indices; negative ones count from the end.
+    """Return the indices of the chosen blocks in ascending order; negative ones count from the end.
 
     Raises:
         ValueError: If nothing is chosen or an index is out of range.

@@ -1,7 +1,7 @@
-"""Linear maps whose matrix is a tensor train (TT), contracted without ever forming the matrix.
+"""Linear maps whose matrix is a tensor train (TT), applied without forming the matrix.
 
-Core k has shape `(r_k, n_k, r_{k+1})` with `r_0 = r_end = 1`. The first cores split the input width, the others the
-output width, so the left and the right half contract independently to `A (in, r)` and `B (r, out)` and the layer is
+Core k has shape `(r_k, n_k, r_{k+1})` with `r_0 = r_end = 1`. The first cores factorise the input width, the others
+the output width, so the left and the right half contract independently to `A (in, r)` and `B (r, out)` and the layer is
 `y = (x A) B + b`: the fast forward of AdaZeta (arXiv 2406.18060).
 """
 
@@ -42,12 +42,12 @@ class TTShape:
     def balanced(
         cls, in_features: int, out_features: int, rank: int, num_factors: tuple[int, int] = (3, 3)
     ) -> "TTShape":
-        """Shape for two widths, each split by [`factorise`][wandazeta.adapters.factorise.factorise]."""
+        """Return the shape for two widths, each split by [`factorise`][wandazeta.adapters.factorise.factorise]."""
         in_factors, out_factors = factorise(in_features, num_factors[0]), factorise(out_features, num_factors[1])
         return cls(tuple(in_factors), tuple(out_factors), rank)
 
     def mirrored(self) -> "TTShape":
-        """The shape read from the right: maps the output width back to the input width with as many values."""
+        """Return the reversed shape, which maps the output width back to the input width with as many values."""
         return TTShape(self.out_factors[::-1], self.in_factors[::-1], self.rank)
 
     @property
@@ -74,11 +74,11 @@ class TTShape:
 
 
 def tt_matrices(cores: Sequence[Tensor], num_in: int) -> tuple[Tensor, Tensor]:
-    """Contract the left and the right half of a tensor train, each on its own.
+    """Contract the left and the right half of a tensor train independently.
 
     Args:
         cores: Cores of shape `(…, r_k, n_k, r_{k+1})`; all leading dimensions (queries, sites) are batched.
-        num_in: How many of the cores split the input width.
+        num_in: Number of cores that factorise the input width.
 
     Returns:
         `A` of shape `(…, in, r)` and `B` of shape `(…, r, out)`; the matrix of the layer is `A @ B`.
@@ -104,7 +104,7 @@ def init_cores(shape: TTShape, generator: torch.Generator, dtype: torch.dtype = 
 
 
 def dense_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """The full `(in·out,)` train, contracted core by core; for checks, as it is what the fast forward avoids."""
+    """Return the full matrix `(in·out,)`, contracted core by core; for tests, as training never forms it."""
     dense = cores[0]
     for core in cores[1:]:
         dense = torch.tensordot(dense, core, dims=([-1], [0]))
@@ -112,14 +112,14 @@ def dense_matrix(cores: Sequence[Tensor]) -> Tensor:
 
 
 class TTLinear(nn.Module):
-    """A linear layer of its own with TT cores as parameters (adapters in a model use the flat vector of a bank).
+    """A linear layer with TT cores as parameters; adapters in a model use slices of a flat vector instead.
 
     Args:
         in_features: Input width.
         out_features: Output width.
         rank: Every inner rank of the train.
         num_factors: Largest numbers of factors of the two widths.
-        generator: Source of the initial values; seed 0 if not given.
+        generator: Source of the initial values; seed 0 by default.
 
     Shape:
         Input `(…, in_features)`, output `(…, out_features)`.
@@ -145,5 +145,5 @@ class TTLinear(nn.Module):
         return x @ left @ right + self.bias
 
     def to_dense(self) -> Tensor:
-        """The matrix `(in_features, out_features)` that the layer stands for."""
+        """Return the matrix `(in_features, out_features)` of the layer."""
         return dense_matrix(list(self.cores)).view(self.shape.in_features, self.shape.out_features)

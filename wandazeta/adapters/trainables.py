@@ -1,10 +1,13 @@
-"""What of a model is trained: the choices that a configuration names by class."""
+"""Choices of what is trained of a model, which a configuration names by their classes."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.gradient_training import (
@@ -13,53 +16,73 @@ from wandazeta.adapters.gradient_training import (
     TensorTrainTraining,
     WeightTraining,
 )
-from wandazeta.adapters.inject import inject_adapters
+from wandazeta.adapters.inject import inject_adapters, train_linears
 from wandazeta.adapters.lora import inject_lora
-from wandazeta.adapters.sites import unread_modules
+from wandazeta.adapters.sites import unused_modules
+from wandazeta.adapters.trained_vector import TrainedVector
 from wandazeta.adapters.weights import InPlaceWeights
 from wandazeta.models.blocks import find_blocks
-from wandazeta.utilities.arguments import check_range, top_blocks
+from wandazeta.utilities.arguments import check_choice, check_range, top_blocks
 
 
-class Trainable(Protocol):
-    """Puts what is trained into a model."""
+class Trainable(ABC):
+    """Base class of what can be trained by forward passes alone."""
 
+    needs_whole_weights = False
+    """Whether the weights of the model must not be sharded, nor copied by the strategy."""
+    has_explicit_directions = True
+    """Whether directions are vectors of values, which can have any distribution and be compared with each other."""
+    has_separate_head = True
+    """Whether a new head can have its own gradient and learning rate."""
+    supports_answers = False
+    """Whether a head over the scores of answer options can be trained in addition, and saved."""
+
+    @property
+    def trains_new_head(self) -> bool:
+        """Whether the new head of an encoder is trained."""
+        return True
+
+    @abstractmethod
     def check(self, model: nn.Module, num_states: int) -> None:
-        """Check what can be told before the model is pruned.
+        """Check what can be checked before the model is pruned.
 
         Args:
             model: The model.
-            num_states: Values that the update keeps for each trained one.
+            num_states: State values of the update rule for each trained value.
 
         Raises:
             ValueError: If the choice does not fit the model.
         """
 
-    def insert(self, model: nn.Module, seed: int) -> AdapterVector | InPlaceWeights:
-        """Change the model in place and return what is trained.
+    @abstractmethod
+    def insert(self, model: nn.Module, seed: int, linears: Sequence[str] = ()) -> TrainedVector:
+        """Change the model in place and return the vector of what is trained.
 
         Args:
             model: A model whose blocks `find_blocks` finds.
-            seed: Seed of the start.
+            seed: Seed of the initial values.
+            linears: Dotted names of Linears to train in full, such as a new head.
 
         Raises:
             ValueError: If the choice does not fit the model.
         """
 
 
-class TensorTrainAdapters:
+class TensorTrainAdapters(Trainable):
     """Bottleneck adapters whose matrices are tensor trains (AdaZeta, arXiv 2406.18060).
 
     Args:
         rank: Tensor-train rank.
         bottleneck: Inner width of the adapters.
-        sites: Places in every block such as `before:mlp.up_proj`; by default the paper's.
+        sites: Places in every block such as `before:mlp.up_proj`; by default AdaZeta's.
         layers: Blocks with adapters, `all` or the top ones as in `last:2`.
-        identity_start: Start with adapters that change nothing; otherwise with the reference's random ones.
+        identity_start: Start with adapters that change nothing; otherwise with random ones, as AdaZeta's code does.
 
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    supports_answers = True
 
     def __init__(
         self,
@@ -78,15 +101,15 @@ class TensorTrainAdapters:
         self.layers = layers
         self.identity_start = identity_start
 
+    @override
     def check(self, model: nn.Module, num_states: int) -> None:
-        """Check the layers, as `Trainable.check` says."""
         _, blocks = find_blocks(model)
         _chosen(self.layers, len(blocks))
 
-    def insert(self, model: nn.Module, seed: int) -> AdapterVector:
-        """Put the adapters in, as `Trainable.insert` says."""
+    @override
+    def insert(self, model: nn.Module, seed: int, linears: Sequence[str] = ()) -> AdapterVector:
         _, blocks = find_blocks(model)
-        return inject_adapters(
+        vector = inject_adapters(
             model,
             blocks=blocks,
             sites=self.sites,
@@ -96,20 +119,22 @@ class TensorTrainAdapters:
             identity_start=self.identity_start,
             generator=torch.Generator().manual_seed(seed),
         )
+        train_linears(model, vector, linears)
+        return vector
 
     def by_gradient(self) -> GradientTraining:
         """Return the training of one model by back-propagation (LoRETTA, arXiv 2402.11417)."""
         return TensorTrainTraining(self)
 
 
-class LoRAAdapters:
-    """Low-rank factors beside Linears (LoRA, arXiv 2106.09685); trained by plain SGD this is MeZO-LoRA.
+class LoRAAdapters(Trainable):
+    """LoRA adapters beside Linears (arXiv 2106.09685); trained with SGDUpdate this is MeZO-LoRA.
 
     Args:
         rank: Inner width of the factors.
         alpha: Scale of the adapters, which add alpha / rank times their product.
-        target_modules: Names of the Linears with adapters; by default all but the head.
-        layers: Blocks with adapters, `all` (and what is outside of blocks) or the top ones as in `last:2`.
+        target_modules: Names of the Linears with adapters; by default all except the head.
+        layers: Blocks with adapters, `all` (Linears outside of blocks included) or the top ones as in `last:2`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -127,16 +152,16 @@ class LoRAAdapters:
         self.target_modules = target_modules
         self.layers = layers
 
+    @override
     def check(self, model: nn.Module, num_states: int) -> None:
-        """Check the layers, as `Trainable.check` says."""
         _, blocks = find_blocks(model)
         _chosen(self.layers, len(blocks))
 
-    def insert(self, model: nn.Module, seed: int) -> AdapterVector:
-        """Put the factors in, as `Trainable.insert` says."""
+    @override
+    def insert(self, model: nn.Module, seed: int, linears: Sequence[str] = ()) -> AdapterVector:
         _, blocks = find_blocks(model)
         chosen = _chosen(self.layers, len(blocks))
-        return inject_lora(
+        vector = inject_lora(
             model,
             targets=self.target_modules,
             within=None if chosen is None else list(blocks)[chosen],
@@ -144,6 +169,8 @@ class LoRAAdapters:
             alpha=self.alpha,
             generator=torch.Generator().manual_seed(seed),
         )
+        train_linears(model, vector, linears)
+        return vector
 
 
 class PeftLoRA:
@@ -186,34 +213,45 @@ class PeftLoRA:
         return PeftLoRATraining(self)
 
 
-class Weights:
-    """The model's own weights, without a copy of them (MeZO, arXiv 2305.17333): in 32 bits, by plain SGD.
+class Weights(Trainable):
+    """The model's own weights, without a copy of them (MeZO, arXiv 2305.17333); in float32, with SGDUpdate.
 
-    Checkpoints hold them, and a new head is one of them. What is zero in pruned Linears stays zero.
+    Checkpoints contain the trained weights, a new head included. Zeros in pruned Linears stay zero.
 
     Args:
-        parts: `all` weights, the `biases`, or `biases_and_head` (BitFit and the output embeddings; where these are the
-            input embeddings, too, they are trained in both places).
+        parts: `all` weights, the `biases`, or `biases_and_head` (BitFit and the output embeddings; if these are tied to
+            the input embeddings, both are trained).
 
     Raises:
         ValueError: If `parts` is none of these.
     """
 
+    needs_whole_weights = True
+    has_explicit_directions = False
+    has_separate_head = False
+
     def __init__(self, parts: Literal["all", "biases", "biases_and_head"] = "all") -> None:
-        check_range("parts", parts, parts in ("all", "biases", "biases_and_head"), "all, biases or biases_and_head")
+        check_choice("parts", parts, ("all", "biases", "biases_and_head"))
         self.parts = parts
 
+    @property
+    @override
+    def trains_new_head(self) -> bool:
+        return self.parts != "biases"
+
+    @override
     def check(self, model: nn.Module, num_states: int) -> None:
-        """Check that there are such weights and that they can be trained, as `Trainable.check` says."""
         if num_states:
             raise ValueError(
-                "Expected argument `update` to be SGDUpdate where `Weights` are trained, but got a rule with "
-                f"{num_states} values for each weight, as much memory as {num_states} more models; take SGDUpdate"
+                "Expected argument `update` to be SGDUpdate if `Weights` are trained, but got a rule with "
+                f"{num_states} state values for each weight, which need the memory of {num_states} more models; use "
+                "SGDUpdate"
             )
         InPlaceWeights(model, self._names(model))
 
-    def insert(self, model: nn.Module, seed: int) -> InPlaceWeights:
-        """Return what moves the weights; the model stays as it is."""
+    @override
+    def insert(self, model: nn.Module, seed: int, linears: Sequence[str] = ()) -> InPlaceWeights:
+        # the model is unchanged; Linears of `linears` are among its weights
         return InPlaceWeights(model, self._names(model))
 
     def by_gradient(self) -> GradientTraining:
@@ -225,8 +263,9 @@ class Weights:
         return WeightTraining(self)
 
     def _names(self, model: nn.Module) -> list[str]:
-        unread = {weight for module in unread_modules(model) for weight in module.parameters()}
-        names = [name for name, weight in model.named_parameters() if weight not in unread]
+        """Return the names of the trained parameters."""
+        unused = {weight for module in unused_modules(model) for weight in module.parameters()}
+        names = [name for name, weight in model.named_parameters() if weight not in unused]
         if self.parts == "all":
             return names
         output_embeddings: Any = getattr(model, "get_output_embeddings", None)
@@ -241,6 +280,7 @@ class Weights:
 
 
 def _chosen(layers: str, num_blocks: int) -> slice | None:
+    """Return the slice of the blocks that `layers` names, or None for all."""
     number = top_blocks(layers)
     if number is not None and number > num_blocks:
         raise ValueError(

@@ -1,12 +1,13 @@
-"""A model's own weights, trained by forward passes alone and without a copy of them (MeZO, arXiv 2305.17333).
+"""The model's own weights, trained by forward passes alone and without a copy of them (MeZO, arXiv 2305.17333).
 
-MeZO walks the weights to both sides and back, and every rounding on the way stays in them. Here they stay where they
-are: each module that owns some runs on a moved copy of its own alone, made when it is called and gone afterwards, from
-directions that are drawn again. So nothing has to be restored, and the memory is that of the largest module's weights.
-Large tables of tokens are moved in parts, and only where tokens are looked up.
+MeZO perturbs the weights in place to both sides and back, and the rounding errors of this stay in them. Here the stored
+weights are not perturbed: each module with trained weights runs on a perturbed copy of its own weights, which is made
+when the module is called and freed afterwards, from directions that are drawn again. So nothing has to be restored, and
+the extra memory is that of the largest module's weights. Large embedding tables are perturbed in parts, and only in the
+rows that are looked up.
 
-What estimators and updates see is not the weights but coordinates along the Q directions of the step: the weights are
-at the origin, a query is a unit vector, and a step is Q numbers. Legend: Q queries, D features, R rows of a matrix.
+Estimators and update rules see the weights as coordinates along the Q directions of the step: the current weights are
+the origin, a query is a unit vector, and an update is Q numbers. Legend: Q queries, D features, R rows of a matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,107 +19,113 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wandazeta.adapters.sites import is_linear
+from wandazeta.adapters.trained_vector import TrainedVector
 from wandazeta.models.blocks import override_forward
 from wandazeta.models.sparsity import is_pruned
+from wandazeta.utilities.random_streams import Direction, Directions, direction, stream
 from wandazeta.utilities.signals import DeferredSignals
-from wandazeta.zeroth_order.directions import Direction, Directions, direction, stream
 
 PART = 1 << 20
-"""Values that are drawn at once: each part of a tensor has a stream of its own."""
+"""Values that are drawn at once; each part of a weight has its own random stream."""
 
 Forward = Callable[..., Any]
 
 
-class InPlaceWeights(nn.Module):
-    """Moves weights of a model along directions of a step, for a forward or for good.
+class InPlaceWeights(TrainedVector):
+    """Perturbs weights of a model during a forward, and updates them in place, along the directions of a step.
 
-    Weights of pruned Linears that are zero are neither moved nor trained. The directions are Gaussian, drawn on the
-    device of the weights.
+    Zeros in pruned Linears are neither perturbed nor trained. The directions are Gaussian and drawn on the device of
+    the weights.
 
     Args:
         model: The model.
-        names: Its parameters that are trained; further names of the same parameter do not matter.
+        names: Names of its trained parameters; other names of the same parameter make no difference.
 
     Raises:
-        ValueError: If a trained weight is not in 32 bits.
+        ValueError: If a trained weight is not in float32.
     """
 
-    folds = False
-    """Whether several copies go through one forward."""
+    folds_queries = False
+    supports_prefix = False
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
         trained = {id(model.get_parameter(name)) for name in names}
         keys: dict[int, int] = {}
         self._owners: dict[nn.Module, dict[str, int]] = {}
-        model_names, self._pruned = [], set()
+        parameter_names, self._pruned = [], set()
         for prefix, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if id(parameter) not in trained:
                     continue
                 key = keys.setdefault(id(parameter), len(keys))
                 self._owners.setdefault(module, {})[name] = key
-                model_names.append(f"{prefix}.{name}".lstrip("."))
+                parameter_names.append(f"{prefix}.{name}".lstrip("."))
                 if name == "weight" and is_linear(module) and is_pruned(parameter):
                     self._pruned.add(key)
-        self.model_names = frozenset(model_names)
-        self.num_parameters = sum(parameter.numel() for parameter in self.weights())
-        self.require_fp32()
+        self.parameter_names = frozenset(parameter_names)
+        self._num_parameters = sum(parameter.numel() for parameter in self.weights())
+        self.prepare_fit()
         self._large = max(PART, sum(p.numel() for p in model.parameters()) // 64)
         get_embeddings = getattr(model, "get_input_embeddings", None)
-        # past nn.Module.__setattr__, which would register it
+        # nn.Module.__setattr__ would register it
         self.__dict__["_lookup"] = None if get_embeddings is None else get_embeddings()
         self._moves: list[tuple[int, float]] = []
-        self.start(0, 0, 0)
+        self.start_step(0, 0, 0)
 
     def weights(self) -> list[nn.Parameter]:
-        """The trained weights, each once."""
+        """Return the trained weights, each once."""
         return list(self._keyed().values())
 
     def _keyed(self) -> dict[int, nn.Parameter]:
         owned = ((owner, name, key) for owner, names in self._owners.items() for name, key in names.items())
         return {key: owner.get_parameter(name) for owner, name, key in owned}
 
-    def require_fp32(self) -> None:
-        """Refuse weights in 16 bits.
+    @property
+    @override
+    def num_parameters(self) -> int:
+        return self._num_parameters
 
-        Raises:
-            ValueError: If there are any.
-        """
+    @override
+    def prepare_fit(self) -> None:
+        # a precision plugin may have cast the weights since they were loaded
         dtype = next((weight.dtype for weight in self.weights() if weight.dtype != torch.float32), None)
         if dtype is not None:
             raise ValueError(
-                f"Expected trained weights in float32, but got {dtype}, which would round steps of this size away; set "
-                "`dtype` to float32 and `precision` to one that keeps the weights, such as bf16-mixed"
+                f"Expected trained weights in float32, but got {dtype}, whose rounding is larger than the updates; set "
+                "`loading.dtype` to float32 and `precision` to one that keeps the weights, such as bf16-mixed"
             )
 
+    @override
     def description(self) -> dict[str, Any]:
-        """What was trained, in plain values."""
-        sites = blake2b("\n".join(sorted(self.model_names)).encode(), digest_size=8).hexdigest()
+        sites = blake2b("\n".join(sorted(self.parameter_names)).encode(), digest_size=8).hexdigest()
         return {"kind": "weights", "sites": sites, "num_parameters": self.num_parameters}
 
-    def start(self, seed: int, step: int, num_queries: int, draw: Direction = direction) -> Directions:
-        """Go to a step; `theta`, zeros of shape `(Q,)`, are coordinates along its directions.
+    @override
+    def start_step(self, seed: int, step: int, num_queries: int, draw: Direction = direction) -> Directions:
+        """Begin a step: `theta` becomes the coordinates along its directions, zeros of shape `(Q,)`.
 
         Args:
             seed: Base seed of the run.
             step: Global step.
             num_queries: Queries of the step, Q.
-            draw: Distribution of the directions; only the Gaussian one, which is drawn where the weights are.
+            draw: Distribution of the directions; only the Gaussian one is supported.
 
         Returns:
-            The directions in these coordinates: unit vectors.
+            The directions in these coordinates, unit vectors.
         """
         assert draw is direction
         self._seed, self._step = seed, step
         self.theta = torch.zeros(num_queries, device=self.weights()[0].device)
         return torch.eye(num_queries, device=self.theta.device).__getitem__
 
+    @override
     @contextmanager
     def use(self, theta_Pd: Tensor) -> Iterator[None]:
-        """Run the model with weights at other coordinates; signals are put off until it is over.
+        """Run the model with weights at other coordinates; signals are deferred to the end of the context.
 
         Args:
             theta_Pd: One row of coordinates, shape `(1, Q)`.
@@ -135,36 +142,25 @@ class InPlaceWeights(nn.Module):
         finally:
             self._moves = []
 
-    def store(self, updated: Tensor, shrink: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        """Move the weights for good, and note it down.
-
-        Args:
-            updated: Coordinates `(Q,)` to go to.
-            shrink: Share that matrices lose first, the decay.
-            stored: Tensors that say how far training is.
-            new: Their new values.
-        """
+    @override
+    def apply_update(self, updated: Tensor, decay: float, stored: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         moves = _moves(updated)
         with torch.no_grad(), DeferredSignals():
             for key, weight in self._keyed().items():
-                if shrink and weight.ndim >= 2:
-                    weight.mul_(1 - shrink)
+                if decay and weight.ndim >= 2:
+                    weight.mul_(1 - decay)
                 for part in range(_num_parts(weight) if moves else 0):
                     _part(weight, part).add_(self._shift(weight, key, part, moves))
             for tensor, value in zip(stored, new, strict=True):
                 tensor.copy_(value)
 
-    def checked(self) -> Tensor:
-        """One value for each weight tensor, by which ranks that drifted apart are noticed."""
+    @override
+    def drift_probe(self) -> Tensor:
+        # one value for each weight
         return torch.stack([weight.detach().sum() for weight in self.weights()])
 
+    @override
     def rows(self, linear: nn.Linear, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows `(…, D)` of a Linear's weight and `(…)` of its bias, moved if others are in use.
-
-        Args:
-            linear: The Linear, trained or not.
-            ids: Which rows, `(R,)`.
-        """
         keys, bias = self._owners.get(linear, {}), linear.bias
         weight = self._moved_rows(linear.weight, keys["weight"], ids) if "weight" in keys else linear.weight[ids]
         if bias is None:
@@ -187,10 +183,11 @@ class InPlaceWeights(nn.Module):
         return moved
 
     def _look_up(self, embedding: Any, forward: Forward, ids: Tensor) -> Tensor:
-        """Look tokens up in a table of those that occur."""
+        """Look tokens up in a perturbed table of those that occur in the batch."""
         unique, places = ids.unique(return_inverse=True)
         table = self._moved_rows(embedding.weight, self._owners[embedding]["weight"], unique)
-        padding, embedding.padding_idx = embedding.padding_idx, None  # may be beyond this table; it is for gradients
+        # the padding index matters for gradients only, and may be out of the range of this table
+        padding, embedding.padding_idx = embedding.padding_idx, None
         try:
             with _swapped(embedding, {"weight": table}):
                 return forward(places)
@@ -198,7 +195,7 @@ class InPlaceWeights(nn.Module):
             embedding.padding_idx = padding
 
     def _in_parts(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """Apply a Linear part by part of its rows."""
+        """Apply a Linear in parts of its rows."""
         output = None
         for start in range(0, linear.out_features, _rows_of_part(linear.weight)):
             ids = torch.arange(start, min(start + _rows_of_part(linear.weight), linear.out_features), device=x.device)
@@ -224,7 +221,7 @@ class InPlaceWeights(nn.Module):
         return rows
 
     def _shift(self, weight: Tensor, key: int, part: int, moves: Sequence[tuple[int, float]]) -> Tensor:
-        """What is added to a part of a weight: the sum of the moves times the directions, zero where it is pruned."""
+        """Return the shift of a part of a weight: the sum of lengths times directions, zero at pruned places."""
         values = _part(weight.detach(), part)
         digest = blake2b(pack("<qqq", self._seed, key, part), digest_size=8).digest()
         seed = int.from_bytes(digest, "little", signed=True)
@@ -238,7 +235,7 @@ class InPlaceWeights(nn.Module):
 
 
 def _moves(coordinates: Tensor) -> list[tuple[int, float]]:
-    """Queries along which to go, and how far."""
+    """Return the queries whose coordinate is not zero, each with its coordinate."""
     return [(query, length) for query, length in enumerate(coordinates.tolist()) if length != 0]
 
 
@@ -251,14 +248,14 @@ def _num_parts(weight: Tensor) -> int:
 
 
 def _part(weight: Tensor, part: int) -> Tensor:
-    """Whole rows of a weight, as a flat view."""
+    """Return a part of a weight, which consists of whole rows, as a flat view."""
     rows = _rows_of_part(weight)
     return weight.detach()[part * rows : (part + 1) * rows].view(-1)
 
 
 @contextmanager
 def _swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Give a module other tensors for its parameters."""
+    """Temporarily replace parameters of a module by other tensors."""
     own = {name: module._parameters[name] for name in tensors}
     try:
         module._parameters.update(tensors)  # type: ignore[arg-type]

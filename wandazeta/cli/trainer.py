@@ -34,7 +34,7 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If the trainer does not have exactly one WandaPPPruneCallback, or an argument does not fit.
         """
-        from wandazeta.pruning.export.pretrained import prune_and_export
+        from wandazeta.cli.prune import prune_module
 
         callbacks = [callback for callback in self.callbacks if isinstance(callback, WandaPPPruneCallback)]
         if len(callbacks) != 1:
@@ -46,7 +46,7 @@ class PruningTrainer(Trainer):
             if isinstance(callback, RunRecord):
                 # of the other callbacks, only this one works without a fit
                 callback.setup(self, model, "fit")
-        prune_and_export(self, model, datamodule, callbacks[0], output_dir, pack=pack)
+        prune_module(self, model, datamodule, callbacks[0], output_dir, pack=pack)
         sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
 
     def diagnose(
@@ -73,7 +73,7 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If an argument does not fit.
         """
-        from wandazeta.modules.diagnose import EpsilonDiagnosis, report
+        from wandazeta.modules.diagnose import EpsilonDiagnosis
         from wandazeta.utilities.files import check_writable
 
         # before the measurement, which takes minutes
@@ -87,4 +87,4 @@ class PruningTrainer(Trainer):
         self.callbacks.append(diagnosis)
         self.num_sanity_val_steps = 0
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        report(diagnosis, output_dir)
+        diagnosis.write_report(output_dir)

@@ -1,1 +1,1 @@
-"""Finding, loading, streaming and sharding models."""
+"""Load, stream and shard models, and find and call their blocks."""

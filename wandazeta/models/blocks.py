@@ -1,8 +1,8 @@
-"""Find the blocks of a model and call them one by one, with the arguments that a real forward gives them.
+"""Find the blocks of a model, and call them one by one with the arguments that a real forward passes to them.
 
-Nothing is assumed about the architecture but that the blocks follow one another: what a block gets beside the hidden
-states (masks, rotary tables, position biases) differs between models and between blocks of one model, so it is taken
-from a real forward, for each block and each sample, and never made up.
+The only assumption about the architecture is that each block runs on the output of the one before. The other arguments
+of a block (masks, rotary tables, position biases) differ between models and between blocks of one model, so they are
+captured from a real forward, for every block and every sample.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ __all__ = [
     "run_until_stopped",
 ]
 
-# arguments that carry a key-value cache: replayed without, every call starts from an empty one
+# arguments that carry a key-value cache; left out, so that every call starts without one
 _CACHE_NAMES = frozenset({"past_key_values", "past_key_value", "layer_past", "past", "cache"})
 
 _ABSENT = object()
@@ -68,12 +68,12 @@ def run_until_stopped(forward: Callable[[], object], token: object) -> bool:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Everything that a block was called with, but the hidden states.
+    """Arguments of a block's call, except the hidden states.
 
     Args:
-        args: Positional arguments, after the hidden states if those are positional.
-        kwargs: Named arguments, without the hidden states.
-        hidden_name: Name of the hidden states where they came by name, else None.
+        args: Positional arguments, without the hidden states.
+        kwargs: Keyword arguments, without the hidden states.
+        hidden_name: Keyword of the hidden states, or None if they are the first positional argument.
     """
 
     args: tuple[Any, ...] = ()
@@ -84,18 +84,18 @@ class BlockCall:
 def find_blocks(
     model: nn.Module, forward: Callable[[], object] | None = None, name: str | None = None
 ) -> tuple[str, nn.ModuleList]:
-    """Find the list of blocks of a model: the longest outermost list of modules of one class that hold matrices.
+    """Find the list of blocks of a model: the longest outermost list of modules of one class with weight matrices.
 
     Args:
         model: The model.
-        forward: Runs the model; of several lists only those whose members all run in it count.
-        name: Dotted name of the list, where it is known.
+        forward: Runs the model. Of several lists, only those whose modules all run in it are considered.
+        name: Dotted name of the list, if it is known.
 
     Returns:
-        The list's dotted name and the blocks (an `nn.Sequential` comes back as a `ModuleList` of the same modules).
+        The dotted name of the list and the blocks; an `nn.Sequential` is returned as a `ModuleList` of its modules.
 
     Raises:
-        ValueError: If there is no such list, more than one fits, or the name is unknown.
+        ValueError: If there is no such list, several are equally long, or the name is unknown.
     """
     if name is not None:
         return name, _blocks_by_name(model, name)
@@ -114,13 +114,13 @@ def find_blocks(
     if len(longest) > 1:
         raise ValueError(
             f"Expected one longest list of blocks, but found {', '.join(f'`{n}`' for n in longest)} with {length} "
-            "blocks each; give the dotted name of the one that you mean"
+            "blocks each; give the dotted name of one of them"
         )
     return longest[0], nn.ModuleList(candidates[longest[0]])
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Dotted names of all lists in a model that may be its blocks; of several, a forward tells which one runs.
+    """Return the dotted names of all lists in a model that can be its blocks.
 
     Args:
         model: The model.
@@ -129,6 +129,7 @@ def block_lists(model: nn.Module) -> list[str]:
 
 
 def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
+    """Return the blocks in the list of this dotted name."""
     modules = dict(model.named_modules())
     lists = {n: m for n, m in modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
     if name not in lists:
@@ -138,15 +139,16 @@ def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Module]]:
+    """Return the lists of this class that can be the blocks of a model, by dotted names."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         blocks = list(module) if isinstance(module, kind) else []  # type: ignore[call-overload]
         if not blocks or any(type(block) is not type(blocks[0]) for block in blocks):
             continue
-        # a leaf (one Linear) is a part of a block, not a block
+        # a module without children, such as a Linear, is a part of a block
         if all(any(True for _ in b.children()) and any(map(_is_matrix, b.parameters())) for b in blocks):
             found[name] = blocks
-    # lists inside the members of a longer structure (experts, attention heads) are parts of its blocks
+    # lists inside the modules of another list (experts, attention heads) are parts of its blocks
     outer = [name for name, blocks in found.items() if len(blocks) > 1]
     return {
         name: blocks
@@ -160,6 +162,7 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 def _modules_that_run(forward: Callable[[], object], modules: list[nn.Module]) -> set[nn.Module]:
+    """Return those of the modules that run in a forward."""
     ran: set[nn.Module] = set()
     with ExitStack() as hooks, torch.no_grad():
         for module in modules:
@@ -170,10 +173,13 @@ def _modules_that_run(forward: Callable[[], object], modules: list[nn.Module]) -
 
 @contextmanager
 def override_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of modules for a while.
+    """Temporarily replace the forward of modules.
 
-    Set on the instance: hooks keep firing (ZeRO-3 gathers weights in them), attributes stay readable, and no user hook
-    is needed (strategies remove those).
+    It is set on the instance. So hooks still run (ZeRO-3 gathers weights in them), attributes can be read, and no
+    forward hook of ours is needed (DeepSpeed's strategy removes those in validation).
+
+    Args:
+        forwards: The new forward of each module.
     """
     saved = [(module, module.__dict__.get("forward", _ABSENT)) for module in forwards]
     try:
@@ -193,14 +199,14 @@ def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
     Args:
         block: The block.
-        hidden: Its input.
-        call: The rest of its arguments.
+        hidden: Its hidden states.
+        call: Its other arguments.
 
     Returns:
-        The block's hidden states, the first element where it returns a tuple.
+        The hidden states that the block returns, alone or first in a tuple.
 
     Raises:
-        ValueError: If the block returns no tensor, or changes its input in place.
+        ValueError: If the block does not return hidden states, or changes its input in place.
     """
     version = None if hidden.is_inference() else hidden._version
     if call.hidden_name is None:
@@ -209,14 +215,14 @@ def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         output = block(**{call.hidden_name: hidden}, **call.kwargs)
     if version is not None and hidden._version != version:
         raise ValueError(
-            f"Expected blocks that leave their input as it is, but {type(block).__name__} changes it in place; "
+            f"Expected blocks that do not change their input, but {type(block).__name__} changes it in place; "
             "write `x = x + …` instead of `x += …` in its forward"
         )
     return _hidden_of_output(block, output)
 
 
 def capture_block_calls(forward: Callable[[], object], blocks: nn.ModuleList) -> tuple[Tensor, list[BlockCall]]:
-    """Run a real forward up to the end of the last block and record how each block is called.
+    """Run a real forward up to the end of the last block, and record the arguments of each block.
 
     Args:
         forward: Runs the model.
@@ -226,21 +232,21 @@ def capture_block_calls(forward: Callable[[], object], blocks: nn.ModuleList) ->
         The hidden states at the input of the first block, and one call for each block, without key-value caches.
 
     Raises:
-        ValueError: If the blocks do not all run, once each, in order, each on the output of the one before.
+        ValueError: If a block does not run exactly once, in order, and on the output of the one before.
     """
     hidden, calls, _ = _capture(forward, blocks, outputs=None)
     return hidden, calls
 
 
 class CallCapture:
-    """Captures calls of many samples, at the cost of a real forward for the first one only where that is enough.
+    """Captures the blocks' calls of many samples, without running the blocks for most of them.
 
-    Where the other arguments do not depend on what the blocks compute (checked on the first sample), the blocks of
-    all further samples are skipped. Equal tensors (masks, rotary tables) of different samples are kept once.
+    If the other arguments do not depend on what the blocks compute, which is checked with the first sample, the blocks
+    are skipped for all further samples. Equal tensors of different samples (masks, rotary tables) are stored once.
 
     Args:
         blocks: The blocks, in the order in which they run.
-        device: Where the captured tensors go.
+        device: Device that the captured tensors are moved to.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device | str = "cpu") -> None:
@@ -251,13 +257,17 @@ class CallCapture:
         self._pool: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def __call__(self, forward: Callable[[], object]) -> tuple[Tensor, list[BlockCall]]:
-        """Capture one sample; see `capture_block_calls`."""
+        """Capture the calls of one sample, as `capture_block_calls` does.
+
+        Args:
+            forward: Runs the model on the sample.
+        """
         hidden, calls, outputs = _capture(forward, self.blocks, self._outputs)
         if not self._started:
             self._started = True
-            if all(_is_bare(output) for output in outputs):
+            if all(_is_hidden_only(output) for output in outputs):
                 _, skipped, _ = _capture(forward, self.blocks, outputs)
-                self._outputs = outputs if _equal(_plain(calls), _plain(skipped)) else None
+                self._outputs = outputs if _equal(_fields(calls), _fields(skipped)) else None
         moved: dict[int, Tensor] = {}
         keep = [
             BlockCall(_map(c.args, self._keep, moved), _map(c.kwargs, self._keep, moved), c.hidden_name) for c in calls
@@ -265,11 +275,13 @@ class CallCapture:
         return hidden.to(self.device), keep
 
     def _keep(self, tensor: Tensor, moved: dict[int, Tensor]) -> Tensor:
+        """Return the stored copy of a tensor, which may occur several times in one sample."""
         if id(tensor) not in moved:
             moved[id(tensor)] = self._pooled(tensor)
         return moved[id(tensor)]
 
     def _pooled(self, tensor: Tensor) -> Tensor:
+        """Return a stored tensor with the same values, or store this one."""
         checksum = tensor.double().sum().item() if not tensor.is_complex() else 0.0
         known = self._pool.setdefault((tensor.dtype, tuple(tensor.shape), str(checksum)), [])
         tensor = tensor.to(self.device)
@@ -283,7 +295,13 @@ class CallCapture:
 def _capture(
     forward: Callable[[], object], blocks: nn.ModuleList, outputs: list[Any] | None
 ) -> tuple[Tensor, list[BlockCall], list[Any]]:
-    """With `outputs`, skip the blocks: each returns its input, packed as its entry in `outputs` is."""
+    """Capture the calls and outputs of the blocks.
+
+    Args:
+        forward: Runs the model.
+        blocks: The blocks.
+        outputs: Outputs of an earlier forward; if given, the blocks are skipped and return their inputs in this form.
+    """
     if len(set(blocks)) < len(blocks):
         raise ValueError("Expected blocks that each run once, but the list holds the same block more than once")
     calls: list[BlockCall] = []
@@ -328,7 +346,7 @@ def _capture(
 
 
 def _identity(block: nn.Module, output: Any) -> Callable[..., Any]:
-    """A forward that returns the block's input, packed as `output` is."""
+    """Return a forward of a block that returns its input, in a tuple or list if `output` is one."""
 
     def identity(*args: Any, **kwargs: Any) -> Any:
         hidden, _ = _split_call(block, args, kwargs)
@@ -338,6 +356,7 @@ def _identity(block: nn.Module, output: Any) -> Callable[..., Any]:
 
 
 def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Split the arguments of a block into the hidden states and the others."""
     rest = {name: _without_cache(name, value) for name, value in kwargs.items()}
     if args:
         hidden, name = args[0], None
@@ -355,6 +374,7 @@ def _split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _without_cache(name: str, value: Any) -> Any:
+    """Return an argument, or None or False instead if it concerns a key-value cache."""
     if name == "use_cache":
         return False
     is_cache = any(cls.__name__ == "Cache" for cls in type(value).__mro__)
@@ -362,6 +382,7 @@ def _without_cache(name: str, value: Any) -> Any:
 
 
 def _hidden_of_output(block: nn.Module, output: Any) -> Tensor:
+    """Return the hidden states in the output of a block."""
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, Tensor):
         raise ValueError(
@@ -371,12 +392,13 @@ def _hidden_of_output(block: nn.Module, output: Any) -> Tensor:
     return hidden
 
 
-def _is_bare(output: Any) -> bool:
-    """Nothing but hidden states: what a block returns beside them may be an argument of the next."""
+def _is_hidden_only(output: Any) -> bool:
+    """Whether a block returns hidden states alone; other values could be arguments of the next block."""
     return isinstance(output, Tensor) or (type(output) in (tuple, list) and all(rest is None for rest in output[1:]))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and values."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
@@ -385,6 +407,7 @@ def _detach(tensor: Tensor) -> Tensor:
 
 
 def _map(value: Any, fn: Callable[..., Tensor], *extra: Any) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return fn(value, *extra)
     if type(value) in (tuple, list):
@@ -394,11 +417,13 @@ def _map(value: Any, fn: Callable[..., Tensor], *extra: Any) -> Any:
     return value
 
 
-def _plain(calls: list[BlockCall]) -> list[Any]:
+def _fields(calls: list[BlockCall]) -> list[Any]:
+    """Return the values of calls, to compare them."""
     return [(call.args, call.kwargs, call.hidden_name) for call in calls]
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Whether nested values are equal; of other objects, whether they have the same type."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and _same(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):

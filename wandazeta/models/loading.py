@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wandazeta.models.encoder import EncoderClassifier
-from wandazeta.models.streamed_model import build_streamed
+from wandazeta.models.streaming import load_streamed_model
 from wandazeta.utilities.arguments import check_range
 
 
@@ -147,7 +147,7 @@ def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None
     num_classes = loading.num_classes
     with _explained_errors(model_name_or_path, "a causal language model" if num_classes is None else "an encoder"):
         if loading.stream_weights:
-            return build_streamed(
+            return load_streamed_model(
                 Path(model_name_or_path), loading.torch_dtype, loading.attn_implementation, loading.trust_remote_code
             )
         if num_classes is not None:

@@ -1,8 +1,10 @@
-"""Safetensors files read and written one tensor at a time; safetensors' own `save_file` wants all of them in memory."""
+"""Read and write safetensors files one tensor at a time, for models larger than memory.
+
+`safetensors.torch.save_file` needs all tensors of a file in memory at once.
+"""
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -14,9 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wandazeta.models.streaming import Stored, whole
+from wandazeta.models.streaming import StoredTensor, materialize
+from wandazeta.utilities.files import open_atomically
 
-_NAMES = {
+__all__ = ["LazyTensor", "open_safetensors", "read_lazily", "write_streamed"]
+
+_DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -31,23 +36,32 @@ _NAMES = {
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is not in memory yet.
+    """Type and shape of a tensor, and a function that loads or computes its values.
 
     Args:
-        dtype: Its type as safetensors calls it, `BF16`.
-        shape: Its shape.
-        read: Makes or reads it.
+        dtype: Type of the elements in safetensors' spelling, such as `BF16`.
+        shape: Shape of the tensor.
+        read: Returns the tensor.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        """Wrap a dense tensor, or one that is stored in a file (`wandazeta.models.streaming`) and read when needed.
+
+        Args:
+            tensor: The tensor.
+        """
+        return cls(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), partial(materialize, tensor))
+
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         bits = re.search(r"\d+", self.dtype)
-        # BOOL is the one without a number
+        # BOOL is the only name without a number
         return int(bits[0]) // 8 if bits else 1
 
     @property
@@ -57,16 +71,16 @@ class LazyTensor(NamedTuple):
 
 
 def open_safetensors(path: Path) -> Any:
-    """Opens a file.
+    """Open a safetensors file, with errors that name it.
 
     Args:
         path: The file.
 
     Returns:
-        What `safetensors.safe_open` gives, for a `with` statement.
+        The context manager that `safetensors.safe_open` returns.
 
     Raises:
-        ValueError: If it cannot be read or is no whole safetensors file.
+        ValueError: If the file cannot be read or is not a complete safetensors file.
     """
     try:
         return safe_open(path, framework="pt")
@@ -74,12 +88,14 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"Expected '{path}' to be a file that can be read, but got: {error}.") from error
     except SafetensorError as error:
         raise ValueError(
-            f"Expected '{path}' to be a whole safetensors file, but got: {error}; copy it anew."
+            f"Expected '{path}' to be a complete safetensors file, but got: {error}; copy it again."
         ) from error
 
 
-def stored(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file; it is opened again for each that is read, so that no mapped page stays in memory.
+def read_lazily(path: Path) -> dict[str, LazyTensor]:
+    """List the tensors of a safetensors file without loading them.
+
+    The file is opened again for each tensor that is read, so that no memory-mapped page of it stays in memory.
 
     Args:
         path: The file.
@@ -94,28 +110,22 @@ def stored(path: Path) -> dict[str, LazyTensor]:
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             piece = file.get_slice(name)
-            tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), Stored(path, name).read)
+            tensors[name] = LazyTensor(piece.get_dtype(), tuple(piece.get_shape()), StoredTensor(path, name).read)
     return tensors
 
 
-def lazy(tensor: Tensor) -> LazyTensor:
-    """A tensor in memory, or a stored one, which is read when it is written.
-
-    Args:
-        tensor: Any dense tensor.
-    """
-    return LazyTensor(_NAMES[tensor.dtype], tuple(tensor.shape), partial(whole, tensor))
-
-
 def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> None:
-    """Writes a file that exists whole or not at all.
+    """Write a safetensors file atomically, with one tensor in memory at a time.
 
     Args:
-        path: Where it goes.
-        tensors: Read one after the other, each when it is written.
-        metadata: What the file says of itself.
+        path: Where the file goes.
+        tensors: Tensors by name; each is read when its turn comes.
+        metadata: Metadata of the file.
+
+    Raises:
+        OSError: If the file cannot be written, for example on a full disk; the error names `path`.
     """
-    # readers view the bytes as the type: wide types first, so that each begins at a multiple of its size
+    # readers map the bytes as arrays: wide types first, so that each tensor begins at a multiple of its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -124,11 +134,7 @@ def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict
         header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with open_atomically(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             file.write(tensors[name].read().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

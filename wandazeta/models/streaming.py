@@ -1,10 +1,12 @@
-"""Tensors that are in a file and not in memory: on the meta device, and they know where they are stored.
+"""Models larger than memory: meta tensors backed by safetensors files, and blocks that are loaded one at a time.
 
-So a model larger than memory is a model like any other, whose blocks are brought in one at a time: `resident` does it
-for as long as a block is worked on, and a block's own forward does it when it is called from anywhere else.
+A file-backed parameter is on the meta device and has an attribute that says where its values are. `parameters_loaded`
+loads those of a block while it is pruned; the forward of a block loads them by itself wherever else it is called.
 """
 
 import functools
+import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,64 +16,79 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-__all__ = ["Stored", "bring_in_when_called", "is_stored", "require_whole", "resident", "store", "whole"]
+from wandazeta.models.blocks import find_blocks
 
-# as wide as a vector register or a cache line
+__all__ = [
+    "StoredTensor",
+    "back_by_file",
+    "is_file_backed",
+    "load_during_forward",
+    "load_streamed_model",
+    "materialize",
+    "parameters_loaded",
+    "require_in_memory",
+]
+
+# the width of a vector register and of a cache line, in bytes
 _ALIGNMENT = 64
+_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor is.
+class StoredTensor:
+    """A tensor in a safetensors file.
 
     Args:
-        path: The safetensors file.
-        name: The tensor's name in it.
+        path: The file.
+        name: Name of the tensor in the file.
     """
 
     path: Path
     name: str
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Reads it into fresh memory; the file is closed afterwards.
+        """Read the tensor into memory of its own, without keeping the file open.
 
-        Kernels round by where a weight lies, so it lies as it does in a mapped file: the address is the same modulo
-        64, and so are the results.
+        The rounding of a matrix product depends on the alignment of its operands. So the copy has the same address
+        modulo 64 as a tensor in the memory-mapped file would have, and the results are the same bits.
 
         Args:
-            dtype: The type that is wanted; the file's own by default.
+            dtype: Type to convert to; by default the type in the file.
 
         Raises:
-            ValueError: If the file cannot be read or does not hold it.
+            ValueError: If the file cannot be read or does not contain the tensor.
         """
         try:
             with safe_open(self.path, framework="pt") as file:
                 mapped = file.get_tensor(self.name)
-                return _placed_alike(mapped) if dtype in (None, mapped.dtype) else mapped.to(dtype)
+                return _copy_with_alignment(mapped) if dtype in (None, mapped.dtype) else mapped.to(dtype)
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"Expected '{self.path}' to be a whole safetensors file that holds `{self.name}`, but got: {error}; "
-                "restore it."
+                f"Expected '{self.path}' to be a complete safetensors file that contains `{self.name}`, but got: "
+                f"{error}; restore the file"
             ) from error
 
 
-def _placed_alike(mapped: Tensor) -> Tensor:
+def _copy_with_alignment(mapped: Tensor) -> Tensor:
+    """Copy a tensor to an address that is the same modulo 64."""
     num_bytes = mapped.numel() * mapped.element_size()
-    room = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
-    start = (mapped.data_ptr() - room.data_ptr()) % _ALIGNMENT
-    # files that others wrote may have it where no tensor of its type can be
+    buffer = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+    start = (mapped.data_ptr() - buffer.data_ptr()) % _ALIGNMENT
+    # files by other writers may hold it at an address that no tensor of its type can have
     start -= start % mapped.element_size()
-    copy = room[start : start + num_bytes].view(mapped.dtype).view(mapped.shape)
+    copy = buffer[start : start + num_bytes].view(mapped.dtype).view(mapped.shape)
     return copy.copy_(mapped)
 
 
-def store(tensor: Tensor, stored: Stored) -> Tensor:
-    """Says where a tensor is read from, from now on.
+def back_by_file(tensor: Tensor, stored: StoredTensor) -> Tensor:
+    """Make a meta tensor file-backed.
 
     Args:
         tensor: A tensor on the meta device; its type is the one that is read.
-        stored: The place.
+        stored: Where its values are.
 
     Returns:
         The same tensor.
@@ -81,50 +98,50 @@ def store(tensor: Tensor, stored: Stored) -> Tensor:
     return tensor
 
 
-def is_stored(tensor: Tensor) -> bool:
-    """Whether a tensor is in a file and not in memory."""
+def is_file_backed(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are in a file and not in memory."""
     return tensor.is_meta and hasattr(tensor, "stored")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with its values: read if it is stored, else itself."""
-    if not is_stored(tensor):
+def materialize(tensor: Tensor) -> Tensor:
+    """Return a tensor with its values: read from the file if it is file-backed, else the tensor itself."""
+    if not is_file_backed(tensor):
         return tensor
-    stored: Stored = tensor.stored  # type: ignore[attr-defined]
+    stored: StoredTensor = tensor.stored  # type: ignore[attr-defined]
     return stored.read(tensor.dtype)
 
 
 @contextmanager
-def resident(block: nn.Module) -> Iterator[None]:
-    """Within this context the stored parameters of a block are in memory, and changes to them are lost at its end.
+def parameters_loaded(block: nn.Module) -> Iterator[None]:
+    """Temporarily load the file-backed parameters of a block; changes to them are lost when the context ends.
 
-    A block without any is left alone, and so is one that is in memory already.
+    Parameters that are in memory, or loaded already, are left alone.
 
     Args:
         block: The block.
     """
-    taken = [
+    file_backed = [
         (module, name, parameter)
         for module in block.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and is_stored(parameter)
+        if parameter is not None and is_file_backed(parameter)
     ]
-    read: dict[int, nn.Parameter] = {}
+    loaded: dict[int, nn.Parameter] = {}
     try:
-        for module, name, parameter in taken:
-            if id(parameter) not in read:
-                read[id(parameter)] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
-            module._parameters[name] = read[id(parameter)]
+        for module, name, parameter in file_backed:
+            if id(parameter) not in loaded:
+                loaded[id(parameter)] = nn.Parameter(materialize(parameter), requires_grad=parameter.requires_grad)
+            module._parameters[name] = loaded[id(parameter)]
         yield
     finally:
-        for module, name, parameter in taken:
+        for module, name, parameter in file_backed:
             module._parameters[name] = parameter
 
 
-def bring_in_when_called(block: nn.Module) -> None:
-    """Lets a block bring its stored parameters in whenever its forward runs.
+def load_during_forward(block: nn.Module) -> None:
+    """Let a block load its file-backed parameters for the duration of each forward.
 
-    Set on the instance, as `override_forward` does: where that skips a block, nothing is read.
+    The forward is replaced on the instance, as `override_forward` does: where that skips a block, nothing is read.
 
     Args:
         block: The block.
@@ -133,24 +150,151 @@ def bring_in_when_called(block: nn.Module) -> None:
 
     @functools.wraps(forward)
     def streamed(*args: Any, **kwargs: Any) -> Any:
-        with resident(block):
+        with parameters_loaded(block):
             return forward(*args, **kwargs)
 
     block.__dict__["forward"] = streamed
 
 
-def require_whole(module: nn.Module) -> None:
-    """Refuses a module with stored parameters.
+def require_in_memory(module: nn.Module) -> None:
+    """Check that no parameter of a module is file-backed.
 
     Args:
         module: The module.
 
     Raises:
-        ValueError: If it has any.
+        ValueError: If one is.
     """
-    name = next((name for name, parameter in module.named_parameters() if is_stored(parameter)), None)
+    name = next((name for name, parameter in module.named_parameters() if is_file_backed(parameter)), None)
     if name is not None:
         raise ValueError(
             f"Expected a model whose weights are in memory, but `{name}` and others are streamed from their files; "
-            "leave out `stream_weights`, which is for `prune` alone."
+            "leave out `stream_weights`, which is for `prune` alone"
         )
+
+
+def load_streamed_model(
+    directory: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+) -> nn.Module:
+    """Load a causal language model whose blocks have file-backed parameters; everything else is in memory.
+
+    Args:
+        directory: Contains the configuration and safetensors files, whose tensors have the names of the parameters.
+        dtype: Precision of the weights; they are converted when they are read.
+        attn_implementation: Attention kernels; by default those that transformers chooses.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If the files do not contain the tensors of the model by their names.
+        OSError: If there is no configuration.
+    """
+    files = _stored_tensors(directory)
+    model = _model_without_weights(directory, dtype, attn_implementation, trust_remote_code)
+    name, blocks = find_blocks(model)
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    aliases: dict[int, list[str]] = {}
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(parameter_name)
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    for key, names in aliases.items():
+        stored = _find_stored(names, files)
+        if key not in inside:
+            _replace_parameter(model, names, nn.Parameter(stored.read(dtype)))
+        elif all(alias.startswith(f"{name}.") for alias in names):
+            back_by_file(parameters[key], stored)
+        else:
+            raise ValueError(
+                f"`{names[0]}`, a weight of a block, is tied to `{names[-1]}` outside of it, which `stream_weights` "
+                "does not support"
+            )
+    for buffer_name, buffer in _persistent_buffers(model):
+        buffer.copy_(_find_stored([buffer_name], files).read())
+    for block in blocks:
+        load_during_forward(block)
+    return model.eval()
+
+
+def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in the safetensors files of a model by their names."""
+    index = directory / _INDEX
+    if not (directory / _FILE).is_file() and index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+        return {name: StoredTensor(directory / file, name) for name, file in files.items()}
+    try:
+        with safe_open(directory / _FILE, framework="pt") as file:
+            return {name: StoredTensor(directory / _FILE, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"it has no complete {_FILE} or {_INDEX} ({error})") from error
+
+
+def _find_stored(names: list[str], files: dict[str, StoredTensor]) -> StoredTensor:
+    """Return the stored tensor of a parameter, which has several names if it is tied."""
+    found = [files[name] for name in names if name in files]
+    if not found:
+        raise ValueError(
+            f"the files have no `{names[0]}`; `stream_weights` needs the names that `save_pretrained` of this model "
+            "writes: load it without `stream_weights` and save it once"
+        )
+    if any(not torch.equal(found[0].read(), other.read()) for other in found[1:]):
+        raise ValueError(f"the files have different values of `{names[0]}` and `{names[1]}`, which are tied")
+    return found[0]
+
+
+def _model_without_weights(
+    directory: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+) -> Any:
+    """Build the model of a configuration with its parameters on the meta device and its buffers in memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("it is quantized; prune a model before it is quantized")
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        raise ValueError(
+            f"{type(model).__name__} keeps some weights in float32, which `stream_weights` does not support"
+        )
+    if getattr(model, "generation_config", None) is not None and (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Temporarily put every new parameter on the meta device, while buffers are computed in memory as usual.
+
+    A model that is built under `torch.device("meta")` would lose its non-persistent buffers, such as the frequencies of
+    rotary embeddings, which are in no file. So this uses torch's hook for the registration of parameters, of modules
+    that this thread builds.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # a parameter that is on the meta device already is being tied, and has to remain the same object
+        if parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _replace_parameter(model: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
+    """Set a parameter at all of its names."""
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the buffers that are saved with the model."""
+    saved = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -1,4 +1,4 @@
-"""Holds pruned weights at zero while something trains them: their gradients, themselves and their optimizer state."""
+"""Keep pruned weights at zero while they are trained: mask gradients, weights and optimizer state."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,22 +12,24 @@ from wandazeta.models.blocks import find_blocks
 from wandazeta.models.zero3 import gathered
 from wandazeta.pruning.method.layers import prunable_layers
 
+__all__ = ["HeldMasks", "masks_from_zeros", "pack_mask", "unpack_mask"]
 
-def zero_masks(module: nn.Module, block_name: str | None = None) -> dict[str, Tensor]:
-    """Reads masks off the zeros of the Linears inside the blocks.
 
-    A weight without zeros is dense and has no mask; one of nothing but zeros is new (the second factor of a low-rank
-    adapter starts so), not pruned, and has none either.
+def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[str, Tensor]:
+    """Derive masks from the zeros of the Linears inside the blocks, whichever method pruned them.
+
+    Weights without zeros are dense and get no mask. Weights of zeros alone are newly initialised, as the second factor
+    of a low-rank adapter is, and get none either.
 
     Args:
-        module: The model, or a module that holds it.
-        block_name: Dotted name of the list of blocks in `module`; found where it is not given.
+        module: A model, or a module that holds one.
+        block_name: Dotted name of the `ModuleList` of blocks in `module`; found automatically by default.
 
     Returns:
-        Bool masks in the layout of the weights, True where a weight is kept, by parameter name.
+        Bool masks in the shape of the weights, True where a weight is kept, by parameter name.
 
     Raises:
-        ValueError: If there are no blocks, their weights are not whole, or none of them was pruned.
+        ValueError: If there are no blocks, none of them was pruned, or their weights are sharded or quantized.
     """
     name, blocks = find_blocks(module, name=block_name)
     layers = {
@@ -39,69 +41,63 @@ def zero_masks(module: nn.Module, block_name: str | None = None) -> dict[str, Te
     for weight_name, layer in layers.items():
         with gathered([layer.weight]):
             weight = layer.weight.detach()
-            check_whole(weight_name, weight)
+            _check_plain(weight_name, weight)
             kept = weight != 0
         if not bool(kept.all()) and bool(kept.any()):
             masks[weight_name] = kept
     if not masks:
         raise ValueError(
-            f"Expected weights that were pruned in `{name}`, but none of {len(layers)} holds both zeros and others; "
-            "prune first, load a pruned model, or give the masks as a file"
+            f"Expected weights that were pruned in `{name}`, but none of {len(layers)} holds both zeros and other "
+            "values; prune first, load a pruned model, or pass a mask file"
         )
     return masks
 
 
-def check_whole(name: str, weight: Tensor) -> None:
-    """Refuses a weight that this process does not hold whole, as a plain floating-point tensor.
-
-    Args:
-        name: What the weight is called in the message.
-        weight: The weight.
-
-    Raises:
-        ValueError: If it is sharded, on the meta device or quantized.
-    """
+def _check_plain(name: str, weight: Tensor) -> None:
+    """Refuse a weight that is not a complete floating-point tensor in the memory of this process."""
     if weight.numel() == 0 or weight.is_meta or hasattr(weight, "device_mesh") or not weight.is_floating_point():
         raise ValueError(
-            f"Expected whole floating-point weights on every rank, but `{name}` is {type(weight).__name__} of shape "
-            f"{tuple(weight.shape)} and {weight.dtype} on {weight.device}; masks of sharded or quantized weights "
-            "cannot be held: use one device or DDP"
+            f"Expected complete floating-point weights on every rank, but `{name}` is {type(weight).__name__} of shape "
+            f"{tuple(weight.shape)} and {weight.dtype} on {weight.device}; sharded and quantized weights cannot be "
+            "masked: use one device or DDP"
         )
 
 
-class HeldSparsity:
-    """Weights with their masks, held exactly: pruned places are +0.0, bit for bit, after every step.
+class HeldMasks:
+    """Pruning masks that are applied again whenever the weights are trained, so that sparsity is kept exactly.
 
-    Gradients are masked as autograd hands them over, before they are accumulated, exchanged, clipped or looked at;
-    weights and optimizer state once an optimizer has stepped. State is masked where it is of floating point and has
-    the shape of its weight: momenta are, step counters and factored moments are not.
+    Pruned weights are +0.0, bit for bit, after every optimizer step. Gradients are masked by hooks as autograd
+    computes them, before they are accumulated, reduced over ranks, clipped or logged; weights and optimizer state are
+    masked after each step of an optimizer. Optimizer state is masked where it is floating-point and has the shape of
+    its weight (momenta); step counters and factored moments are not.
 
-    DeepSpeed trains flat copies of the weights, shared out over the ranks, which masks cannot reach; there gradients
-    alone are masked (`hold_gradients`). Copies and momenta that start at zero stay so under every rule that works value
-    by value and moves nothing without a gradient but towards zero, as weight decay does; `check` tells any other.
+    DeepSpeed trains flat copies of the weights, sharded over the ranks, which masks cannot reach. There only gradients
+    are masked (`hold_gradients`): with SGD, Adam and any other optimizer that updates each value from its own gradient
+    and moves values without a gradient only towards zero (weight decay), pruned values stay zero. `check` detects
+    optimizers for which this does not hold.
 
     Args:
-        weights: The weights by name.
+        weights: Weights by name.
         masks: Bool masks of the same names and shapes, True where a weight is kept.
 
     Raises:
-        ValueError: If a mask has no weight or another shape, a weight is not whole, or a weight that its mask prunes
+        ValueError: If a mask has another shape than its weight, a weight is sharded or quantized, or a pruned weight
             is not zero.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._weights = {name: weights[name] for name in masks}
-        # by the parameter itself, as optimizers know it
+        # keyed by the parameters, by which optimizers identify their state; True where a weight is pruned
         self._pruned: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
         for name, mask in masks.items():
             weight = self._weights[name]
             with gathered([weight]):
-                check_whole(name, weight)
+                _check_plain(name, weight)
                 if mask.dtype != torch.bool or mask.shape != weight.shape:
                     raise ValueError(
                         f"Expected a bool mask of shape {tuple(weight.shape)} for `{name}`, but got {mask.dtype} of "
-                        f"shape {tuple(mask.shape)}; take the masks that were written with this model"
+                        f"shape {tuple(mask.shape)}; use the masks that were written with this model"
                     )
                 pruned = ~mask.to(weight.device)
                 num_dense = int(torch.count_nonzero(weight.detach()[pruned]))
@@ -119,28 +115,28 @@ class HeldSparsity:
 
     @property
     def num_weights(self) -> int:
-        """Values in the weights that are held."""
+        """Number of values in the masked weights."""
         return sum(pruned.numel() for pruned in self._pruned.values())
 
     @property
     def num_pruned(self) -> int:
-        """Values that are held at zero."""
+        """Number of values that are kept at zero."""
         return sum(int(pruned.sum()) for pruned in self._pruned.values())
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
-        """Begins to hold, now and after every step of the optimizers, until `release`.
+        """Apply the masks now and after every step of the optimizers, until `release`.
 
         Args:
-            optimizers: Everything that steps on the weights; what state they have is masked now.
+            optimizers: All optimizers that update the weights; their present state is masked too.
 
         Raises:
-            ValueError: If one is no optimizer of torch.
+            ValueError: If one of them is not a `torch.optim.Optimizer`.
         """
         optimizers = list(optimizers)
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise ValueError(
-                    f"Expected optimizers of torch, but got {type(optimizer).__name__}, whose state cannot be held"
+                    f"Expected optimizers of torch, but got {type(optimizer).__name__}, whose state cannot be masked"
                 )
         self.hold_gradients()
         for weight, pruned in self._pruned.items():
@@ -154,25 +150,26 @@ class HeldSparsity:
             )
 
     def hold_gradients(self) -> None:
-        """Begins to mask gradients alone, until `release`; for weights that are trained in copies of them."""
+        """Mask gradients only, until `release`; for strategies that train copies of the weights."""
         for weight, pruned in self._pruned.items():
-            # torch hooks only what requires a gradient; a weight that is frozen now may be thawed later
+            # torch accepts hooks only on tensors that require gradients; a frozen weight may be unfrozen later
             frozen = not weight.requires_grad
             weight.requires_grad_(True)
             self._handles.append(weight.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0.0)))
             weight.requires_grad_(not frozen)
 
     def release(self) -> None:
-        """Ceases to hold; the weights stay as they are."""
+        """Stop applying the masks; the weights are left unchanged."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def check(self, signs: bool = True) -> None:
-        """Checks that every pruned place is zero.
+        """Check that every pruned weight is zero.
 
         Args:
-            signs: Whether it has to be +0.0, bit for bit: a -0.0 of before stays one where gradients alone are held.
+            signs: Whether it has to be +0.0, bit for bit. Where only gradients are masked, a -0.0 from before the
+                training stays -0.0.
 
         Raises:
             ValueError: If one is not; the message names the weights.
@@ -188,9 +185,9 @@ class HeldSparsity:
             name = next(iter(broken))
             raise ValueError(
                 f"Expected pruned weights to be zero, but {sum(broken.values())} are not, in {len(broken)} weights, "
-                f"first {broken[name]} of `{name}`; something beside the optimizers writes to them: check callbacks "
-                "that average, swap or load weights, and under DeepSpeed the optimizer, which must not move what has "
-                "no gradient"
+                f"first {broken[name]} of `{name}`; something other than the optimizers writes to them: check "
+                "callbacks that average, swap or load weights, and under DeepSpeed the optimizer, which must not move "
+                "weights without a gradient"
             )
 
     @torch.no_grad()
@@ -207,10 +204,10 @@ class HeldSparsity:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Packs a mask to one bit a value.
+    """Pack a mask into one bit per value.
 
     Args:
-        mask: Bool of any shape.
+        mask: Bool mask of any shape.
 
     Returns:
         uint8 of shape (⌈values / 8⌉,) on the CPU, the first value in the lowest bit.
@@ -225,14 +222,14 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Undoes `pack_mask`.
+    """Restore a mask that `pack_mask` packed.
 
     Args:
-        packed: What it gave.
+        packed: The packed mask.
         shape: Shape of the mask.
 
     Returns:
-        Bool of that shape.
+        Bool mask of that shape.
     """
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten()[: shape.numel()].bool().view(shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wandazeta.models.blocks import call_block
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.models.streaming import resident
+from wandazeta.models.streaming import parameters_loaded
 from wandazeta.pruning.method.block import BlockPruner
 from wandazeta.pruning.method.layers import prunable_layers
 from wandazeta.pruning.options import PruneOptions
@@ -366,7 +366,7 @@ class _BlockSequence:
     def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
         """Move a block to the device inside the context; yields its layers to prune."""
         block = self.blocks[index]
-        with resident(block):
+        with parameters_loaded(block):
             home = next(block.parameters()).device
             block.to(self.device)
             try:

@@ -1,24 +1,23 @@
-"""What a pruning run did, for every layer and block: plain values for JSON, and a table for the terminal."""
+"""Records of a pruning: what was done to every layer and block, as plain values for JSON."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["BlockRecord", "LayerRecord", "PruneReport"]
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One pruned weight.
+    """One pruned weight matrix.
 
     Args:
-        name: Parameter name relative to the block, as in `mlp.up_proj.weight`.
+        name: Parameter name relative to the block, such as `mlp.up_proj.weight`.
         shape: Output features, input features.
-        pattern: Pattern asked for, `2:4` or `50%`.
-        sparsity: Fraction of zeros reached.
-        score_mean: Mean of the final score over the whole weight; of the magnitudes for SparseGPT, which scores
-            column by column.
-        score_std: Standard deviation of the final score.
+        pattern: The requested pattern, `2:4` or `50%`.
+        sparsity: Fraction of zeros that was reached.
+        score_mean: Mean of the final pruning score over the whole matrix; for SparseGPT, which scores one group of
+            columns after the other, the mean magnitude.
+        score_std: Standard deviation of the final pruning score.
     """
 
     name: str
@@ -36,14 +35,14 @@ class BlockRecord:
     Args:
         index: Position of the block, from 0.
         name: Dotted name of the block in the model.
-        layers: Its pruned weights.
-        loss_before: Mean squared error against the target after the first pruning, before optimisation; None where
-            the method looks at no data.
-        loss_after: The same of the finished block, on the same probe samples.
+        layers: Its pruned weight matrices.
+        loss_before: Mean squared error of the block's output against its target after the first pruning, before the
+            regional optimisation; None for methods without calibration data.
+        loss_after: The same error of the finished block, on the same samples.
         seconds: Wall-clock seconds spent on the block.
-        peak_memory: Peak bytes: of the device, or of the process where the device is the CPU.
-        num_samples: Calibration samples used.
-        num_tokens: Calibration tokens that counted (padding does not).
+        peak_memory: Peak memory in bytes: of the device, or of the process where the device is the CPU.
+        num_samples: Number of calibration samples.
+        num_tokens: Number of calibration tokens without padding.
     """
 
     index: int
@@ -69,23 +68,23 @@ class BlockRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BlockRecord":
-        """Inverse of `to_dict`."""
+        """Build a record from the dictionary that `to_dict` returned."""
         layers = tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
         return cls(**{**values, "layers": layers})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
+        """The record as nested dictionaries of plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """A whole run.
+    """Everything that a pruning did.
 
     Args:
-        options: The options, as `PruneOptions.to_dict` gives them.
-        block_name: Dotted name of the list of blocks.
-        blocks: One record for each block, in order.
+        options: The options by name, in plain values, as `PruneOptions.to_dict` returns them.
+        block_name: Dotted name of the `ModuleList` that holds the blocks.
+        blocks: One record per block, in order.
     """
 
     options: dict[str, Any]
@@ -93,14 +92,34 @@ class PruneReport:
     blocks: tuple[BlockRecord, ...] = ()
 
     @property
+    def method_name(self) -> str:
+        """Name of the pruning method, such as `wanda++`; `?` if it was not recorded."""
+        return str(self.options.get("method", "?"))
+
+    @property
+    def sparsity_pattern(self) -> str:
+        """The requested pattern, `2:4` or `unstructured`; `?` if it was not recorded."""
+        return str(self.options.get("sparsity_pattern", "?"))
+
+    @property
     def num_samples(self) -> int:
-        """Calibration samples used."""
+        """Number of calibration samples."""
         return max((block.num_samples for block in self.blocks), default=0)
 
     @property
     def num_tokens(self) -> int:
-        """Calibration tokens that counted."""
+        """Number of calibration tokens without padding."""
         return max((block.num_tokens for block in self.blocks), default=0)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of pruned layers."""
+        return sum(len(block.layers) for block in self.blocks)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights in the pruned layers."""
+        return sum(block.num_weights for block in self.blocks)
 
     @property
     def seconds(self) -> float:
@@ -109,76 +128,37 @@ class PruneReport:
 
     @property
     def peak_memory(self) -> int:
-        """Largest peak of any block in bytes."""
+        """Peak memory of the most demanding block in bytes."""
         return max((block.peak_memory for block in self.blocks), default=0)
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned layers."""
-        weights = sum(block.num_weights for block in self.blocks)
-        return sum(block.sparsity * block.num_weights for block in self.blocks) / max(weights, 1)
+        return sum(block.sparsity * block.num_weights for block in self.blocks) / max(self.num_weights, 1)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PruneReport":
-        """Inverse of `to_dict`."""
+        """Build a report from the dictionary that `to_dict` returned."""
         blocks = tuple(BlockRecord.from_dict(block) for block in values["blocks"])
         return cls(values["options"], values["block_name"], blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, with the totals first."""
+        """The report as nested dictionaries of plain values, with the totals first."""
         totals = ("sparsity", "num_samples", "num_tokens", "seconds", "peak_memory")
         return {**{name: getattr(self, name) for name in totals}, **asdict(self)}
 
     @property
     def gain(self) -> str:
-        """What the zeros buy, in plain words."""
+        """What the zeros change about size and speed, in two or three sentences."""
         words = (
-            "The zeros are stored as zeros: plain files and dense kernels are neither smaller nor faster than before."
+            "Pruned weights are stored as zeros: plain files and dense kernels are neither smaller nor faster than "
+            "before."
         )
-        if self.options.get("sparsity_pattern") != "2:4":
-            return f"{words} What would help exists for 2:4 alone: a packed file, and sparse kernels on some GPUs."
+        if self.sparsity_pattern != "2:4":
+            return f"{words} A packed file format and sparse GPU kernels exist for the 2:4 pattern only."
         return (
-            f"{words} What helps: the 2:4 packed file (`wandazeta prune --pack true`) takes 0.56 of the size of the "
-            "pruned weights on disk in 16 bit, 0.53 in 32 bit, and must be unpacked to be run; sparse kernels "
-            "(`wandazeta.pruning.export.semi_structured`) need an NVIDIA GPU from Ampere on and weights in 16 bit."
+            f"{words} The 2:4 packed file (`wandazeta prune --pack true`) stores the pruned weights in 0.56 of their "
+            "size in 16-bit precision, 0.53 in 32-bit; it has to be unpacked before the model is used. Only sparse "
+            "kernels (`wandazeta.pruning.export.semi_structured`) can be faster; they need an NVIDIA GPU (Ampere or "
+            "newer) and 16-bit weights."
         )
-
-
-def table(report: PruneReport) -> "Table":
-    """The report as a rich table, one line a block.
-
-    Args:
-        report: What `prune_model` returned.
-
-    Returns:
-        A table to print with `rich.print`.
-    """
-    from rich.table import Table  # the core needs torch only
-
-    result = Table(title=f"Pruned by {report.options.get('method', '?')}: {report.block_name}", caption=report.gain)
-    for heading in ("block", "weights", "pattern", "sparsity", "loss before", "loss after", "seconds", "peak memory"):
-        result.add_column(heading, justify="right")
-    for block in report.blocks:
-        result.add_row(
-            str(block.index),
-            f"{block.num_weights:,}",
-            ", ".join(sorted({layer.pattern for layer in block.layers})),
-            f"{block.sparsity:.2%}",
-            _loss(block.loss_before),
-            _loss(block.loss_after),
-            f"{block.seconds:.1f}",
-            _gib(block.peak_memory),
-        )
-    weights = sum(block.num_weights for block in report.blocks)
-    total = ("all", f"{weights:,}", "", f"{report.sparsity:.2%}", "", "", f"{report.seconds:.1f}")
-    result.add_section()
-    result.add_row(*total, _gib(report.peak_memory), style="bold")
-    return result
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

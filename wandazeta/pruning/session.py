@@ -171,7 +171,7 @@ class PruningSession:
         else:
             report = self._prune(prepared, device, ranks, should_stop, show_progress)
         if report is not None:
-            self.folder.lend_weights(prepared.blocks, report)
+            self.folder.redirect_stored_weights(prepared.blocks, report)
         return report
 
     def _prune(

@@ -1,1 +1,1 @@
-"""Losses and scores of language models and encoders."""
+"""Losses and scores of language models and encoders, and the objectives that are made of them."""

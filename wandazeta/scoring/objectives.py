@@ -140,35 +140,20 @@ def objective_losses(
     return token_losses(scorer.token_nll(prepared, repeats), prepared)
 
 
-def check_objective(objective: Objective | None, epsilon: float | None, estimator: str) -> None:
-    """Check that an objective can be minimised by zeroth-order steps.
+def check_objective(objective: Objective) -> None:
+    """Check that a metric can be minimised.
 
     Args:
-        objective: The objective; None is the cross-entropy.
-        epsilon: Distance of the perturbed copies, or None for the default.
-        estimator: Name of the estimator of slopes.
+        objective: The metric.
 
     Raises:
-        ValueError: If a metric does not say whether higher is better, exact derivatives of it are asked for, or
-            `epsilon` is left to the default, which is meant for losses with a gradient.
+        ValueError: If the metric does not say whether higher is better.
     """
     metric = objective.metric if isinstance(objective, GeneratedText) else objective
-    if metric is None:
-        return
     name = type(metric).__name__
     if metric.higher_is_better is None:
         raise ValueError(
             f"Expected argument `objective` to have `higher_is_better`, but {name} does not set it; do so in a subclass"
-        )
-    if estimator == "forward_mode":
-        raise ValueError(
-            f"Expected argument `estimator` to be two_sided or one_sided for the objective {name}, but got "
-            f"{estimator!r}; a metric is a step function and has no derivative"
-        )
-    if epsilon is None:
-        raise ValueError(
-            f"Expected argument `epsilon` to be set for the objective {name}, but got None; a metric is a step "
-            "function, and with the small default both sides have the same value: try 0.1"
         )
 
 

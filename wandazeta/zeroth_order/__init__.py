@@ -1,14 +1,6 @@
-"""Zeroth-order optimisation of one flat vector: plain torch."""
+"""Zeroth-order optimisation of one flat vector, in plain torch."""
 
-from wandazeta.zeroth_order.aggregation import (
-    AGGREGATIONS,
-    Aggregation,
-    aligned_gradient,
-    mean_gradient,
-    normalised_gradient,
-)
-from wandazeta.zeroth_order.chunks import Evaluations
-from wandazeta.zeroth_order.directions import (
+from wandazeta.utilities.random_streams import (
     DISTRIBUTIONS,
     Direction,
     Directions,
@@ -16,21 +8,32 @@ from wandazeta.zeroth_order.directions import (
     directions_of_step,
     rademacher,
 )
-from wandazeta.zeroth_order.estimators import (
-    Estimator,
-    LossFn,
-    OneSided,
+from wandazeta.zeroth_order.aggregation import (
+    AGGREGATIONS,
+    Aggregation,
     ProjectedGradients,
-    TwoSided,
+    aligned_gradient,
+    mean_gradient,
+    normalised_gradient,
     projected_gradients,
 )
-from wandazeta.zeroth_order.forward_mode import ForwardMode
-from wandazeta.zeroth_order.schedules import AdaZetaSchedule, ConstantSchedule, QuerySchedule
+from wandazeta.zeroth_order.chunks import Evaluations
+from wandazeta.zeroth_order.estimators import (
+    DEFAULT_EPSILON,
+    Estimator,
+    ForwardMode,
+    LossFn,
+    OneSided,
+    TwoSided,
+)
+from wandazeta.zeroth_order.head import HeadGradient, TrainedHead
+from wandazeta.zeroth_order.rank_sync import RankSync
+from wandazeta.zeroth_order.schedules import AdaZetaSchedule, ConstantSchedule, QuerySchedule, VarianceSchedule
 from wandazeta.zeroth_order.updates import RAdaZOUpdate, SGDUpdate, Update
-from wandazeta.zeroth_order.variance import VarianceSchedule
 
 __all__ = [
     "AGGREGATIONS",
+    "DEFAULT_EPSILON",
     "DISTRIBUTIONS",
     "AdaZetaSchedule",
     "Aggregation",
@@ -40,12 +43,15 @@ __all__ = [
     "Estimator",
     "Evaluations",
     "ForwardMode",
+    "HeadGradient",
     "LossFn",
     "OneSided",
     "ProjectedGradients",
     "QuerySchedule",
     "RAdaZOUpdate",
+    "RankSync",
     "SGDUpdate",
+    "TrainedHead",
     "TwoSided",
     "Update",
     "VarianceSchedule",

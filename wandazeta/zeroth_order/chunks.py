@@ -1,4 +1,4 @@
-"""Evaluating the points of a step, as many in one forward as fit into memory."""
+"""Evaluate the points of a step in chunks that fit into memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What forwards said about points of a step.
+    """Values of points of a step, from forward passes.
 
     Args:
-        values_VP: V numbers of each of the P points, fp64; which they are is the estimator's matter.
+        values_VP: V numbers of each of the P points, fp64; the estimator defines their meaning.
         points: The points, in the order of the columns.
         chunk_size: Points per forward that fitted into memory.
     """
@@ -31,14 +31,14 @@ def in_chunks(
 ) -> Evaluations:
     """Evaluate points chunk by chunk.
 
-    When a chunk does not fit into memory its size is halved, for the rest of the step too.
+    If a chunk does not fit into memory, the chunk size is halved for this chunk and all later ones of the step.
 
     Args:
         evaluate: Maps up to `chunk_size` points to their values, `num_values` rows with a column for each point.
         points: Points to evaluate; a rank may have none.
         chunk_size: Points per call.
         num_values: Rows of the result, V.
-        device: Where the result is.
+        device: Device of the result.
 
     Raises:
         ValueError: If `chunk_size` is below 1.
@@ -64,6 +64,7 @@ def in_chunks(
 
 
 def _try(evaluate: Callable[[Sequence[int]], Tensor], chunk: Sequence[int], may_fail: bool) -> Tensor | None:
+    """Evaluate a chunk; return None if it does not fit into memory and `may_fail` is set."""
     try:
         return evaluate(chunk)
     except RuntimeError as error:

@@ -1,169 +1,97 @@
-"""The gradient of what comes last in closed form, from a forward that is made anyway (ElasticZO, arXiv 2501.04287).
+"""Closed-form gradient of a trained head, from the base forward (ElasticZO, arXiv 2501.04287).
 
-Legend: B examples, C classes, D hidden size, P perturbed copies, d length of the trained vector.
+Legend: B examples, C classes, D hidden size, d length of the trained vector.
 """
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from wandazeta.adapters import AdapterVector, TensorTrainAdapters
-from wandazeta.scoring.scorer import Scores
-from wandazeta.utilities.arguments import check_range
-from wandazeta.zeroth_order import Directions
+from wandazeta.utilities.arguments import check_choice, check_range
+from wandazeta.utilities.random_streams import Directions
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """Options of a linear head that is trained together with adapters.
+
+    On an encoder, this is the classification head that `loading.num_classes` adds. On a causal language model,
+    `num_answers` adds a head that maps the hidden state before the answer to a correction of the answer options'
+    scores; it starts at zero, so training starts from the answers of the prompt alone.
+
+    Args:
+        num_answers: Number of answer options of a causal language model; leave it out for an encoder.
+        gradient: Gradient of the head: `estimated` along the random directions like that of the adapters, or `exact`,
+            in closed form from the base forward of `OneSided`.
+        learning_rate: Learning rate of the head; by default that of the adapters. A learning rate scheduler scales
+            both. A head starts at zero and often needs a larger rate than adapters, which start at the model itself.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    num_answers: int | None = None
+    gradient: Literal["estimated", "exact"] = "estimated"
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("num_answers", self.num_answers, self.num_answers is None or self.num_answers >= 2, "at least 2")
+        check_choice("gradient", self.gradient, ("estimated", "exact"))
+        check_range(
+            "learning_rate", self.learning_rate, self.learning_rate is None or self.learning_rate > 0, "above 0"
+        )
 
 
 class HeadGradient:
-    """Takes the gradient of the cross-entropy by a new head, or by the answers, from the base of one-sided slopes.
+    """Computes the gradient of the cross-entropy with respect to a linear head, from the base forward.
 
-    The head is the last thing that a forward computes, so its gradient is `(softmax(logits) - onehot)ᵀ features`: there
-    is nothing to propagate back. It is exact where a slope would tell one number about its C·(D + 1) coordinates, and
-    as directions leave it alone, the slopes are those of the adapters only.
+    The head is the last layer, so its gradient is `(softmax(scores) - onehot)ᵀ features` and nothing is
+    back-propagated. It is exact, where a slope along a direction measures one number about the C·(D + 1) values of the
+    head. The head is not perturbed, so the slopes are those of the adapters alone.
 
     Args:
-        bank: Holds the adapters and, at the end of its vector, the head.
+        head: Slice of the trained vector that holds the head, its weight `(C, D)` and then its bias `(C,)`.
     """
 
-    def __init__(self, bank: AdapterVector) -> None:
-        self.bank = bank
-        self._scores: Scores | None = None
-        # the only Linear that is trained in full
-        ((self._classes, self._width),) = bank.linear_shapes.values()
-        self._found: Tensor | None = None
+    def __init__(self, head: slice) -> None:
+        self.slice = head
+        self._observed: Tensor | None = None
 
     def directions(self, directions: Directions) -> Directions:
-        """Directions that leave the head alone."""
+        """Return directions that do not perturb the head."""
 
-        def masked(query: int) -> Tensor:
+        def without_head(query: int) -> Tensor:
             z = directions(query).clone()
-            self._head(z).zero_()
+            z[self.slice].zero_()
             return z
 
-        return masked
+        return without_head
 
-    def watch(self, losses: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
-        """Losses of perturbed copies that note the gradient down when one of them is the vector itself.
+    def clear(self) -> None:
+        """Forget the gradient of the last step."""
+        self._observed = None
 
-        Args:
-            losses: Losses of copies `(P, d)`, all in one forward.
-            labels: Right classes `(B,)`.
-        """
-        self._found = None
-
-        def watched(theta_Pd: Tensor) -> Tensor:
-            result = losses(theta_Pd)
-            if torch.equal(theta_Pd[0], self.bank.theta):
-                self._found = self._of_first(len(theta_Pd), labels)
-            return result
-
-        return watched
-
-    def note_scores(self, scores: Scores) -> None:
-        """Keep the scores of the losses that are watched, for `objective_losses`."""
-        self._scores = scores
-
-    def take(self, exchange: Any, batch_size: int) -> Tensor:
-        """The gradient `(C·(D + 1),)` of what was watched, the same bits on every rank.
+    def observe(self, features_BD: Tensor, scores_BC: Tensor, labels_B: Tensor) -> None:
+        """Compute and keep the gradient of a batch.
 
         Args:
-            exchange: What the ranks share out.
-            batch_size: Examples of this rank's batch.
+            features_BD: Inputs of the head in the base forward.
+            scores_BC: Scores of the classes or answer options in the base forward, in fp64.
+            labels_B: Correct classes or answers.
         """
-        found = self._found if self._found is not None else torch.zeros_like(self._head(self.bank.theta))
-        return exchange.of_base(found, self._found is not None, batch_size)
+        error_BC = scores_BC.softmax(-1) - F.one_hot(labels_B, scores_BC.shape[-1])
+        grad_CD = error_BC.mT @ features_BD.to(error_BC) / len(labels_B)
+        self._observed = torch.cat([grad_CD.flatten(), error_BC.mean(0)])
 
-    def put(self, grad: Tensor, head_grad: Tensor) -> None:
-        """Write the head's gradient into one of the whole vector `(d,)`."""
-        self._head(grad).copy_(head_grad)
+    def observed(self, theta: Tensor) -> tuple[Tensor, bool]:
+        """Return the gradient `(C·(D + 1),)` of this rank, and whether there is one.
 
-    def _of_first(self, num_copies: int, labels: Tensor) -> Tensor:
-        assert self._scores is not None
-        assert self._scores.features is not None
-        features_PBD, scores_PBC = self._scores.features.unflatten(0, (num_copies, -1)), self._scores.values
-        wrong_BC = scores_PBC[0].softmax(-1) - F.one_hot(labels, scores_PBC.shape[-1])
-        grad_CD = wrong_BC.mT @ features_PBD[0].to(wrong_BC) / len(labels)
-        return torch.cat([grad_CD.flatten(), wrong_BC.mean(0)]).to(self.bank.theta)
-
-    def _head(self, vector: Tensor) -> Tensor:
-        return vector[-self._classes * (self._width + 1) :]
-
-
-def answers_head(width: int, num_answers: int) -> nn.Linear:
-    """A Linear of zeros, which leaves a model its own answers to begin with."""
-    with torch.inference_mode(False):
-        answers = nn.Linear(width, num_answers)
-        for parameter in answers.parameters():
-            nn.init.zeros_(parameter)
-    return answers
-
-
-def check_num_answers(num_answers: int | None, num_classes: int | None, trainable: Any) -> None:
-    """Check what goes with trained answers.
-
-    Raises:
-        ValueError: If there are fewer than two, a new head is there instead, or no tensor trains are beside them.
-    """
-    if num_answers is None:
-        return
-    check_range("num_answers", num_answers, num_answers >= 2, "at least 2")
-    if num_classes is not None:
-        raise ValueError("Expected either `num_classes`, for an encoder, or `num_answers`, for a language model")
-    if trainable is not None and not isinstance(trainable, TensorTrainAdapters):
-        raise ValueError(
-            f"Expected `trainable` to be TensorTrainAdapters beside `num_answers`, but got {type(trainable).__name__}; "
-            "other formats have no place for the answers"
-        )
-
-
-def check_head_gradient(
-    head_gradient: str, num_trained: int | None, objective: Any, estimator: str, aggregation: str, weights: bool
-) -> None:
-    """Check what goes with the head's exact gradient.
-
-    Args:
-        head_gradient: As it was given.
-        num_trained: Classes of a new head, or answers.
-        objective: What is lowered instead of the cross-entropy, if anything.
-        estimator: How slopes are measured.
-        aggregation: How slopes become a gradient.
-        weights: Whether the model's own weights are trained.
-
-    Raises:
-        ValueError: If there is no head, its loss has no gradient, or no forward is made at the trained vector itself.
-    """
-    check_range("head_gradient", head_gradient, head_gradient in ("estimated", "exact"), "estimated or exact")
-    if head_gradient == "estimated":
-        return
-    for what, fits, remedy in (
-        ("`num_classes` or `num_answers`", num_trained is not None, "there is neither a new head nor answers"),
-        ("no `objective`", objective is None, "a metric has no gradient"),
-        ("adapters in `trainable`", not weights, "`Weights` are moved one by one"),
-        ('`estimator="one_sided"`', estimator == "one_sided", "two sides have no forward at the vector itself"),
-        ("`aggregation` mean or fzoo", aggregation != "align", "the head has no share in the span of the directions"),
-    ):
-        if not fits:
-            raise ValueError(f'Expected {what} for `head_gradient="exact"`, but {remedy}; change either')
-
-
-def check_head_learning_rate(rate: float | None, num_trained: int | None, weights: bool) -> None:
-    """Check a learning rate of the head's own.
-
-    Args:
-        rate: As it was given.
-        num_trained: Classes of a new head, or answers.
-        weights: Whether the model's own weights are trained.
-
-    Raises:
-        ValueError: If it is not above 0, or there is no head beside adapters.
-    """
-    if rate is None:
-        return
-    check_range("head_learning_rate", rate, rate > 0, "above 0")
-    if num_trained is None or weights:
-        raise ValueError(
-            "Expected `num_classes` or `num_answers` and adapters in `trainable` for `head_learning_rate`, but "
-            + ("`Weights` have one rate" if weights else "there is neither a new head nor answers")
-        )
+        Args:
+            theta: The trained vector, for dtype and device. A rank that has not evaluated the base returns zeros.
+        """
+        if self._observed is None:
+            return torch.zeros_like(theta[self.slice]), False
+        return self._observed.to(theta), True

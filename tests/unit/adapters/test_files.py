@@ -20,7 +20,7 @@ def exported(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny_lm("model", model)
     module = ZerothOrderModule("model", trainable=KINDS[kind])
-    module._insert_adapters()
+    module.setup("test")
     theta = module.adapters.theta
     theta.add_(0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1)))
     module.save_adapters("exported")
@@ -56,7 +56,7 @@ def test_the_card_says_where_the_base_model_was_pruned(exported):
     for key, said in ((None, False), ("pruned by key", True)):
         module = ZerothOrderModule("model")
         module.pruned_backbone_key = key
-        module._insert_adapters()
+        module.setup("test")
         module.save_adapters("card")
         card = Path("card/README.md").read_text()
         assert ("name the pruned model's directory" in card) == said

@@ -62,8 +62,8 @@ def built(request):
     return model.eval(), blocks
 
 
-def places(bank):
-    return [f"{site.position}:{site.name}" for site in bank.sites if site.block == 0]
+def places(vector):
+    return [f"{site.position}:{site.name}" for site in vector.sites if site.block == 0]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def places(bank):
 )
 def test_default_sites(make, expected):
     model, blocks = make()
-    bank = inject_adapters(model, blocks=blocks)
-    assert places(bank) == expected
-    assert {site.width for site in bank.sites} == {32}
-    assert len(bank.sites) == 3 * len(expected)
+    vector = inject_adapters(model, blocks=blocks)
+    assert places(vector) == expected
+    assert {site.width for site in vector.sites} == {32}
+    assert len(vector.sites) == 3 * len(expected)
 
 
 @torch.no_grad()
@@ -90,15 +90,15 @@ def test_identity_start_folding_and_removal(built):
     ids = torch.randint(3, 67, (2, 7), generator=torch.Generator().manual_seed(0))
     names = list(model.state_dict())
     dense = model(ids)[0]
-    bank = inject_adapters(model, blocks=blocks)
+    vector = inject_adapters(model, blocks=blocks)
     assert torch.equal(model(ids)[0], dense)
     generator = torch.Generator().manual_seed(1)
-    theta_Pd = bank.theta + 0.1 * torch.randn(3, bank.num_parameters, generator=generator)
-    with bank.use(theta_Pd):
+    theta_Pd = vector.theta + 0.1 * torch.randn(3, vector.num_parameters, generator=generator)
+    with vector.use(theta_Pd):
         folded = model(ids.repeat(3, 1))[0]
     loop = []
     for theta in theta_Pd:
-        bank.theta.copy_(theta)
+        vector.theta.copy_(theta)
         loop.append(model(ids)[0])
         assert (loop[-1] - dense).abs().max() > 1e-4
     torch.testing.assert_close(folded, torch.cat(loop), atol=1e-5, rtol=1e-4)
@@ -120,7 +120,7 @@ def test_random_start_changes_the_model():
 def test_one_token_decoding_of_a_batch():
     model, blocks = llama()
     model.eval()
-    bank = inject_adapters(model, blocks=blocks, identity_start=False)
+    vector = inject_adapters(model, blocks=blocks, identity_start=False)
     for rows in (1, 3):
         ids = torch.randint(0, 67, (rows, 6), generator=torch.Generator().manual_seed(0))
         whole = model(ids).logits
@@ -128,7 +128,7 @@ def test_one_token_decoding_of_a_batch():
         step = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
         assert step.shape == (rows, 1, 67)
         torch.testing.assert_close(step, whole[:, -1:], atol=1e-5, rtol=1e-4)
-        with bank.use(bank.theta.repeat(2, 1)):
+        with vector.use(vector.theta.repeat(2, 1)):
             folded = model(ids[:, :1].repeat(2, 1)).logits
         torch.testing.assert_close(folded, model(ids[:, :1]).logits.repeat(2, 1, 1), atol=1e-5, rtol=1e-4)
 
@@ -138,8 +138,8 @@ def test_one_token_decoding_of_a_batch():
 )
 def test_layers(layers, expected):
     model, blocks = llama()
-    bank = inject_adapters(model, blocks=blocks, layers=layers)
-    assert sorted({site.block for site in bank.sites}) == expected
+    vector = inject_adapters(model, blocks=blocks, layers=layers)
+    assert sorted({site.block for site in vector.sites}) == expected
     for index, block in enumerate(blocks):
         assert any(isinstance(module, AdaptedModule) for module in block.modules()) == (index in expected)
 
@@ -153,10 +153,10 @@ def test_layers_out_of_range(layers):
 
 def test_explicit_sites_on_both_sides_of_one_module():
     model, blocks = llama()
-    bank = inject_adapters(
+    vector = inject_adapters(
         model, blocks=blocks, sites=["before:mlp.up_proj", "after:mlp.up_proj", "after:input_layernorm"]
     )
-    assert [site.width for site in bank.sites[:3]] == [32, 48, 32]
+    assert [site.width for site in vector.sites[:3]] == [32, 48, 32]
     up = blocks[0].mlp.up_proj
     assert (up.index, up.base.index) == (1, 0)
     assert torch.isfinite(model(torch.arange(4)[None]).logits).all()
@@ -189,13 +189,13 @@ def test_second_injection_is_refused():
     inject_adapters(model, blocks=blocks)
 
 
-def test_bank_is_registered_by_its_owner_only():
+def test_vector_is_registered_by_its_owner_only():
     model, blocks = llama()
     before = {name for name, _ in model.named_buffers()} | {name for name, _ in model.named_parameters()}
-    bank = inject_adapters(model, blocks=blocks)
+    vector = inject_adapters(model, blocks=blocks)
     after = {name for name, _ in model.named_buffers()} | {name for name, _ in model.named_parameters()}
     assert {name.replace(".base.", ".") for name in after} == before
-    model.adapters = bank
+    model.adapters = vector
     assert [name for name in model.state_dict() if name.endswith("theta")] == ["adapters.theta"]
 
 
@@ -232,8 +232,8 @@ def test_only_the_first_item_of_a_tuple_is_adapted():
     model.blocks = nn.ModuleList([nn.Sequential(Pair(4, 6))])
     x = torch.randn(3, 4)
     plain, _ = model.blocks[0](x)
-    bank = inject_adapters(model, blocks=model.blocks, identity_start=False)
+    vector = inject_adapters(model, blocks=model.blocks, identity_start=False)
     adapted, same = model.blocks[0](x)
     assert same is x
-    assert torch.equal(adapted, bank.adapt(0, plain))
+    assert torch.equal(adapted, vector.adapt(0, plain))
     assert not torch.equal(adapted, plain)

@@ -15,16 +15,16 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(weights, "PART", 100)
 
 
-def banked(model, step=3, queries=2):
-    bank = InPlaceWeights(model, [name for name, _ in model.named_parameters()])
-    bank.start(seed=1, step=step, num_queries=queries)
-    return bank
+def in_place(model, step=3, queries=2):
+    vector = InPlaceWeights(model, [name for name, _ in model.named_parameters()])
+    vector.start_step(seed=1, step=step, num_queries=queries)
+    return vector
 
 
 def gone_to(model, coordinates, step=3):
     """A copy of a model whose weights have been moved for good."""
     model = copy.deepcopy(model)
-    banked(model, step, len(coordinates)).store(torch.tensor(coordinates), 0.0, [], [])
+    in_place(model, step, len(coordinates)).apply_update(torch.tensor(coordinates), 0.0, [], [])
     return model
 
 
@@ -63,11 +63,11 @@ def test_directions_are_normal_and_all_different():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_forward_in_use_is_that_of_a_moved_model(kind, tied):
     model = tiny_lm(kind, tie_word_embeddings=tied)
-    bank, (ids, mask) = banked(model), prompts(3)
+    vector, (ids, mask) = in_place(model), prompts(3)
     before, coordinates = state(model), [1e-2, -2e-2]
     with torch.no_grad():
         plain = model(ids, attention_mask=mask).logits
-        with bank.use(torch.tensor([coordinates])):
+        with vector.use(torch.tensor([coordinates])):
             moved = model(ids, attention_mask=mask).logits
         expected = gone_to(model, coordinates)(ids, attention_mask=mask).logits
         assert torch.equal(model(ids, attention_mask=mask).logits, plain)
@@ -79,15 +79,15 @@ def test_a_forward_in_use_is_that_of_a_moved_model(kind, tied):
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 def test_rows_of_the_head_are_moved(kind):
     model = tiny_lm(kind)
-    bank, ids = banked(model), torch.tensor([7, 299, 8, 7])
+    vector, ids = in_place(model), torch.tensor([7, 299, 8, 7])
     moved = gone_to(model, [0.1, 0.0]).lm_head
-    with bank.use(torch.tensor([[0.1, 0.0]])):
-        weight, bias = bank.rows(model.lm_head, ids)
+    with vector.use(torch.tensor([[0.1, 0.0]])):
+        weight, bias = vector.rows(model.lm_head, ids)
     assert torch.equal(weight, moved.weight[ids])
     assert (bias is None) == (moved.bias is None)
     if bias is not None:
         assert torch.equal(bias, moved.bias[ids])
-    assert torch.equal(bank.rows(model.lm_head, ids)[0], model.lm_head.weight[ids])
+    assert torch.equal(vector.rows(model.lm_head, ids)[0], model.lm_head.weight[ids])
 
 
 def test_coordinates_are_steps_along_the_directions():
@@ -100,8 +100,8 @@ def test_coordinates_are_steps_along_the_directions():
 
 def test_decay_spares_vectors_and_progress_is_noted_down():
     model, progress = tiny_lm(), torch.zeros(2)
-    before, bank = state(model), banked(model)
-    bank.store(torch.zeros(2), 0.1, [progress], [torch.ones(2)])
+    before, vector = state(model), in_place(model)
+    vector.apply_update(torch.zeros(2), 0.1, [progress], [torch.ones(2)])
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name] * (0.9 if weight.ndim == 2 else 1.0))
     assert progress.tolist() == [1, 1]
@@ -123,13 +123,13 @@ def test_what_is_pruned_stays_zero():
     assert moved.transformer.h[0].attn.c_attn.weight[0, 0] != 0
     assert (moved.transformer.wte.weight != 0).all()
     ids, _ = prompts(2)
-    with torch.no_grad(), banked(model).use(torch.tensor([[1e-2, 0.0]])):
+    with torch.no_grad(), in_place(model).use(torch.tensor([[1e-2, 0.0]])):
         torch.testing.assert_close(model(ids).logits, moved(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_errors_and_signals_see_the_weights_as_they_are():
     model = tiny_lm()
-    bank, before, seen = banked(model), state(model), []
+    vector, before, seen = in_place(model), state(model), []
     norm = model.model.layers[1].input_layernorm
     forward = norm.forward
 
@@ -142,7 +142,7 @@ def test_errors_and_signals_see_the_weights_as_they_are():
     norm.forward = interrupted
     previous = signal.signal(signal.SIGUSR1, lambda *_: seen.append(is_same(before, state(model))))
     try:
-        with pytest.raises(RuntimeError, match="on purpose"), bank.use(torch.tensor([[1e-2, 0.0]])):
+        with pytest.raises(RuntimeError, match="on purpose"), vector.use(torch.tensor([[1e-2, 0.0]])):
             model(prompts(2)[0])
     finally:
         handler = signal.signal(signal.SIGUSR1, previous)
@@ -158,13 +158,13 @@ def test_biases_and_head():
     before = state(model)
     for parts, expected in (("biases", False), ("biases_and_head", True)):
         moved = copy.deepcopy(model)
-        bank = Weights(parts).insert(moved, seed=0)
-        bank.start(0, 0, 1)
-        bank.store(torch.tensor([0.1]), 0.0, [], [])
+        vector = Weights(parts).insert(moved, seed=0)
+        vector.start_step(0, 0, 1)
+        vector.apply_update(torch.tensor([0.1]), 0.0, [], [])
         changed = {name for name, tensor in moved.state_dict().items() if not torch.equal(tensor, before[name])}
         biases = {name for name in before if name.endswith("bias")}
-        assert changed == bank.model_names == (biases | {"lm_head.weight"} if expected else biases)
-        assert bank.num_parameters == sum(before[name].numel() for name in changed)
+        assert changed == vector.parameter_names == (biases | {"lm_head.weight"} if expected else biases)
+        assert vector.num_parameters == sum(before[name].numel() for name in changed)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,6 @@ def test_what_cannot_be_trained_is_refused(make, message):
 
 
 def test_one_row_of_coordinates_at_a_time():
-    bank = banked(tiny_lm())
-    with pytest.raises(ValueError, match=r"shape \(1, 2\)"), bank.use(torch.zeros(2, 2)):
+    vector = in_place(tiny_lm())
+    with pytest.raises(ValueError, match=r"shape \(1, 2\)"), vector.use(torch.zeros(2, 2)):
         pass

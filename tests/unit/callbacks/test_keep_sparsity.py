@@ -311,7 +311,7 @@ def test_minus_zero_is_noticed():
 
 
 def test_a_dense_model_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="none of 6 holds both zeros and others"):
+    with pytest.raises(ValueError, match="none of 6 holds both zeros and other values"):
         fit(Tiny(), OPTIMIZERS["sgd"])
     save_file({name: ~pruned for name, pruned in pruned_places().items()}, masks_file(tmp_path))
     with pytest.raises(ValueError, match=r"64 of `layers.0.down.weight` are not; load the pruned weights"):
@@ -338,7 +338,7 @@ def test_strategies_that_flatten_gradients_are_refused():
     keep, run = KeepSparsity(), trainer()
     run.strategy_ = FSDPStrategy()
     run._accelerator_connector.strategy = run.strategy_
-    with pytest.raises(ValueError, match="a strategy that leaves gradients whole"):
+    with pytest.raises(ValueError, match="a strategy that does not shard gradients"):
         keep.setup(run, sparse_tiny(), "fit")
     keep.setup(run, sparse_tiny(), "validate")
 
@@ -346,7 +346,7 @@ def test_strategies_that_flatten_gradients_are_refused():
 def test_sharded_weights_are_refused_whatever_the_strategy():
     module = sparse_tiny()
     module.layers[0].up.weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match=r"whole floating-point weights on every rank, but `layers\.0\.up\.weight`"):
+    with pytest.raises(ValueError, match=r"complete floating-point weights on every rank, but `layers\.0\.up\.weight`"):
         KeepSparsity().on_train_start(None, module)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.causal_lms import SIZES, classification_batch, save_tiny_lm, tiny_lm
 from helpers.processes import run
-from helpers.zo_run import train
+from helpers.zo_run import components, train
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,11 +12,12 @@ from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters, Weights
 from wandazeta.adapters.files import load_adapters
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel, ZerothOrderModule
+from wandazeta.zeroth_order import OneSided, TrainedHead
 
 OPTIONS = ((7,), (9,), (11,))
 WIDTH, NUM = SIZES["hidden_size"], len(OPTIONS)
 OWN = NUM * (WIDTH + 1)
-EXACT = {"estimator": "one_sided", "head_gradient": "exact", "num_answers": NUM}
+EXACT = {"estimator": ["OneSided", {}], "head": {"num_answers": NUM, "gradient": "exact"}}
 
 
 def examples(num=4, options=OPTIONS):
@@ -56,21 +57,27 @@ def answers_gradient(model, batch, options):
 
 @pytest.mark.parametrize("aggregation", ["mean", "fzoo"])
 @pytest.mark.parametrize(
-    ("kind", "options", "prefix_cache"),
+    ("kind", "options", "prefix_cache_gib"),
     [
-        ("llama", OPTIONS, True),
-        ("llama", OPTIONS, False),
-        ("llama", ((9, 3), (7,), (11, 4, 5)), True),
+        ("llama", OPTIONS, 4.0),
+        ("llama", OPTIONS, 0),
+        ("llama", ((9, 3), (7,), (11, 4, 5)), 4.0),
         # scales its logits, caps them, has a head with a bias
-        ("granite", OPTIONS, True),
-        ("gemma2", OPTIONS, True),
-        ("phi", OPTIONS, True),
+        ("granite", OPTIONS, 4.0),
+        ("gemma2", OPTIONS, 4.0),
+        ("phi", OPTIONS, 4.0),
     ],
 )
-def test_first_step_moves_them_by_the_gradient_of_autograd(tmp_path, kind, options, prefix_cache, aggregation):
+def test_first_step_moves_them_by_the_gradient_of_autograd(tmp_path, kind, options, prefix_cache_gib, aggregation):
     batch = examples(options=options)
-    chosen = EXACT | {"aggregation": aggregation, "identity_start": True, "queries": 2, "prefix_cache": prefix_cache}
-    chosen |= {"adapter_layers": "last:1", "query_chunk_size": 4, "batch": batch, "batch_size": 4}
+    chosen = EXACT | {"estimator": OneSided(aggregation=aggregation), "identity_start": True, "queries": 2}
+    chosen |= {
+        "prefix_cache_gib": prefix_cache_gib,
+        "adapter_layers": "last:1",
+        "query_chunk_size": 4,
+        "batch": batch,
+        "batch_size": 4,
+    }
     _, module, _ = train(save_tiny_lm(tmp_path / "model", kind), tmp_path, steps=1, **chosen)
     expected = -3e-3 * answers_gradient(tiny_lm(kind), batch, options)
     torch.testing.assert_close(module.adapters.theta[-OWN:], expected, atol=1e-7, rtol=1e-3)
@@ -79,7 +86,7 @@ def test_first_step_moves_them_by_the_gradient_of_autograd(tmp_path, kind, optio
 
 def test_training_begins_with_the_prompts_own_answers(model_dir):
     batch, plain = examples(), LanguageModel(model_dir)
-    module = ZerothOrderModule(model_dir, num_answers=NUM)
+    module = ZerothOrderModule(model_dir, head=TrainedHead(NUM))
     module.setup("test")
     expected = plain.predict_step(batch, 0)["scores"]
     torch.testing.assert_close(module.predict_step(batch, 0)["scores"], expected, atol=1e-5, rtol=1e-5)
@@ -89,12 +96,12 @@ def test_training_begins_with_the_prompts_own_answers(model_dir):
 
 
 def test_learns_faster_than_by_estimates_and_than_without(model_dir, tmp_path):
-    chosen = {"batch": examples(12), "batch_size": 6, "steps": 30, "learning_rate": 3e-2, "estimator": "one_sided"}
+    chosen = {"batch": examples(12), "batch_size": 6, "steps": 30, "learning_rate": 3e-2, "estimator": OneSided()}
     losses = {}
     for kind, options in {
         "none": {},
-        "estimated": {"num_answers": NUM},
-        "exact": {"num_answers": NUM, "head_gradient": "exact"},
+        "estimated": {"head": TrainedHead(NUM)},
+        "exact": {"head": TrainedHead(NUM, "exact")},
     }.items():
         losses[kind] = train(model_dir, tmp_path / kind, **chosen, **options)[2].steps[30]["loss"]
     assert losses["exact"] < 0.6 * losses["estimated"]
@@ -112,7 +119,13 @@ def test_any_number_of_copies_in_a_forward_is_the_same_step(model_dir, tmp_path,
 
 
 def test_two_ranks_train_as_one_and_a_checkpoint_goes_on(model_dir, tmp_path):
-    settings = EXACT | {"num_answers": 2, "model_dir": model_dir, "steps": 4, "queries": 3, "save_every": 2}
+    settings = EXACT | {
+        "head": {"num_answers": 2, "gradient": "exact"},
+        "model_dir": model_dir,
+        "steps": 4,
+        "queries": 3,
+        "save_every": 2,
+    }
     (alone,) = run("zo_run", settings, tmp_path / "alone")
     for rank in run("zo_run", settings | {"devices": 2, "strategy": "ddp"}, tmp_path / "two"):
         assert torch.equal(rank["theta"], alone["theta"])
@@ -124,9 +137,15 @@ def test_two_ranks_train_as_one_and_a_checkpoint_goes_on(model_dir, tmp_path):
 
 def test_a_sharded_model_trains_them_as_a_whole_one(model_dir, tmp_path):
     pytest.importorskip("deepspeed")
-    settings = EXACT | {"num_answers": 2, "model_dir": model_dir, "steps": 3, "queries": 3, "query_chunk_size": 16}
+    settings = EXACT | {
+        "head": {"num_answers": 2, "gradient": "exact"},
+        "model_dir": model_dir,
+        "steps": 3,
+        "queries": 3,
+        "query_chunk_size": 16,
+    }
     (alone,) = run("zo_run", settings, tmp_path / "alone")
-    chosen = {"strategy": {"stage": 3}, "devices": 2, "shard_on_load": True}
+    chosen = {"strategy": {"stage": 3}, "devices": 2, "loading": {"shard_on_load": True}}
     for rank in run("zo_run", settings | chosen, tmp_path / "shares"):
         torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
 
@@ -138,7 +157,7 @@ def test_they_are_exported_and_loaded_where_there_is_a_place_for_them(model_dir,
     card = (tmp_path / "saved" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     assert f"num_answers={NUM}" in code
-    options = {"num_answers": NUM, "trainable": TensorTrainAdapters(rank=2, bottleneck=8)}
+    options = {"head": TrainedHead(NUM), "trainable": TensorTrainAdapters(rank=2, bottleneck=8)}
     other = ZerothOrderModule(model_dir, **options)
     other.load_adapters(tmp_path / "saved")
     torch.testing.assert_close(other.predict_step(batch, 0), module.predict_step(batch, 0))
@@ -156,12 +175,11 @@ def test_another_number_of_options_is_refused_in_the_first_step(model_dir, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_answers": 1}, "at least 2"),
         ({"loading": LoadingOptions(num_classes=3)}, "either `num_classes`"),
         ({"trainable": LoRAAdapters()}, "TensorTrainAdapters"),
-        ({"trainable": Weights(), "head_gradient": "estimated"}, "TensorTrainAdapters"),
+        ({"trainable": Weights(), "head": TrainedHead(NUM)}, "TensorTrainAdapters"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_loading(change, message):
     with pytest.raises(ValueError, match=message):
-        ZerothOrderModule("nowhere/at/all", **(EXACT | change))
+        ZerothOrderModule("nowhere/at/all", **components(EXACT | change))

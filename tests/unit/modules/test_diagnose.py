@@ -7,7 +7,7 @@ from helpers.zo_run import train
 from lightning.pytorch import LightningModule, Trainer
 
 from wandazeta.cli.main import main
-from wandazeta.modules.diagnose import EpsilonDiagnosis, report
+from wandazeta.modules.diagnose import EpsilonDiagnosis
 from wandazeta.zeroth_order.diagnosis import EpsilonRow
 
 
@@ -45,7 +45,7 @@ def test_report(tmp_path, capsys):
         for name, correlations in (("two_sided", (0.2, 0.99)), ("one_sided", (0.5, 0.1)))
         for epsilon, correlation in zip((1e-3, 1e-2), correlations, strict=True)
     ]
-    report(diagnosis, tmp_path / "new")
+    diagnosis.write_report(tmp_path / "new")
     shown = capsys.readouterr().out
     assert "0.990*" in shown
     assert "two_sided: epsilon=0.01 (correlation 0.990; the default is 0.001)" in shown
@@ -60,7 +60,7 @@ def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
     diagnosis = EpsilonDiagnosis()
     diagnosis.rows = [EpsilonRow(name, 1e-2, 0.99) for name in ("two_sided", "one_sided")]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report(diagnosis, tmp_path)
+    diagnosis.write_report(tmp_path)
     assert "pip install" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epsilon.json"]
 

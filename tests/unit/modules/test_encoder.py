@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.causal_lms import collate, rows_of, save_tiny_lm, step_loader, text_batch
 from helpers.encoders import KINDS, SIZES, labelled_batch, save_tiny_encoder, tiny_encoder
-from helpers.zo_run import train, trainable_of
+from helpers.zo_run import components, train, trainable_of
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -21,6 +21,7 @@ from wandazeta.zeroth_order import direction
 
 NUM_CLASSES, WIDTH = 3, SIZES["hidden_size"]
 HEAD = NUM_CLASSES * WIDTH + NUM_CLASSES
+LOADING = LoadingOptions(num_classes=NUM_CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,8 @@ def model_dirs(tmp_path_factory):
 
 def ready(directory, **options):
     """A module with its adapters in place, outside a trainer."""
-    options["trainable"] = trainable_of(options)
-    loading = LoadingOptions(options.pop("dtype", "float32"), num_classes=NUM_CLASSES)
-    module = ZerothOrderModule(str(directory), loading, **options)
-    module._insert_adapters()
+    module = ZerothOrderModule(str(directory), **components({"loading": LOADING} | options))
+    module.setup("test")
     return module
 
 
@@ -96,10 +95,8 @@ def test_a_head_starts_with_equal_classes_and_the_sites_are_the_papers(model_dir
 
 def test_one_step_moves_adapters_and_head(model_dirs, tmp_path):
     pool = labelled_batch(12)
-    _, module, recorder = train(
-        model_dirs["bert"], tmp_path, steps=1, queries=2, batch=pool, num_classes=NUM_CLASSES, seed=5
-    )
-    plain = ready(model_dirs["bert"], prefix_cache=False, seed=5)
+    _, module, recorder = train(model_dirs["bert"], tmp_path, steps=1, queries=2, batch=pool, loading=LOADING, seed=5)
+    plain = ready(model_dirs["bert"], prefix_cache_gib=0, seed=5)
     rows = torch.tensor(recorder.steps[1]["batch"]).view(4, -1)
     places = [int((pool["input_ids"] == row).all(1).nonzero()) for row in rows]
     batch = {name: values[places] for name, values in pool.items()}
@@ -114,7 +111,7 @@ def test_one_step_moves_adapters_and_head(model_dirs, tmp_path):
 
 
 def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
-    settings = {"batch": labelled_batch(12), "num_classes": NUM_CLASSES, "query_chunk_size": 8}
+    settings = {"batch": labelled_batch(12), "loading": LOADING, "query_chunk_size": 8}
     _, module, recorder = train(
         model_dirs["mpnet"], tmp_path, steps=60, queries=8, learning_rate=2e-2, save_every=30, **settings
     )
@@ -152,8 +149,8 @@ def test_exported_adapters_bring_their_head(model_dirs, tmp_path, trainable):
 
 @pytest.mark.parametrize("parts", ["all", "biases_and_head"])
 def test_weights_are_trained_with_the_head(model_dirs, tmp_path, parts):
-    start = ZerothOrderModule(str(model_dirs["mpnet"]), LoadingOptions(num_classes=NUM_CLASSES)).backbone.state_dict()
-    settings = {"batch": labelled_batch(12), "num_classes": NUM_CLASSES, "trainable": Weights(parts)}
+    start = ZerothOrderModule(str(model_dirs["mpnet"]), LOADING).backbone.state_dict()
+    settings = {"batch": labelled_batch(12), "loading": LOADING, "trainable": Weights(parts)}
     _, module, _ = train(model_dirs["mpnet"], tmp_path, steps=3, save_every=3, **settings)
     moved = {name for name, value in module.backbone.state_dict().items() if not torch.equal(value, start[name])}
     assert {"head.weight", "head.bias"} <= moved
@@ -163,7 +160,7 @@ def test_weights_are_trained_with_the_head(model_dirs, tmp_path, parts):
 
 
 def test_evaluation_and_predictions(model_dirs):
-    module, batch = ready(model_dirs["roberta"], prefix_cache=False), labelled_batch(7)
+    module, batch = ready(model_dirs["roberta"], prefix_cache_gib=0), labelled_batch(7)
     module.adapters.theta.copy_(copies(module, 1)[0])
     loader = DataLoader(rows_of(batch), batch_size=2, collate_fn=collate)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -192,7 +189,7 @@ def test_a_pruned_encoder_is_fine_tuned(model_dirs, tmp_path):
         calibration=DataLoader(rows_of(labelled_batch(8)), batch_size=1, collate_fn=collate),
         output_dir=str(tmp_path / "pruning"),
     )
-    settings = {"batch": labelled_batch(12), "num_classes": NUM_CLASSES, "steps": 2}
+    settings = {"batch": labelled_batch(12), "loading": LOADING, "steps": 2}
     _, module, _ = train(model_dirs["mpnet"], tmp_path, callbacks=[prune], **settings)
     remove_adapters(module.backbone)
     weights = [p for n, p in module.backbone.encoder.named_parameters() if ".layer." in n and p.ndim == 2]
@@ -210,9 +207,9 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
         output_dir=str(tmp_path / "pruning"),
     )
     trainer = PruningTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[prune])
-    module = LanguageModel(str(model_dirs["bert"]), LoadingOptions(num_classes=NUM_CLASSES))
+    module = LanguageModel(str(model_dirs["bert"]), LOADING)
     trainer.prune(module, output_dir=str(tmp_path / "pruned"))
-    state = LanguageModel(str(tmp_path / "pruned"), LoadingOptions(num_classes=NUM_CLASSES)).backbone.state_dict()
+    state = LanguageModel(str(tmp_path / "pruned"), LOADING).backbone.state_dict()
     assert state.keys() == module.backbone.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.backbone.state_dict().items())
     assert prune.report.sparsity == 0.5
@@ -221,13 +218,7 @@ def test_a_pruned_encoder_is_exported_without_the_head(model_dirs, tmp_path):
 @pytest.mark.parametrize("trainable", [PeftLoRA(2), TensorTrainAdapters(), Weights()])
 def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, trainable):
     pytest.importorskip("peft")
-    module = FirstOrderModule(
-        str(model_dirs["bert"]),
-        LoadingOptions(num_classes=NUM_CLASSES),
-        trainable=trainable,
-        learning_rate=1e-2,
-        seed=3,
-    )
+    module = FirstOrderModule(str(model_dirs["bert"]), LOADING, trainable=trainable, learning_rate=1e-2, seed=3)
     for layer in module.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0  # layers as small as these learn little beside it
@@ -272,7 +263,10 @@ def test_back_propagation_trains_the_head_too(model_dirs, tmp_path, trainable):
 
 
 def test_16_bit_encoders_have_a_head_in_fp32(model_dirs):
-    module, batch = ready(model_dirs["bert"], dtype="bfloat16"), labelled_batch()
+    module, batch = (
+        ready(model_dirs["bert"], loading=LoadingOptions("bfloat16", num_classes=NUM_CLASSES)),
+        labelled_batch(),
+    )
     thetas = copies(module, 2)
     with torch.no_grad():
         prepared = module.scorer.prepare(batch)
@@ -289,7 +283,7 @@ def test_what_does_not_fit_is_refused(model_dirs, tmp_path):
     with pytest.raises(ValueError, match="`stream_weights`"):
         LoadingOptions(num_classes=2, stream_weights=True)
     with pytest.raises(ValueError, match="`parts` to be all or biases_and_head"):
-        ZerothOrderModule(str(model_dirs["bert"]), LoadingOptions(num_classes=2), trainable=Weights("biases"))
+        ZerothOrderModule(str(model_dirs["bert"]), LoadingOptions(num_classes=2), Weights("biases"))
     scorer = LanguageModel(str(model_dirs["bert"]), LoadingOptions(num_classes=2)).scorer
     with pytest.raises(ValueError, match="batch with `label`"):
         scorer.prepare(text_batch())

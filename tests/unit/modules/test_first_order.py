@@ -238,7 +238,7 @@ def test_merging_into_a_dense_backbone(model_dir, tmp_path):
 def test_merging_into_a_pruned_backbone(pruned_dir, tmp_path):
     _, module = fit(pruned_dir, tmp_path)
     before = logits(module.backbone)
-    with pytest.raises(ValueError, match="a sparse weight is dense, and 21 layers such as"):
+    with pytest.raises(ValueError, match="a sparse weight becomes dense, and 21 layers such as"):
         module.merge()
     assert torch.equal(logits(module.backbone), before), "refused means that nothing was done"
     sparse = block_weights(AutoModelForCausalLM.from_pretrained(pruned_dir))

@@ -60,7 +60,7 @@ def test_training_is_that_of_adapters_with_parameters_of_their_own(model_dir, tm
     site = settings(sites=["after:mlp.down_proj"], layers="last:1")
     _, module = fit(model_dir, tmp_path, batches, trainable=site)
     start = ZerothOrderModule(str(model_dir), trainable=site, seed=3)
-    start._insert_adapters()
+    start.setup("test")
     ((slices_down, slices_up),) = [[layer[1] for layer in g.layers] for g in start.adapters.layout.groups]
     model = AutoModelForCausalLM.from_pretrained(model_dir).requires_grad_(False)
     adapted = Adapted(model.model.layers[-1].mlp.down_proj, 32)

@@ -3,20 +3,20 @@
 import pytest
 import torch
 from helpers.encoders import SIZES, labelled_batch, save_tiny_encoder, tiny_encoder
-from helpers.loading import loading_of
 from helpers.processes import run
-from helpers.zo_run import train, trainable_of
+from helpers.zo_run import components, train, trainable_of
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from wandazeta.adapters import Weights
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.zeroth_order import RAdaZOUpdate, SGDUpdate
+from wandazeta.zeroth_order import OneSided, RAdaZOUpdate, SGDUpdate, TrainedHead, TwoSided
 
 NUM_CLASSES, WIDTH = 3, SIZES["hidden_size"]
 HEAD = NUM_CLASSES * (WIDTH + 1)
-EXACT = {"estimator": "one_sided", "head_gradient": "exact", "num_classes": NUM_CLASSES}
+LOADING = {"num_classes": NUM_CLASSES}
+EXACT = {"estimator": ["OneSided", {}], "head": {"gradient": "exact"}, "loading": LOADING}
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def head_gradient(batch, theta):
 @pytest.mark.parametrize("aggregation", ["mean", "fzoo"])
 def test_first_step_moves_the_head_by_the_gradient_of_autograd(model_dir, tmp_path, aggregation):
     batch = labelled_batch(4)
-    chosen = EXACT | {"aggregation": aggregation, "identity_start": True, "queries": 2}
+    chosen = EXACT | {"estimator": OneSided(aggregation=aggregation), "identity_start": True, "queries": 2}
     _, module, _ = train(model_dir, tmp_path, steps=1, batch=batch, batch_size=4, **chosen)
     theta = module.adapters.theta
     expected = -3e-3 * head_gradient(batch, torch.zeros_like(theta))
     torch.testing.assert_close(theta[-HEAD:], expected, atol=1e-7, rtol=1e-4)
     assert expected.norm() > 1e-4
     # under a head of zeros the loss does not depend on the adapters
-    start = ZerothOrderModule(model_dir, LoadingOptions(num_classes=NUM_CLASSES), trainable=module.trainable)
-    start._insert_adapters()
+    start = ZerothOrderModule(model_dir, LoadingOptions(**LOADING), trainable=module.trainable)
+    start.setup("test")
     assert torch.equal(theta[:-HEAD], start.adapters.theta[:-HEAD])
 
 
@@ -56,13 +56,14 @@ def test_first_step_moves_the_head_by_the_gradient_of_autograd(model_dir, tmp_pa
 @pytest.mark.parametrize("update", [SGDUpdate, RAdaZOUpdate])
 def test_the_head_moves_at_a_rate_of_its_own(model_dir, tmp_path, kind, update):
     # from a head of zeros, a first step: the rates cannot change what is measured
-    chosen = EXACT | {"head_gradient": kind, "batch": labelled_batch(4), "batch_size": 4, "steps": 1}
+    chosen = EXACT | {"update": update(), "batch": labelled_batch(4), "batch_size": 4, "steps": 1}
+    heads = (TrainedHead(gradient=kind, learning_rate=rate) for rate in (None, 3e-2))
     plain, faster = (
-        train(model_dir, tmp_path / str(rate), update=update(), head_learning_rate=rate, **chosen)[1].adapters.theta
-        for rate in (None, 3e-2)
+        train(model_dir, tmp_path / str(head.learning_rate), **chosen | {"head": head})[1].adapters.theta
+        for head in heads
     )
-    start = ZerothOrderModule(model_dir, LoadingOptions(num_classes=NUM_CLASSES), trainable=trainable_of({}))
-    start._insert_adapters()
+    start = ZerothOrderModule(model_dir, LoadingOptions(**LOADING), trainable=trainable_of({}))
+    start.setup("test")
     torch.testing.assert_close(faster[-HEAD:], 10 * plain[-HEAD:])
     assert plain[-HEAD:].norm() > 1e-4
     assert torch.equal(faster[:-HEAD], plain[:-HEAD])
@@ -74,7 +75,8 @@ def test_a_scheduler_moves_the_heads_rate_too(model_dir, tmp_path):
     def halved(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
 
-    chosen = EXACT | {"batch": labelled_batch(4), "batch_size": 4, "steps": 1, "head_learning_rate": 3e-2}
+    chosen = EXACT | {"batch": labelled_batch(4), "batch_size": 4, "steps": 1}
+    chosen["head"] = TrainedHead(gradient="exact", learning_rate=3e-2)
     plain, half = (
         train(model_dir, tmp_path / str(index), lr_scheduler=scheduler, **chosen)[1].adapters.theta
         for index, scheduler in enumerate((None, halved))
@@ -86,9 +88,9 @@ def test_directions_leave_the_head_alone(model_dir, tmp_path):
     seen = []
 
     class Watching(ZerothOrderModule):
-        def losses(self, theta_Pd, prepared):
+        def losses(self, theta_Pd, prepared, on_scores=None):
             seen.append(theta_Pd - self.adapters.theta)
-            return super().losses(theta_Pd, prepared)
+            return super().losses(theta_Pd, prepared, on_scores)
 
     import helpers.zo_run
 
@@ -113,11 +115,11 @@ def test_learns_faster_than_by_estimates(model_dir, tmp_path):
         "batch_size": 6,
         "steps": 30,
         "learning_rate": 3e-2,
-        "estimator": "one_sided",
+        "estimator": OneSided(),
     }
     losses = {}
     for kind in ("estimated", "exact"):
-        options = chosen | {"num_classes": NUM_CLASSES, "head_gradient": kind}
+        options = chosen | {"loading": LOADING, "head": {"gradient": kind}}
         losses[kind] = train(model_dir, tmp_path / kind, **options)[2].steps[30]["loss"]
     assert losses["exact"] < losses["estimated"] < 1.2
 
@@ -141,19 +143,28 @@ def test_two_ranks_train_as_one(model_dir, tmp_path, parallel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": None}, "`num_classes` or `num_answers`"),
-        ({"estimator": "two_sided"}, '`estimator="one_sided"`'),
-        ({"aggregation": "align"}, "`aggregation` mean or fzoo"),
-        ({"objective": MulticlassAccuracy(3), "epsilon": 0.1}, "no `objective`"),
-        ({"trainable": Weights(), "directions": "gaussian"}, "adapters in `trainable`"),
-        ({"head_gradient": "closed"}, "estimated or exact"),
-        ({"head_learning_rate": 0.0}, "above 0"),
-        ({"head_learning_rate": 0.1, "head_gradient": "estimated", "num_classes": None}, "neither a new head nor"),
-        ({"head_learning_rate": 0.1, "head_gradient": "estimated", "trainable": Weights()}, "`Weights` have one rate"),
+        ({"loading": None}, "`num_classes` or `num_answers`"),
+        ({"estimator": TwoSided()}, "`estimator` OneSided for a head .* but TwoSided has no base forward"),
+        ({"estimator": OneSided(aggregation="align")}, "`aggregation` mean or fzoo"),
+        ({"objective": MulticlassAccuracy(3), "estimator": OneSided(0.1)}, "no `objective`"),
+        ({"trainable": Weights()}, "adapters in `trainable`"),
+        ({"head": TrainedHead(learning_rate=0.1), "loading": None}, "but got neither, so there is no head"),
+        ({"head": TrainedHead(learning_rate=0.1), "trainable": Weights()}, "Weights, which have one learning rate"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_loading(change, message):
-    options = EXACT | change
-    loading = loading_of(options)
     with pytest.raises(ValueError, match=message):
-        ZerothOrderModule("nowhere/at/all", loading, **options)
+        ZerothOrderModule("nowhere/at/all", **components(EXACT | change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient": "closed"}, "`gradient` to be one of estimated, exact"),
+        ({"learning_rate": 0.0}, "`learning_rate` to be above 0"),
+        ({"num_answers": 1}, "`num_answers` to be at least 2"),
+    ],
+)
+def test_options_of_a_head_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainedHead(**options)

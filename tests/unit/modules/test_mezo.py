@@ -9,8 +9,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from wandazeta.adapters import Weights
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.exchange import require_whole_weights
+from wandazeta.modules.strategies import refuse_sharded_weights
 from wandazeta.scoring.scorer import option_losses
+from wandazeta.zeroth_order import SGDUpdate
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def weights_of(module):
 
 @pytest.mark.parametrize("text", [False, True], ids=["options", "text"])
 def test_one_step_is_the_update_written_out(model_dir, tmp_path, text):
-    options = {"trainable": Weights(), "weight_decay": 100.0, "learning_rate": 1e-4, "seed": 5}
+    options = {"trainable": Weights(), "update": SGDUpdate(weight_decay=100.0), "learning_rate": 1e-4, "seed": 5}
     _, module, recorder = train(model_dir, tmp_path, steps=1, queries=2, text=text, **options)
     plain = ZerothOrderModule(str(model_dir))
     start = weights_of(plain)
@@ -40,13 +41,13 @@ def test_one_step_is_the_update_written_out(model_dir, tmp_path, text):
 
     def direction(query):
         """What one step along it changes, from zero."""
-        bank, coordinates = Weights().insert(plain.backbone, 5), torch.zeros(2)
+        vector, coordinates = Weights().insert(plain.backbone, 5), torch.zeros(2)
         with torch.no_grad():
             for weight in plain.backbone.parameters():
                 weight.zero_()
-        bank.start(5, 0, 2)
+        vector.start_step(5, 0, 2)
         coordinates[query] = 1.0
-        bank.store(coordinates, 0.0, [], [])
+        vector.apply_update(coordinates, 0.0, [], [])
         return weights_of(plain)
 
     def loss(steps):
@@ -79,13 +80,13 @@ def test_training_lowers_the_loss(model_dir, tmp_path):
 
 
 def test_resumed_equals_undisturbed(model_dir, tmp_path):
-    options = {"trainable": Weights(), "learning_rate": 1e-4, "weight_decay": 0.1}
+    options = {"trainable": Weights(), "learning_rate": 1e-4, "update": SGDUpdate(weight_decay=0.1)}
     _, whole, _ = train(model_dir, tmp_path / "whole", steps=7, **options)
     train(model_dir, tmp_path / "parts", steps=4, save_every=4, **options)
     file = tmp_path / "parts" / "last.ckpt"
     assert file.stat().st_size <= 4 * whole.adapters.num_parameters + 64 * 1024
     saved = torch.load(file, weights_only=True)["state_dict"]
-    assert {f"backbone.{name}" for name in whole.adapters.model_names} < set(saved)
+    assert {f"backbone.{name}" for name in whole.adapters.parameter_names} < set(saved)
     _, resumed, _ = train(model_dir, tmp_path / "parts", steps=7, save_every=9, resume=True, **options)
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, resumed.backbone.get_parameter(name)), name
@@ -99,7 +100,7 @@ def test_a_step_without_finite_query_changes_nothing(model_dir, tmp_path):
             module.losses = lambda theta_pd, prepared: torch.full((len(theta_pd),), torch.nan)
 
     start = weights_of(ZerothOrderModule(str(model_dir)))
-    options = {"trainable": Weights(), "weight_decay": 0.1, "callbacks": [Spoil()]}
+    options = {"trainable": Weights(), "update": SGDUpdate(weight_decay=0.1), "callbacks": [Spoil()]}
     _, module, _ = train(model_dir, tmp_path, steps=1, **options)
     assert module.progress.tolist()[0] == 1
     assert all(torch.equal(start[name], weight) for name, weight in weights_of(module).items())
@@ -109,9 +110,9 @@ def test_weights_that_are_cast_or_sharded_are_refused(model_dir, tmp_path):
     with pytest.raises(ValueError, match="in float32"):
         train(model_dir, tmp_path, steps=1, trainable=Weights(), trainer_options={"precision": "bf16-true"})
     with pytest.raises(ValueError, match="FSDPStrategy"):
-        require_whole_weights(FSDPStrategy())
+        refuse_sharded_weights(FSDPStrategy())
     module = ZerothOrderModule(str(model_dir), trainable=Weights())
-    module._insert_adapters()
+    module.setup("test")
     for action in (module.save_adapters, module.load_adapters):
         with pytest.raises(ValueError, match="Expected adapters to"):
             action(tmp_path)

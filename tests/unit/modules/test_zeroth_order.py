@@ -1,16 +1,23 @@
 import pytest
 import torch
 from helpers.causal_lms import classification_batch, save_tiny_lm, text_batch
-from helpers.zo_run import train, trainable_of
+from helpers.zo_run import components, train, trainable_of
 from lightning.pytorch import Callback
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.models.loading import LoadingOptions
-from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.zeroth_order import EPSILON
+from wandazeta.modules import ZerothOrderModule, zeroth_order
+from wandazeta.modules.zeroth_order import NonFiniteLossError
 from wandazeta.scoring.scorer import option_losses
-from wandazeta.zeroth_order import AdaZetaSchedule, ConstantSchedule, direction
+from wandazeta.zeroth_order import (
+    DEFAULT_EPSILON,
+    AdaZetaSchedule,
+    ConstantSchedule,
+    SGDUpdate,
+    TwoSided,
+    direction,
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +27,17 @@ def model_dir(tmp_path_factory):
 
 def ready(model_dir, **options):
     """A module with its adapters in place, outside a trainer."""
-    options["trainable"] = trainable_of(options)
-    module = ZerothOrderModule(str(model_dir), **options)
-    module._insert_adapters()
+    module = ZerothOrderModule(str(model_dir), **components(options))
+    module.setup("test")
     return module
 
 
 @pytest.mark.parametrize("trainable", [None, LoRAAdapters(2)], ids=["tensor_train", "lora"])
 @pytest.mark.parametrize("text", [False, True], ids=["options", "text"])
 def test_one_step_is_the_update_written_out(model_dir, tmp_path, text, trainable):
-    options = {"weight_decay": 0.1, "seed": 5, "trainable": trainable}
+    options = {"update": SGDUpdate(weight_decay=0.1), "seed": 5, "trainable": trainable}
     _, module, recorder = train(model_dir, tmp_path, steps=1, queries=3, text=text, **options)
-    plain = ready(model_dir, prefix_cache=False, seed=5, trainable=trainable)
+    plain = ready(model_dir, prefix_cache_gib=0, seed=5, trainable=trainable)
     theta = plain.adapters.theta.clone()
     rows = torch.tensor(recorder.steps[1]["batch"]).view(4, -1)
     pool = text_batch(20) if text else classification_batch(20)
@@ -47,7 +53,7 @@ def test_one_step_is_the_update_written_out(model_dir, tmp_path, text, trainable
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             return plain.backbone(**batch, labels=labels).loss.item()
 
-    epsilon, gradient, losses = EPSILON[torch.float32], torch.zeros_like(theta), []
+    epsilon, gradient, losses = DEFAULT_EPSILON[torch.float32], torch.zeros_like(theta), []
     for query in range(3):
         z = direction(5, 0, query, theta.numel())
         plus, minus = loss(theta + epsilon * z), loss(theta - epsilon * z)
@@ -71,7 +77,7 @@ def test_cached_and_uncached_losses_agree(model_dir, kind):
     for layers in ("last:1", "last:2", "all"):
         cached, plain = (
             ready(model_dir, trainable=kind(rank=2, layers=layers)),
-            ready(model_dir, trainable=kind(rank=2, layers=layers), prefix_cache=False),
+            ready(model_dir, trainable=kind(rank=2, layers=layers), prefix_cache_gib=0),
         )
         assert plain.scorer.prefix is None
         theta = cached.adapters.theta + 0.1 * torch.randn(5, cached.adapters.num_parameters)
@@ -89,7 +95,7 @@ def test_pruned_weights_are_what_the_prefix_holds(model_dir):
     with torch.no_grad():
         for block in pruned.backbone.model.layers:
             block.mlp.up_proj.weight[:, ::2] = 0  # between construction and setup, as the callback prunes
-    pruned._insert_adapters()
+    pruned.setup("test")
     batch = classification_batch(6)
     with torch.no_grad():
         scores = [m.scorer.option_scores(m.scorer.prepare(batch)).values for m in (dense, pruned)]
@@ -137,7 +143,7 @@ def test_nothing_is_disturbed(model_dir, tmp_path):
 
 
 def test_backbone_is_frozen_and_adapters_stay_fp32(model_dir, tmp_path):
-    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), LoadingOptions("bfloat16")).backbone)
+    before = backbone_fingerprint(ZerothOrderModule(str(model_dir), loading=LoadingOptions(dtype="bfloat16")).backbone)
     _, module, _ = train(model_dir, tmp_path, steps=2, trainer_options={"precision": "bf16-true"})
     assert module.adapters.theta.dtype == torch.float32
     assert module.backbone.dtype == torch.bfloat16
@@ -207,26 +213,26 @@ def test_a_query_that_is_not_finite_is_dropped(model_dir, tmp_path):
 
 def test_a_step_without_finite_query_changes_nothing(model_dir, tmp_path):
     start = ready(model_dir).adapters.theta
-    _, module, _ = train(model_dir, tmp_path, steps=1, queries=2, weight_decay=0.1, callbacks=[Spoil({1, 2})])
+    _, module, _ = train(
+        model_dir, tmp_path, steps=1, queries=2, update=SGDUpdate(weight_decay=0.1), callbacks=[Spoil({1, 2})]
+    )
     assert torch.equal(module.adapters.theta, start)
     assert module.progress.tolist() == [1, 4, 0]
 
 
-def test_losses_that_stay_non_finite_end_the_run(model_dir, tmp_path):
-    with pytest.raises(ValueError, match="finite losses"):
-        train(model_dir, tmp_path, steps=9, queries=1, max_nonfinite_steps=3, callbacks=[Spoil(set(range(2, 9)))])
+def test_losses_that_stay_non_finite_end_the_run(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(zeroth_order, "MAX_NONFINITE_STEPS", 3)
+    with pytest.raises(NonFiniteLossError, match="finite losses, but for 3 steps"):
+        train(model_dir, tmp_path, steps=9, queries=1, callbacks=[Spoil(set(range(2, 9)))])
 
 
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
         ("learning_rate", 0.0),
-        ("weight_decay", -1.0),
-        ("epsilon", 0.0),
         ("query_chunk_size", 0),
         ("parallel", "both"),
         ("prefix_cache_gib", -1.0),
-        ("max_nonfinite_steps", 0),
     ],
 )
 def test_bad_arguments(model_dir, argument, value):
@@ -253,8 +259,8 @@ def test_gradient_accumulation_is_refused(model_dir, tmp_path):
 
 def test_small_epsilon_for_16_bit_warns(model_dir, tmp_path, recwarn):
     with pytest.warns(UserWarning, match="epsilon=0.001 is small"):
-        train(model_dir, tmp_path / "bfloat16", steps=1, dtype="bfloat16", epsilon=1e-3)
-    train(model_dir, tmp_path / "float32", steps=1, epsilon=1e-5)
+        train(model_dir, tmp_path / "bfloat16", steps=1, loading={"dtype": "bfloat16"}, estimator=TwoSided(1e-3))
+    train(model_dir, tmp_path / "float32", steps=1, estimator=TwoSided(1e-5))
     assert not [warning for warning in recwarn if "epsilon" in str(warning.message)]
 
 

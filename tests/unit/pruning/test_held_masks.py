@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from wandazeta.pruning.held_masks import HeldSparsity, pack_mask, unpack_mask
+from wandazeta.pruning.held_masks import HeldMasks, pack_mask, unpack_mask
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (16, 8)])
@@ -14,36 +14,36 @@ def test_packed_masks_come_back(shape):
     assert torch.equal(unpack_mask(packed, mask.shape), mask)
 
 
-def held(**kwargs):
+def held_layer(**kwargs):
     layer = nn.Linear(4, 2)
     mask = torch.tensor([[True, False, True, False]] * 2)
     with torch.no_grad():
         layer.weight[~mask] = -0.0
-    return layer, HeldSparsity({"weight": layer.weight}, {"weight": mask} | kwargs)
+    return layer, HeldMasks({"weight": layer.weight}, {"weight": mask} | kwargs)
 
 
 def test_minus_zeros_become_plain_ones_and_numbers_are_counted():
-    layer, sparsity = held()
+    layer, held = held_layer()
     assert layer.weight.signbit()[:, 1].all()
-    sparsity.hold([])
-    sparsity.check()
+    held.hold([])
+    held.check()
     assert not layer.weight[:, 1].signbit().any()
-    assert (sparsity.num_weights, sparsity.num_pruned) == (8, 4)
+    assert (held.num_weights, held.num_pruned) == (8, 4)
 
 
 def test_not_finite_gradients_of_pruned_weights_are_nothing():
-    layer, sparsity = held()
-    sparsity.hold([])
+    layer, held = held_layer()
+    held.hold([])
     layer(torch.tensor([1.0, torch.inf, 1.0, torch.nan])).nan_to_num().sum().backward()
     assert layer.weight.grad.isfinite().all()
 
 
 def test_state_of_another_kind_or_shape_is_left_alone():
-    layer, sparsity = held()
+    layer, held = held_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     codes, factor = torch.ones(2, 4, dtype=torch.uint8), torch.ones(2)
     optimizer.state[layer.weight] |= {"codes": codes, "factor": factor, "momentum": torch.ones(2, 4)}
-    sparsity.hold([optimizer])
+    held.hold([optimizer])
     assert codes.all()
     assert factor.all()
     assert optimizer.state[layer.weight]["momentum"].tolist() == [[1.0, 0.0, 1.0, 0.0]] * 2
@@ -51,4 +51,4 @@ def test_state_of_another_kind_or_shape_is_left_alone():
 
 def test_foreign_optimizers_are_refused():
     with pytest.raises(ValueError, match="Expected optimizers of torch, but got object"):
-        held()[1].hold([object()])
+        held_layer()[1].hold([object()])

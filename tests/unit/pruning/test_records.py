@@ -1,9 +1,6 @@
-import io
 import json
 
-from rich.console import Console
-
-from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport, table
+from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 
 LAYERS = (
     LayerRecord("up.weight", (8, 4), "2:4", 0.5, 1.0, 0.1),
@@ -24,20 +21,16 @@ def test_json_and_back():
     assert BlockRecord.from_dict(json.loads(json.dumps(REPORT.blocks[0].to_dict()))) == REPORT.blocks[0]
 
 
-def test_table_has_a_line_for_each_block_and_says_what_it_buys():
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(table(REPORT))
-    text = console.export_text()
-    assert "68.75%" in text
-    assert "1.00 GiB" in text
-    assert "neither smaller nor faster" in text
-    assert "0.25" in text
-
-
 def test_what_the_zeros_buy_depends_on_the_pattern():
-    for piece in ("neither smaller nor faster", "`wandazeta prune --pack true`", "0.56", "Ampere", "16 bit"):
+    for piece in ("neither smaller nor faster", "`wandazeta prune --pack true`", "0.56", "Ampere", "16-bit"):
         assert piece in REPORT.gain
     other = PruneReport({"sparsity_pattern": "4:8"}, "model.layers").gain
     assert "neither smaller nor faster" in other
-    assert "for 2:4 alone" in other
+    assert "for the 2:4 pattern only" in other
     assert "--pack" not in other
+
+
+def test_method_and_pattern_may_be_unknown():
+    unknown = PruneReport({}, "model.layers")
+    assert (unknown.method_name, unknown.sparsity_pattern) == ("?", "?")
+    assert (REPORT.method_name, REPORT.sparsity_pattern) == ("wanda++", "2:4")

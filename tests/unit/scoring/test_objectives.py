@@ -10,7 +10,7 @@ from torchmetrics.text import CharErrorRate
 from wandazeta.adapters import Weights
 from wandazeta.modules import ZerothOrderModule
 from wandazeta.scoring.objectives import ExactText, GeneratedText, objective_losses
-from wandazeta.zeroth_order import direction
+from wandazeta.zeroth_order import ForwardMode, TwoSided, direction
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def model_dir(tmp_path_factory):
 
 
 def ready(directory, **options):
-    options = {"epsilon": 0.1, "trainable": trainable_of(options)} | options
+    options = {"estimator": TwoSided(0.1), "trainable": trainable_of(options)} | options
     module = ZerothOrderModule(str(directory), **options)
-    module._insert_adapters()
+    module.setup("test")
     return module
 
 
@@ -99,7 +99,7 @@ def test_generated_text_is_that_of_every_copy(model_dir, options):
 
 def test_exact_match_of_generated_text(model_dir):
     batch = classification_batch(6)
-    module = ready(model_dir, prefix_cache=False)
+    module = ready(model_dir, prefix_cache_gib=0)
     with torch.no_grad():
         first = [
             int(greedy(module, ids[mask.bool()], 1))
@@ -118,15 +118,15 @@ def test_moved_weights_have_a_metric_each(model_dir):
     batch = classification_batch(6)
     for objective in (MulticlassAccuracy(num_classes=2, average="micro"), GeneratedText(CharErrorRate())):
         module = ready(model_dir, trainable=Weights(), objective=objective)
-        module.adapters.start(0, 0, 2)
+        module.adapters.start_step(0, 0, 2, direction)
         points = torch.tensor([[0.3, 0.0], [0.0, -0.3], [0.0, 0.0]])
         with torch.no_grad():
             prepared = module.scorer.prepare(batch)
             losses = module.losses(points, prepared)
             for point, loss in zip(points, losses, strict=True):
                 moved = ready(model_dir, trainable=Weights(), objective=objective)
-                moved.adapters.start(0, 0, 2)
-                moved.adapters.store(point, 0.0, [], [])
+                moved.adapters.start_step(0, 0, 2, direction)
+                moved.adapters.apply_update(point, 0.0, [], [])
                 expected = objective_losses(objective, moved.scorer, prepared, 1, moved.tokenizer)
                 assert loss == expected[0]
 
@@ -140,9 +140,9 @@ def test_training_raises_a_metric_without_a_gradient(tmp_path):
         queries=8,
         batch=labelled_batch(24),
         batch_size=24,
-        num_classes=3,
+        loading={"num_classes": 3},
         objective=MulticlassAccuracy(num_classes=3, average="micro"),
-        epsilon=0.1,
+        estimator=TwoSided(0.1),
         learning_rate=0.1,
         query_chunk_size=8,
     )
@@ -153,7 +153,7 @@ def test_training_raises_a_metric_without_a_gradient(tmp_path):
 
 def test_a_step_follows_the_metric(model_dir, tmp_path):
     objective = MulticlassAccuracy(num_classes=2, average="micro")
-    settings = {"steps": 1, "num_examples": 16, "batch_size": 16, "queries": 3, "epsilon": 0.3, "seed": 5}
+    settings = {"steps": 1, "num_examples": 16, "batch_size": 16, "queries": 3, "estimator": TwoSided(0.3), "seed": 5}
     _, module, _ = train(model_dir, tmp_path, objective=objective, **settings)
     plain, batch = ready(model_dir, seed=5), classification_batch(16)
     theta = plain.adapters.theta.clone()
@@ -171,10 +171,10 @@ def test_a_step_follows_the_metric(model_dir, tmp_path):
 def test_what_does_not_fit_is_refused(model_dir):
     with pytest.raises(ValueError, match="higher_is_better"):
         ready(model_dir, objective=MeanMetric())
-    with pytest.raises(ValueError, match="`epsilon` to be set for the objective ExactText"):
-        ready(model_dir, objective=GeneratedText(), epsilon=None)
-    with pytest.raises(ValueError, match="`estimator` to be two_sided or one_sided for the objective"):
-        ready(model_dir, objective=MulticlassAccuracy(num_classes=2), estimator="forward_mode", epsilon=None)
+    with pytest.raises(ValueError, match="`epsilon` of `estimator` to be set for the objective ExactText"):
+        ready(model_dir, objective=GeneratedText(), estimator=TwoSided())
+    with pytest.raises(ValueError, match="`estimator` to be TwoSided or OneSided for the objective"):
+        ready(model_dir, objective=MulticlassAccuracy(num_classes=2), estimator=ForwardMode())
     with pytest.raises(ValueError, match="`max_new_tokens` to be at least 1"):
         GeneratedText(max_new_tokens=0)
 

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from wandazeta.utilities.files import check_writable, write_atomically
+from wandazeta.utilities.files import check_writable, open_atomically, replace_directory, write_atomically
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
@@ -33,3 +33,33 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert error.value.filename == str(tmp_path / "large")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_directory_is_replaced_only_once_it_is_complete(tmp_path):
+    target = tmp_path / "parent" / "model"
+    with replace_directory(target) as fresh:
+        (fresh / "first").write_text("1")
+        assert not target.exists()
+    with pytest.raises(ZeroDivisionError), replace_directory(target) as fresh:
+        (fresh / "second").write_text(str(2 / 0))
+    assert [path.name for path in target.iterdir()] == ["first"]
+    # what a killed process left
+    (target.parent / ".model.new").mkdir()
+    (target.parent / ".model.new" / "half").write_text("")
+    (target.parent / ".model.old").mkdir()
+    with replace_directory(target) as fresh:
+        (fresh / "second").write_text("2")
+    assert [path.name for path in target.iterdir()] == ["second"]
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_file_is_replaced_only_once_it_is_complete(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"first")
+    with pytest.raises(TypeError), open_atomically(path) as file:
+        file.writelines([b"sec", "ond"])
+    assert path.read_bytes() == b"first"
+    with open_atomically(path) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"second"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

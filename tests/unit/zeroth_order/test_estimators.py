@@ -6,6 +6,7 @@ from helpers.small_net import adapted_net
 from torch import nn
 
 from wandazeta.zeroth_order import (
+    DEFAULT_EPSILON,
     ForwardMode,
     OneSided,
     TwoSided,
@@ -247,6 +248,33 @@ def test_forward_mode_goes_through_attention():
 def test_bad_epsilon(kind, epsilon):
     with pytest.raises(ValueError, match="`epsilon`"):
         kind(epsilon)
+
+
+@pytest.mark.parametrize("kind", [TwoSided, OneSided, ForwardMode])
+@pytest.mark.parametrize(("name", "value"), [("directions", "uniform"), ("aggregation", "median")])
+def test_unknown_directions_and_aggregations(kind, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [TwoSided, OneSided])
+def test_epsilon_fits_the_precision_unless_it_is_given(kind):
+    estimator = kind(directions="rademacher", aggregation="fzoo")
+    with pytest.raises(ValueError, match="`epsilon` to be set"):
+        evaluate(estimator, 2)
+    for dtype, epsilon in DEFAULT_EPSILON.items():
+        chosen = estimator.with_default_epsilon(dtype)
+        assert (chosen.epsilon, chosen.directions, chosen.aggregation) == (epsilon, "rademacher", "fzoo")
+        assert kind(0.5).with_default_epsilon(dtype).epsilon == 0.5
+        assert estimator.precision_warning(dtype) is None
+    assert "epsilon=0.001 is small" in kind(1e-3).precision_warning(torch.bfloat16)
+    assert kind(1e-5).precision_warning(torch.float32) is None
+
+
+def test_forward_mode_has_no_epsilon():
+    with pytest.raises(TypeError, match="epsilon"):
+        ForwardMode(epsilon=1e-3)
+    assert ForwardMode().with_default_epsilon(torch.bfloat16).epsilon is None
 
 
 @all_estimators

@@ -39,6 +39,12 @@ def test_radazo_equals_a_plain_reference():
     torch.testing.assert_close(states, torch.stack([mean, square]))
 
 
+@pytest.mark.parametrize("kind", [SGDUpdate, RAdaZOUpdate])
+def test_weight_decay_is_not_negative(kind):
+    with pytest.raises(ValueError, match="`weight_decay` to be at least 0"):
+        kind(weight_decay=-1.0)
+
+
 @pytest.mark.parametrize(("name", "value"), [("beta1", 1.0), ("beta2", -0.1), ("eps", 0.0)])
 def test_radazo_refuses_what_is_out_of_range(name, value):
     with pytest.raises(ValueError, match=name):

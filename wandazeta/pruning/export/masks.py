@@ -1,4 +1,4 @@
-"""Masks that a pruning wrote, put to the parameters of a module."""
+"""Load mask files and match them to parameters."""
 
 import os
 from collections.abc import Mapping
@@ -9,23 +9,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wandazeta.models.zero3 import full_shape
-from wandazeta.pruning.export.packed import MASKS_FILE
-from wandazeta.pruning.export.pretrained import find_pretrained, names_on_disk
+from wandazeta.models.pretrained import names_in_memory
 from wandazeta.utilities.arguments import closest_names
+
+__all__ = ["MASKS_FILE", "match_masks", "read_masks"]
+
+# not beside config.json: some loaders read every safetensors file there as weights
+MASKS_FILE = "sparsity/masks.safetensors"
 
 
 def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads the masks that `wandazeta prune` wrote.
+    """Load the masks that `wandazeta prune` wrote.
 
     Args:
-        path: A file such as `masks.safetensors`, or the directory with `sparsity/masks.safetensors` in it.
+        path: A mask file, or a directory that holds `sparsity/masks.safetensors`.
 
     Returns:
-        Bool masks in the layout of the weights, True where a weight is kept, by the name of the weight in its file.
+        Bool masks in the shape of the weights, True where a weight is kept, by the name of the weight in its file.
 
     Raises:
-        ValueError: If there is no such file, or it holds no masks.
+        ValueError: If there is no such file, or it holds anything but masks.
     """
     file = Path(path)
     if file.is_dir():
@@ -39,31 +42,31 @@ def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         masks = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"Expected argument `masks` to be a safetensors file, but got '{file}' ({error})") from error
-    strange = [name for name, mask in masks.items() if mask.dtype != torch.bool]
-    if strange or not masks:
-        found = f"{masks[strange[0]].dtype} for `{strange[0]}`" if strange else "nothing"
+    other = next((name for name, mask in masks.items() if mask.dtype != torch.bool), None)
+    if other is not None or not masks:
+        found = f"`{other}` of type {masks[other].dtype}" if other is not None else "no tensors"
         raise ValueError(f"Expected argument `masks` to be a file of bool masks, but '{file}' holds {found}")
     return masks
 
 
 def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Puts masks to the names that the weights have in a module.
+    """Rename masks to the parameter names of a module.
 
     Args:
-        module: The module; its parameters are called as the masks are, or it holds a transformers model whose files
-            call them so.
+        module: A module with parameters of the masks' names, or one that holds a transformers model whose files use
+            these names.
         masks: Masks by name.
 
     Returns:
         The same masks by parameter name of `module`.
 
     Raises:
-        ValueError: If a mask belongs to no parameter.
+        ValueError: If there is no parameter for a mask.
     """
     parameters = dict(module.named_parameters())
     if all(name in parameters for name in masks):
         return dict(masks)
-    in_memory = _names_in_memory(module)
+    in_memory = names_in_memory(module)
     for name in masks:
         if name not in in_memory:
             raise ValueError(
@@ -71,15 +74,3 @@ def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
                 f"{closest_names(name, in_memory or parameters)}"
             )
     return {in_memory[name]: mask for name, mask in masks.items()}
-
-
-def _names_in_memory(module: nn.Module) -> dict[str, str]:
-    """Parameter names of the transformers model that a module holds, by the names in the model's files."""
-    try:
-        prefix, model = find_pretrained(module)
-    except ValueError:
-        return {}
-    names = [name for name, parameter in model.named_parameters() if len(full_shape(parameter)) == 2]
-    # numbered, to see under which name in the files each comes out
-    numbered = {name: torch.tensor([index]) for index, name in enumerate(names)}
-    return {on_disk: f"{prefix}{names[int(number)]}" for on_disk, number in names_on_disk(model, numbered).items()}

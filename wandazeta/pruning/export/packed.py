@@ -1,12 +1,12 @@
-"""The 2:4 packed form of a pruned model: one file that holds what was kept, and gives the plain weights back.
+"""The 2:4 packed form of a pruned model: one file with the kept values, from which the plain weights are restored.
 
-Of every 4 consecutive inputs of a row the 2 kept values are stored, in order, and their 2 positions of 2 bits each, so
-a group takes two values and half a byte: 9/16 (0.5625) of its dense size in 16 bit, 17/32 (0.53125) in 32 bit. All
-other tensors are stored as they are. The file is a safetensors file: a weight NAME becomes `NAME.values` and
-`NAME.indices`, and the metadata entry `wandazeta` names version, pattern and packed weights.
+In every group of 4 consecutive inputs of a row, the 2 kept values are stored in order, and their positions in 2 bits
+each. A group takes two values and half a byte: 9/16 (0.5625) of its dense size in 16-bit precision, 17/32 (0.53125) in
+32-bit. All other tensors are stored unchanged. The file is a safetensors file: a weight NAME becomes `NAME.values` and
+`NAME.indices`, and the metadata entry `wandazeta` holds version, pattern and the packed weights.
 
 `python -m wandazeta.pruning.export.packed SRC DST` writes a plain Hugging Face directory from one that holds the
-packed file, so that the packed file alone need be shipped.
+packed file, so that only the packed file has to be shipped.
 """
 
 import argparse
@@ -23,23 +23,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, stored, write_streamed
-from wandazeta.utilities.files import check_writable
+from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, read_lazily, write_streamed
+from wandazeta.pruning.export.masks import MASKS_FILE
+from wandazeta.utilities.files import check_writable, replace_directory
 
-# in a folder of their own: some loaders take every safetensors file beside config.json for weights
+__all__ = ["PACKED_FILE", "load_packed", "pack_2of4", "restore_plain", "unpack_2of4", "write_packed"]
+
+# beside the masks, for the same reason: some loaders read every safetensors file beside config.json as weights
 PACKED_FILE = "sparsity/model.2of4.safetensors"
-MASKS_FILE = "sparsity/masks.safetensors"
 
 _VERSION = 1
 _PATTERN = "2:4"
 _PLAIN_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 _PLAIN_INDEX = "model.safetensors.index.json"
-# sixteen masks of a group to two positions, the first in the lower bits; fewer kept ones are filled up from the left
 _TOO_MANY = 0xFF
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _positions_of(code: int) -> int:
+    """Positions of the kept values of a group, 2 bits each, the first in the lower bits.
+
+    Where fewer than 2 are kept, the first removed positions fill up: sparse kernels expect 2 positions in order.
+
+    Args:
+        code: Mask of the group, bit i for input i.
+    """
     kept = [i for i in range(4) if code >> i & 1]
     if len(kept) > 2:
         return _TOO_MANY
@@ -48,22 +56,23 @@ def _positions_of(code: int) -> int:
     return first | second << 2
 
 
+# by the 16 masks that a group can have
 _POSITIONS = torch.tensor([_positions_of(code) for code in range(16)], dtype=torch.uint8)
 
 
 def pack_2of4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Packs a 2:4 pruned weight.
+    """Pack a 2:4 pruned weight.
 
     Args:
-        weight: Shape (out, in), 4 divides in; +0.0 where the mask is false.
-        mask: Bool of shape (out, in), at most two True in every group of 4 inputs.
+        weight: Shape (out, in), in a multiple of 4; +0.0 wherever the mask is False.
+        mask: Bool of shape (out, in), at most 2 True in every group of 4 inputs.
 
     Returns:
-        The kept values, of shape (out, in / 2) and the weight's type, and the positions: uint8 of shape
-        (ceil(out * in / 8),), four of 2 bits to a byte, the first in the lowest bits.
+        The kept values, of shape (out, in / 2) and the weight's type, and their positions: uint8 of shape
+        (ceil(out * in / 8),), four positions of 2 bits per byte, the first in the lowest bits.
 
     Raises:
-        ValueError: If the shapes do not fit, a group keeps more than two, or a removed weight is not +0.0.
+        ValueError: If the shapes do not fit, a group keeps more than 2 values, or a pruned weight is not +0.0.
 
     Example:
         >>> pack_2of4(torch.tensor([[0.0, 3.0, 0.0, 2.0]]), torch.tensor([[False, True, False, True]]))
@@ -71,28 +80,29 @@ def pack_2of4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.ndim != 2 or weight.shape[1] % 4 or mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"Expected argument `weight` to be a matrix whose width 4 divides and `mask` a bool of its shape, but got "
-            f"{tuple(weight.shape)} and {mask.dtype} of {tuple(mask.shape)}; only 2:4 weights can be packed."
+            "Expected argument `weight` to be a matrix whose width is a multiple of 4 and `mask` to be bool of the "
+            f"same shape, but got {tuple(weight.shape)} and {mask.dtype} of {tuple(mask.shape)}; only 2:4 weights can "
+            "be packed."
         )
     pairs = _pairs(mask)
-    # as integers, so that no arithmetic sees the values: the bits of -0.0 and NaN stay
+    # compared as integers: every bit counts, that of -0.0 and those of NaN too
     bits = _bits(weight.contiguous())
     kept = bits.view(-1, 4).gather(1, _halves(pairs, 2).long())
     if torch.count_nonzero(kept) != torch.count_nonzero(bits):
-        raise ValueError("Expected argument `weight` to be +0.0 wherever `mask` is false, but it is not; prune it.")
+        raise ValueError("Expected argument `weight` to be +0.0 wherever `mask` is False, but it is not; prune it.")
     return kept.view(weight.shape[0], weight.shape[1] // 2).view(weight.dtype), _join(pairs)
 
 
 def unpack_2of4(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Inverse of `pack_2of4`.
+    """Restore a weight that `pack_2of4` packed.
 
     Args:
-        values: Shape (out, in / 2).
-        indices: uint8 of shape (ceil(out * in / 8),).
-        shape: (out, in).
+        values: The kept values, of shape (out, in / 2).
+        indices: Their positions, uint8 of shape (ceil(out * in / 8),).
+        shape: Shape of the weight, (out, in).
 
     Returns:
-        Shape (out, in), of the values' type, the bits of the weight that was packed.
+        The weight, of shape (out, in) and the values' type, bit for bit.
 
     Raises:
         ValueError: If values or indices do not fit the shape.
@@ -105,7 +115,7 @@ def unpack_2of4(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tens
     if width % 4 or values.shape != (rows, width // 2) or indices.shape != (math.ceil(rows * width / 8),):
         raise ValueError(
             f"Expected argument `shape` to fit values and indices, but got {tuple(shape)} for {tuple(values.shape)} "
-            f"and {tuple(indices.shape)}; take all three from one weight."
+            f"and {tuple(indices.shape)}; take all three from the same weight."
         )
     pairs = _halves(indices, 4).view(-1)[: rows * width // 4]
     bits = _bits(values.contiguous())
@@ -118,45 +128,45 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _pairs(mask: Tensor) -> Tensor:
-    """The two positions of every group in four bits, uint8 of shape (groups,)."""
+    """Positions of every group, 4 bits each, uint8 of shape (groups,)."""
     kept = mask.contiguous().view(torch.uint8).view(-1, 4)
     code = kept[:, 0] | kept[:, 1] << 1 | kept[:, 2] << 2 | kept[:, 3] << 3
     pairs = _POSITIONS.to(mask.device)[code.long()]
     if bool((pairs == _TOO_MANY).any()):
-        raise ValueError("Expected argument `mask` to keep at most 2 of every 4 inputs, but it keeps more; use 2:4.")
+        raise ValueError("Expected argument `mask` to keep at most 2 of every 4 inputs, but it keeps more; prune 2:4.")
     return pairs
 
 
 def _join(pairs: Tensor) -> Tensor:
+    """Put the 4 bits of two groups into each byte, uint8 of shape (ceil(groups / 2),)."""
     padded = torch.nn.functional.pad(pairs, (0, pairs.numel() % 2))
     return padded[0::2] | padded[1::2] << 4
 
 
 def _halves(joined: Tensor, num_bits: int) -> Tensor:
-    """The lower and the next `num_bits` bits of every element, uint8 of shape (elements, 2)."""
+    """Split every element into its lowest and its next `num_bits` bits, uint8 of shape (elements, 2)."""
     return torch.stack((joined & ((1 << num_bits) - 1), joined >> num_bits), dim=1)
 
 
 def write_packed(directory: str | os.PathLike[str]) -> Path:
-    """Writes the packed file of an exported directory beside its plain files, tensor by tensor.
+    """Write the packed file of an exported model beside its plain files, one tensor in memory at a time.
 
     Args:
-        directory: Holds `model*.safetensors`, in one file or in shards, and `sparsity/masks.safetensors`, which is
-            true where a weight was kept.
+        directory: Holds `model*.safetensors`, in one file or in shards, and the masks `sparsity/masks.safetensors`.
 
     Returns:
         The path of the packed file.
 
     Raises:
-        ValueError: If a file is missing, or a mask is not 2:4 or not that of a weight.
+        ValueError: If a file is missing, or a mask is not 2:4 or does not belong to a weight.
     """
     directory = Path(directory)
     paths = sorted(path for pattern in _PLAIN_FILES for path in directory.glob(pattern))
     if not paths:
         raise ValueError(f"Expected argument `directory` to hold `model.safetensors`, but '{directory}' does not.")
-    entries = {name: entry for path in paths for name, entry in stored(path).items()}
+    entries = {name: entry for path in paths for name, entry in read_lazily(path).items()}
     packed: dict[str, dict[str, Any]] = {}
-    for name, mask in sorted(stored(directory / MASKS_FILE).items()):
+    for name, mask in sorted(read_lazily(directory / MASKS_FILE).items()):
         if name not in entries:
             raise ValueError(f"Expected a weight for every mask, but '{directory}' holds none for `{name}`.")
         weight = entries.pop(name)
@@ -171,7 +181,7 @@ def write_packed(directory: str | os.PathLike[str]) -> Path:
 
 
 def _is_transposed(name: str, mask: Tensor) -> bool:
-    """Whether the groups lie along the first dimension, as in the (in, out) of transformers' `Conv1D`."""
+    """Whether the groups of a mask lie along its first dimension, as in transformers' `Conv1D`, (in, out)."""
     for transposed in (False, True) if mask.ndim == 2 else ():
         rows = mask.t() if transposed else mask
         if rows.shape[1] % 4 == 0 and bool((rows.reshape(-1, 4).sum(1) == 2).all()):
@@ -202,13 +212,13 @@ def _pack_entries(
 
 
 def load_packed(directory_or_file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Loads the state dict that the plain files hold, bit for bit, from the packed file.
+    """Load the state dict of the plain files from the packed file, bit for bit.
 
     Args:
         directory_or_file: The packed file, or a directory that holds it.
 
     Returns:
-        Tensors by their names on disk; weights that are tied are there once.
+        Tensors by name on disk; tied weights appear once.
 
     Raises:
         ValueError: If there is no packed file, or it is damaged or of another version.
@@ -217,32 +227,37 @@ def load_packed(directory_or_file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Writes a plain Hugging Face directory from one that holds the packed file; it appears whole or not at all.
+    """Write a plain Hugging Face directory from one that holds the packed file.
+
+    The new directory appears under its name only once it is complete.
 
     Args:
-        source: Holds the packed file, configuration, tokenizer and whatever else is to be copied.
-        target: A new or empty directory; it gets all of that, and `model.safetensors` in place of the packed file.
+        source: Directory with the packed file, the configuration, the tokenizer and any other files to copy.
+        target: A new or empty directory; it gets these files, and `model.safetensors` instead of the packed file.
 
     Raises:
-        ValueError: If the source holds no readable packed file, or the target cannot be filled.
+        ValueError: If the source holds no readable packed file, or the target is not empty or cannot be written to.
+        OSError: If a file cannot be written, for example on a full disk.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     if target.is_relative_to(source):
         raise ValueError(
-            f"Expected argument `target` to lie apart from the source, but got '{target}'; choose another."
+            f"Expected argument `target` to be a folder outside the source, but got '{target}'; choose another folder."
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"Expected argument `target` to be a new or empty folder, but got '{target}'; choose another.")
+        raise ValueError(
+            f"Expected argument `target` to be a new or empty folder, but got '{target}'; choose another folder."
+        )
     if not source.is_dir():
-        raise ValueError(f"Expected argument `source` to be a directory, but got '{source}'; give the one to restore.")
+        raise ValueError(
+            f"Expected argument `source` to be a directory, but got '{source}'; give the directory to restore."
+        )
     entries = _plain_entries(_packed_path(source))
     check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
-    shutil.copytree(source, fresh, ignore=weights)
-    write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
-    fresh.rename(target)
+    with replace_directory(target) as fresh:
+        weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
+        shutil.copytree(source, fresh, ignore=weights, dirs_exist_ok=True)
+        write_streamed(fresh / "model.safetensors", entries, {"format": "pt"})
 
 
 def _packed_path(directory_or_file: str | os.PathLike[str]) -> Path:
@@ -251,6 +266,7 @@ def _packed_path(directory_or_file: str | os.PathLike[str]) -> Path:
 
 
 def _plain_entries(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of the plain files, each of which is unpacked when it is read."""
     with open_safetensors(path) as file:
         note = json.loads((file.metadata() or {}).get("wandazeta", "{}"))
     if note.get("version") != _VERSION or note.get("pattern") != _PATTERN:
@@ -258,7 +274,7 @@ def _plain_entries(path: Path) -> dict[str, LazyTensor]:
             f"Expected a {_PATTERN} packed file of version {_VERSION}, but got pattern {note.get('pattern')!r} and "
             f"version {note.get('version')!r}; write it with `wandazeta prune --pack true`."
         )
-    entries = stored(path)
+    entries = read_lazily(path)
     for name, layout in note["weights"].items():
         values, indices = entries.pop(f"{name}.values"), entries.pop(f"{name}.indices")
         read = partial(_unpack, values.read, indices.read, tuple(layout["shape"]), layout["transposed"])
@@ -275,10 +291,14 @@ def _unpack(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Restore a plain directory from the command line."""
-    description = "Writes a plain Hugging Face directory from one that holds the 2:4 packed file."
+    """Restore a plain directory from the command line.
+
+    Args:
+        args: The arguments; those of the process by default.
+    """
+    description = "Write a plain Hugging Face directory from one that holds the 2:4 packed file."
     parser = argparse.ArgumentParser(prog="python -m wandazeta.pruning.export.packed", description=description)
-    parser.add_argument("source", metavar="SRC", help=f"directory that holds {PACKED_FILE}, config and tokenizer")
+    parser.add_argument("source", metavar="SRC", help=f"directory with {PACKED_FILE}, configuration and tokenizer")
     parser.add_argument("target", metavar="DST", help="new or empty directory to write")
     chosen = parser.parse_args(args)
     try:

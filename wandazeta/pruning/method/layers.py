@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wandazeta.models.streaming import is_stored
+from wandazeta.models.streaming import is_file_backed
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern, num_pruned
 from wandazeta.utilities.arguments import closest_names
@@ -119,7 +119,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
-    if (weight.is_meta and not is_stored(weight)) or weight.numel() == 0:
+    if (weight.is_meta and not is_file_backed(weight)) or weight.numel() == 0:
         raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
         raise ValueError(

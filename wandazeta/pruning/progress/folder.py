@@ -1,9 +1,15 @@
-"""The progress of a pruning on disk: one file a block, keyed by everything that decides the result.
+"""Progress of a pruning on disk: one file per block, and a key of everything that decides the result.
 
-A folder holds `key.json` (what was pruned, how and with what), `block_0000.safetensors` and so on (weights, masks and
-the record of one block each), `block_0000.cost.json` (seconds and memory, the only figures that vary between runs),
-and at the end `report.json` and `complete.json`. Every file is written whole or not at all (`files`). No file is a
-pickle.
+| file | contents |
+|---|---|
+| `key.json` | what is pruned, how and with what (`PruneKey`) |
+| `block_0000.safetensors`, … | pruned weights, masks and record of one block |
+| `block_0000.cost.json`, … | seconds and memory of the block, the only figures that differ between equal runs |
+| `report.json` | the report of all blocks, once the pruning is complete |
+| `complete.json` | marks the pruning as complete |
+
+All files are written atomically (`wandazeta.utilities.files`); none is a pickle. A block file holds the digest of the
+block before it, so that blocks of two different runs are never mixed.
 """
 
 import hashlib
@@ -19,19 +25,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from wandazeta.models.streaming import Stored, is_stored, store
+from wandazeta.models.streaming import StoredTensor, back_by_file, is_file_backed
 from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.utilities import files
 from wandazeta.utilities.hashing import digest_tensor
 
+__all__ = ["ProgressFolder"]
+
 _COSTS = ("seconds", "peak_memory")
 _REMEDY = "; choose another `output_dir`, restore what changed, or delete the folder to prune anew."
 
 
 class ProgressFolder:
-    """Keeps finished blocks in a folder; the `Progress` of `prune_model`.
+    """Saves finished blocks of a pruning and loads them again.
+
+    Open it with `open` to prune, `open_finished` to load a finished pruning for a model, or `open_existing` to read
+    whatever it holds.
 
     Args:
         directory: The folder.
@@ -39,243 +50,281 @@ class ProgressFolder:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._chain: dict[int, str] = {}
-        self._key = ""
+        self._key_path = self.directory / "key.json"
+        self._report_path = self.directory / "report.json"
+        self._complete_path = self.directory / "complete.json"
+        self._key_digest = ""
+        # digests of the blocks that were saved or loaded, by index
+        self._block_digests: dict[int, str] = {}
 
     # -- the key ----------------------------------------------------------------------------------------------------
 
+    @property
+    def key_digest(self) -> str:
+        """Digest of the key that the folder was made with; empty before the folder is opened."""
+        return self._key_digest
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the folder is marked as complete."""
+        return self._complete_path.exists()
+
     def read_key(self) -> PruneKey | None:
-        """Returns the key the folder was made with, or `None` if it holds no pruning.
+        """Read the key that the folder was made with.
+
+        Returns:
+            The key, or None if the folder has none.
 
         Raises:
-            ValueError: If there is a key file that is not one.
+            ValueError: If the key file is damaged.
         """
         try:
-            return PruneKey.from_dict(json.loads((self.directory / "key.json").read_bytes()))
+            return PruneKey.from_dict(json.loads(self._key_path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected '{self.directory / 'key.json'}' to be the key of a pruning, but it cannot be read{_REMEDY}"
+                f"Expected '{self._key_path}' to be the key of a pruning, but it cannot be read{_REMEDY}"
             ) from error
 
     def open(self, key: PruneKey) -> None:
-        """Claims the folder for a pruning, or goes on with the one it holds.
+        """Open the folder to prune: start a pruning in it, or continue the one it holds.
 
-        The software and the device may differ from those of a finished pruning, which they can no longer change; an
-        unfinished one is continued only by what it was begun with.
+        An unfinished pruning is continued only in the software environment it was started in; for a finished one the
+        environment does not matter any more.
 
         Args:
             key: The key of this run.
 
         Raises:
-            ValueError: If the folder holds another pruning; the message names the difference.
+            ValueError: If the folder holds another pruning (the message names the difference), or cannot be written.
         """
         files.check_writable(self.directory)
         found = self.read_key()
-        blocks = any(self.directory.glob("block_*.safetensors"))
-        # one that failed before its first block, for a wrong option say, leaves nothing to protect
-        if found is None or not (blocks or (self.directory / "complete.json").exists()):
-            if blocks:
-                raise ValueError(
-                    f"Expected argument `output_dir` to hold a pruning with its key, but '{self.directory}' has block "
-                    f"files and no key.json{_REMEDY}"
-                )
-            files.write_json(self.directory / "key.json", key.to_dict())
+        has_blocks = any(self.directory.glob("block_*.safetensors"))
+        if found is None and has_blocks:
+            raise ValueError(
+                f"Expected argument `output_dir` to hold a pruning with its key, but '{self.directory}' has block "
+                f"files and no key.json{_REMEDY}"
+            )
+        # a run that failed before its first block, for a wrong option say, leaves a key that protects nothing
+        if found is None or not (has_blocks or self.is_complete):
+            files.write_json(self._key_path, key.to_dict())
             found = key
-        (self.directory / files.WRITING).unlink(missing_ok=True)
-        parts = ["options", "model", "calibration"]
-        if not (self.directory / "complete.json").exists():
-            parts.append("environment")
-        self._refuse(key.difference(found, parts))
-        self._key = found.digest
+        (self.directory / files.TEMPORARY_NAME).unlink(missing_ok=True)
+        environment = [] if self.is_complete else ["environment"]
+        self._require_same(key, found, ["options", "model", "calibration", *environment])
+        self._key_digest = found.digest
 
     def open_finished(self, key: PruneKey) -> None:
-        """Opens a finished pruning for reading, by its options and its model.
+        """Open a finished pruning for reading.
 
         Args:
-            key: The key of this run; calibration and environment are not compared, for they cannot change what is
-                finished and need not be at hand when a model is only evaluated.
+            key: The key of this run. Calibration and environment are not compared: they cannot change a finished
+                pruning, and the calibration data need not be available where a model is only evaluated.
 
         Raises:
-            ValueError: If the folder holds no finished pruning, or another one.
+            ValueError: If the folder holds no finished pruning, or one of another model or with other options.
         """
         found = self.read_key()
-        if found is None or not (self.directory / "complete.json").exists():
+        if found is None or not self.is_complete:
             state = "no pruning" if found is None else "an unfinished pruning"
             raise ValueError(
                 f"Expected argument `output_dir` to hold a finished pruning of this model, but '{self.directory}' "
                 f"holds {state}; run `fit` or `prune` first."
             )
-        self._refuse(key.difference(found, ["options", "model"]))
-        self._key = found.digest
+        self._require_same(key, found, ["options", "model"])
+        self._key_digest = found.digest
 
-    def open_again(self) -> PruneKey:
-        """Opens the folder for reading, whatever pruning it holds.
+    def open_existing(self) -> PruneKey:
+        """Open the folder for reading, whichever pruning it holds.
 
         Returns:
-            The key that it holds.
+            The key of that pruning.
 
         Raises:
-            ValueError: If it holds none.
+            ValueError: If the folder holds no pruning.
         """
         found = self.read_key()
         if found is None:
             raise ValueError(f"Expected '{self.directory}' to hold a pruning, but it has no key.json.")
-        self._key = found.digest
+        self._key_digest = found.digest
         return found
 
-    def _refuse(self, difference: str | None) -> None:
+    def _require_same(self, key: PruneKey, found: PruneKey, parts: list[str]) -> None:
+        difference = key.difference(found, parts)
         if difference:
             raise ValueError(
                 f"Expected argument `output_dir` to hold the pruning of this run, but '{self.directory}' holds another "
                 f"one: it differs in {difference}{_REMEDY}"
             )
 
-    @property
-    def key_digest(self) -> str:
-        """The hash of the key the folder was made with (once opened)."""
-        return self._key
-
-    # -- blocks -----------------------------------------------------------------------------------------------------
-
-    def _path(self, block_index: int) -> Path:
-        return self.directory / f"block_{block_index:04d}.safetensors"
+    # -- single blocks ----------------------------------------------------------------------------------------------
 
     def num_saved(self) -> int:
         """Number of block files, from the first block on, without reading them."""
-        return next(index for index in itertools.count() if not self._path(index).exists())
-
-    def load(self, block_index: int) -> BlockResult | None:
-        """Reads a finished block.
-
-        Args:
-            block_index: The position of the block.
-
-        Returns:
-            The block, or `None` if it is missing, damaged, of another pruning, or made from another previous block:
-            it is then to be done again.
-        """
-        try:
-            with safe_open(self._path(block_index), framework="pt") as file:
-                note = json.loads(file.metadata()["wandazeta"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            previous = self._chain.get(block_index - 1, "")
-            if note["key"] != self._key or note["previous"] != previous or note["digest"] != _digest(tensors, note):
-                return None
-            costs = self._read_costs(block_index)
-            record = BlockRecord.from_dict({**note["record"], **costs})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
-        self._chain[block_index] = note["digest"]
-        weights = {name[len("weight:") :]: tensor for name, tensor in tensors.items() if name.startswith("weight:")}
-        masks = {name[len("mask:") :]: tensor for name, tensor in tensors.items() if name.startswith("mask:")}
-        return BlockResult(weights=weights, masks=masks, record=record)
+        return next(index for index in itertools.count() if not self._block_path(index).exists())
 
     def save(self, block_index: int, result: BlockResult) -> None:
-        """Writes a finished block.
+        """Save a finished block.
 
         Args:
-            block_index: The position of the block.
+            block_index: Position of the block, from 0.
             result: Its weights, masks and record.
+
+        Raises:
+            OSError: If the file cannot be written, for example on a full disk.
         """
         tensors = {f"weight:{name}": tensor for name, tensor in result.weights.items()}
         tensors |= {f"mask:{name}": tensor for name, tensor in result.masks.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         record = result.record.to_dict()
         costs = {name: record.pop(name) for name in _COSTS if name in record}
-        note: dict[str, Any] = {"key": self._key, "previous": self._chain.get(block_index - 1, ""), "record": record}
+        previous = self._block_digests.get(block_index - 1, "")
+        note: dict[str, Any] = {"key": self._key_digest, "previous": previous, "record": record}
         note["digest"] = _digest(tensors, note)
-        files.write_json(self.directory / f"block_{block_index:04d}.cost.json", costs)
-        # a single metadata entry: safetensors does not keep the order of several
-        files.write_atomically(self._path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
-        self._chain[block_index] = note["digest"]
+        files.write_json(self._cost_path(block_index), costs)
+        # one metadata entry: safetensors does not keep the order of several
+        files.write_atomically(self._block_path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
+        self._block_digests[block_index] = note["digest"]
 
-    def _read_costs(self, block_index: int) -> dict[str, Any]:
-        costs = json.loads((self.directory / f"block_{block_index:04d}.cost.json").read_bytes())
-        return {name: costs[name] for name in _COSTS if name in costs}
+    def load(self, block_index: int) -> BlockResult | None:
+        """Load a finished block.
 
-    # -- the whole --------------------------------------------------------------------------------------------------
+        Args:
+            block_index: Position of the block, from 0.
+
+        Returns:
+            The block, or None if it has to be pruned again: its file is missing or damaged, belongs to another
+            pruning, or was made from another previous block.
+        """
+        try:
+            with safe_open(self._block_path(block_index), framework="pt") as file:
+                note = json.loads(file.metadata()["wandazeta"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            expected = (self._key_digest, self._block_digests.get(block_index - 1, ""), _digest(tensors, note))
+            if (note["key"], note["previous"], note["digest"]) != expected:
+                return None
+            costs = json.loads(self._cost_path(block_index).read_bytes())
+            costs = {name: costs[name] for name in _COSTS if name in costs}
+            record = BlockRecord.from_dict({**note["record"], **costs})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        self._block_digests[block_index] = note["digest"]
+        weights = {name.removeprefix("weight:"): t for name, t in tensors.items() if name.startswith("weight:")}
+        masks = {name.removeprefix("mask:"): t for name, t in tensors.items() if name.startswith("mask:")}
+        return BlockResult(weights=weights, masks=masks, record=record)
+
+    def _block_path(self, block_index: int) -> Path:
+        return self.directory / f"block_{block_index:04d}.safetensors"
+
+    def _cost_path(self, block_index: int) -> Path:
+        return self.directory / f"block_{block_index:04d}.cost.json"
+
+    # -- a complete pruning -----------------------------------------------------------------------------------------
 
     def finish(self, report: PruneReport) -> None:
-        """Marks the pruning as complete.
+        """Mark the pruning as complete.
 
         Args:
             report: The report of all blocks.
-        """
-        files.write_json(self.directory / "report.json", report.to_dict())
-        last = self._chain[len(report.blocks) - 1]
-        complete = {"key": self._key, "num_blocks": len(report.blocks), "last": last}
-        files.write_json(self.directory / "complete.json", complete)
-
-    def read_report(self) -> PruneReport:
-        """Reads the report of a complete pruning."""
-        return PruneReport.from_dict(json.loads((self.directory / "report.json").read_bytes()))
-
-    def results(self, num_blocks: int) -> Iterator[BlockResult]:
-        """Reads block after block.
-
-        Args:
-            num_blocks: How many there are.
 
         Raises:
-            ValueError: If one is missing or damaged.
+            OSError: If a file cannot be written, for example on a full disk.
         """
-        self._chain.clear()
+        files.write_json(self._report_path, report.to_dict())
+        files.write_json(self._complete_path, self._completion_mark(len(report.blocks)))
+
+    def _completion_mark(self, num_blocks: int) -> dict[str, Any]:
+        return {"key": self._key_digest, "num_blocks": num_blocks, "last": self._block_digests[num_blocks - 1]}
+
+    def read_report(self) -> PruneReport:
+        """Read the report of a complete pruning.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it is not JSON.
+            KeyError: If it is not a report.
+            TypeError: If it is not a report.
+        """
+        return PruneReport.from_dict(json.loads(self._report_path.read_bytes()))
+
+    def results(self, num_blocks: int) -> Iterator[BlockResult]:
+        """Load all blocks, one after the other.
+
+        Args:
+            num_blocks: Number of blocks.
+
+        Yields:
+            The blocks in order.
+
+        Raises:
+            ValueError: If a block is missing or damaged.
+        """
+        self._block_digests.clear()
         for index in range(num_blocks):
             result = self.load(index)
             if result is None:
-                raise ValueError(f"Expected a whole block in '{self._path(index)}', but it is missing or damaged.")
+                raise ValueError(
+                    f"Expected a complete block in '{self._block_path(index)}', but it is missing or damaged."
+                )
             yield result
 
-    def stored_masks(self, block_index: int, result: BlockResult) -> dict[str, Tensor]:
-        """The masks of a block, left in its file.
+    def stored_masks(self, report: PruneReport) -> dict[str, Tensor]:
+        """List the masks of a complete pruning without keeping them in memory.
 
         Args:
-            block_index: The position of the block.
-            result: The block.
+            report: The report of all blocks.
 
         Returns:
-            Stored tensors, by parameter name relative to the block.
+            Masks by full parameter name, True where a weight is kept, as tensors that are read from the block files
+            when they are needed (`wandazeta.models.streaming`).
+
+        Raises:
+            ValueError: If a block is missing or damaged.
         """
-        path = self._path(block_index)
         return {
-            name: store(torch.empty_like(mask, device="meta"), Stored(path, f"mask:{name}"))
+            f"{record.name}.{name}": back_by_file(
+                torch.empty_like(mask, device="meta"), StoredTensor(self._block_path(record.index), f"mask:{name}")
+            )
+            for record, result in zip(report.blocks, self.results(len(report.blocks)), strict=True)
             for name, mask in result.masks.items()
         }
 
-    def lend_weights(self, blocks: nn.ModuleList, report: PruneReport) -> None:
-        """Lets the stored weights of a model be read from a complete pruning, no longer from the dense model's files.
+    def redirect_stored_weights(self, blocks: nn.ModuleList, report: PruneReport) -> None:
+        """Make the weights of a streamed model be read from the block files instead of the dense model's files.
 
         Args:
-            blocks: The decoder blocks; weights in memory are left alone.
+            blocks: The blocks of the model; weights in memory are left alone.
             report: The report of all blocks.
         """
         for block, record in zip(blocks, report.blocks, strict=True):
             parameters = dict(block.named_parameters())
             for layer in record.layers:
-                if is_stored(parameters[layer.name]):
-                    store(parameters[layer.name], Stored(self._path(record.index), f"weight:{layer.name}"))
+                if is_file_backed(parameters[layer.name]):
+                    stored = StoredTensor(self._block_path(record.index), f"weight:{layer.name}")
+                    back_by_file(parameters[layer.name], stored)
 
     def load_into(self, blocks: nn.ModuleList) -> bool:
-        """Puts a complete pruning into a model; stored weights are left to `lend_weights`.
+        """Load a complete pruning into the weights of a dense model.
 
         Args:
-            blocks: The decoder blocks of the dense model.
+            blocks: The blocks of the model. Weights of a streamed model are left alone; see
+                `redirect_stored_weights`.
 
         Returns:
-            False, with the model untouched, if the pruning is not complete and whole.
+            False if the pruning is incomplete or damaged; the model is unchanged then.
         """
         try:
-            marker = json.loads((self.directory / "complete.json").read_bytes())
-            # twice over the files, so that a damaged one is found before the first weight is changed
+            mark = json.loads(self._complete_path.read_bytes())
+            # all files are read twice, so that a damaged one is found before the first weight is changed
             for _ in self.results(len(blocks)):
                 pass
         except (OSError, ValueError):
             return False
-        if marker != {"key": self._key, "num_blocks": len(blocks), "last": self._chain[len(blocks) - 1]}:
+        if mark != self._completion_mark(len(blocks)):
             return False
-        if all(is_stored(parameter) for parameter in blocks.parameters()):
+        if all(is_file_backed(parameter) for parameter in blocks.parameters()):
             return True
         for block, result in zip(blocks, self.results(len(blocks)), strict=True):
             parameters = dict(block.named_parameters())
@@ -286,7 +335,7 @@ class ProgressFolder:
 
 
 def _digest(tensors: dict[str, Tensor], note: dict[str, Any]) -> str:
-    """Hashes the contents of a block file and what it was made from."""
+    """Hash the tensors of a block file, its record, its key and the digest of the block before it."""
     digest = hashlib.sha256(json.dumps([note["key"], note["previous"], note["record"]], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name}={digest_tensor(tensors[name])};".encode())

@@ -1,4 +1,4 @@
-"""What decides the result of a pruning, as hashes that can be compared and named."""
+"""Key of a pruning: hashes of everything that decides its result, which can be compared part by part."""
 
 import hashlib
 import json
@@ -8,19 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from wandazeta.models.streaming import whole
+from wandazeta.models.streaming import materialize
 from wandazeta.pruning.calibration import leaves
 from wandazeta.utilities.hashing import digest_tensor
+
+__all__ = ["PruneKey", "digest_batches", "digest_model"]
 
 _PARTS = ("options", "model", "calibration", "environment")
 
 
 @dataclass(frozen=True)
 class PruneKey:
-    """Everything that decides the result of a pruning, in parts so that a refusal can name the difference.
+    """Everything that decides the result of a pruning, in parts, so that an error message can name the difference.
 
     Args:
-        options: The pruning options, and the name of the block list.
+        options: The pruning options, and the name of the list of blocks.
         model: A digest of every tensor that the calibration forward reads, by name.
         calibration: The number of samples and a digest of their contents.
         environment: Versions of the software, and the kind of device.
@@ -37,61 +39,59 @@ class PruneKey:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the parts as plain dictionaries, as JSON would give them back."""
+        """The parts as plain dictionaries, equal to what reading them from JSON returns."""
         parts = {name: getattr(self, name) for name in _PARTS}
         return json.loads(json.dumps(parts))
 
     @classmethod
     def from_dict(cls, parts: dict[str, Any]) -> "PruneKey":
-        """Rebuilds a key from `to_dict`.
-
-        Args:
-            parts: What `to_dict` returned.
-        """
+        """Build a key from the dictionary that `to_dict` returned."""
         return cls(**{name: parts[name] for name in _PARTS})
 
     def difference(self, found: "PruneKey", parts: Iterable[str]) -> str | None:
-        """Names what differs, `found` (the folder) against this key (the run).
+        """Describe how another key differs from this one.
 
         Args:
-            found: The key that a folder was made with.
+            found: The other key, such as that of a progress folder ("there"); this key is that of the run ("here").
             parts: The parts to compare.
 
         Returns:
-            A phrase for an error message, or `None` if the parts are equal.
+            A phrase for an error message, or None if the parts are equal.
         """
         mine, theirs = self.to_dict(), found.to_dict()
         phrases = []
         for part in parts:
-            names = [
-                name for name in sorted({*mine[part], *theirs[part]}) if mine[part].get(name) != theirs[part].get(name)
-            ]
+            here, there = mine[part], theirs[part]
+            names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
             if not names:
                 continue
             if part == "model":
-                phrases.append(f"{len(names)} of {len(mine[part])} model tensors, first `{names[0]}`")
+                phrases.append(f"{len(names)} of {len(here)} model tensors, first `{names[0]}`")
             elif part == "calibration":
                 phrases.append(f"the calibration data ({', '.join(names)})")
             else:
-                phrases += [f"`{name}` ({theirs[part].get(name)} there, {mine[part].get(name)} here)" for name in names]
+                phrases += [f"`{name}` ({there.get(name)} there, {here.get(name)} here)" for name in names]
         return ", ".join(phrases) or None
 
 
 def digest_model(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Digests each tensor by name, sorted.
+    """Hash every tensor of a model.
 
     Args:
-        tensors: Parameters and buffers; those that are stored are read one at a time.
+        tensors: Parameters and buffers by name; those stored in files are read one at a time.
+
+    Returns:
+        Hashes by name, sorted by name.
     """
-    return {name: digest_tensor(whole(tensors[name])) for name in sorted(tensors)}
+    return {name: digest_tensor(materialize(tensors[name])) for name in sorted(tensors)}
 
 
 def digest_batches(batches: list[Any], token_mask: Callable[[Any], Tensor | None]) -> str:
-    """Hashes calibration batches: their tensors, plain values and token masks, in order.
+    """Hash calibration batches: their tensors, plain values and token masks, in order.
 
     Args:
-        batches: What `collect_batches` returned.
-        token_mask: The function that marks the tokens that count.
+        batches: The batches.
+        token_mask: Returns the mask of the tokens of a batch that are not padding, or None.
 
     Returns:
         A hexadecimal SHA-256, cut to 32 digits.

@@ -1,1 +1,1 @@
-"""The report of a pruning as tables, pictures and an HTML page."""
+"""The report of a pruning as table, charts and an HTML page."""

@@ -1,6 +1,6 @@
-"""The report of a pruning as a page to look at: one HTML file that needs nothing else.
+"""The report of a pruning as a self-contained HTML page.
 
-`python -m wandazeta.pruning.report.page report.json` makes it from the report in a progress folder, or from the
+`python -m wandazeta.pruning.report.page report.json` writes the page of the report in a progress folder, or of the
 `prune_report.json` of an exported model.
 """
 
@@ -14,11 +14,13 @@ from statistics import median
 from typing import Any
 
 from wandazeta.pruning.records import PruneReport
-from wandazeta.pruning.report import pictures
+from wandazeta.pruning.report import charts
 from wandazeta.utilities.files import write_atomically
 
+__all__ = ["write_page"]
+
 _METHODS = {
-    "magnitude": "By magnitude",
+    "magnitude": "Magnitude pruning",
     "wanda": "Wanda",
     "rgs": "RGS (regional gradients)",
     "ro": "RO (Wanda's score and regional optimisation)",
@@ -34,16 +36,17 @@ def write_page(
     *,
     model: str | None = None,
 ) -> None:
-    """Writes the report as an HTML page, which holds its style and pictures and refers to nothing outside.
+    """Write a report as an HTML page that holds its style and charts, and loads nothing from elsewhere.
 
     Args:
-        report: What `prune_model` returned.
+        report: The report of the pruning.
         path: The file to write.
-        perplexities: Perplexities to show as bars, by the name of what has them, in order.
-        model: The model's name, for the headline; the name of the list of blocks stands for it otherwise.
+        perplexities: Perplexities for a bar chart, by model name, in the order of the bars.
+        model: Name of the model for the headline; by default that of the list of blocks.
 
     Raises:
         ValueError: If a perplexity is not a number larger than 0.
+        OSError: If the file cannot be written.
         ModuleNotFoundError: If matplotlib or jinja2 is not installed.
     """
     perplexities = dict(perplexities or {})
@@ -58,12 +61,12 @@ def write_page(
 
 def _render(report: PruneReport, perplexities: dict[str, float], model: str | None) -> str:
     try:
-        import matplotlib  # noqa: F401 - missed here and not in the middle of a picture
+        import matplotlib  # noqa: F401 (if it is missing, fail here)
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The report as a page needs {error.name}; run `pip install 'wandazeta[report]'`", name=error.name
+            f"The HTML report needs {error.name}; run `pip install 'wandazeta[report]'`", name=error.name
         ) from error
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -77,71 +80,67 @@ def _render(report: PruneReport, perplexities: dict[str, float], model: str | No
         "percent": "{:.1%}".format,
     }
     patterns = sorted({layer.pattern for block in report.blocks for layer in block.layers})
-    num_weights = sum(block.num_weights for block in report.blocks)
-    drawn = {name: Markup(svg) for name, svg in _pictures(report, perplexities).items()}
+    drawn = {name: Markup(svg) for name, svg in _charts(report, perplexities).items()}
     return environment.get_template("page.html").render(
         report=report,
         model=model,
-        num_layers=sum(len(block.layers) for block in report.blocks),
-        num_weights=num_weights,
         patterns=patterns,
         pattern_words=_pattern_words(patterns),
         lead=_lead(report),
         loss_words=_loss_words(report),
         memory_unit=_memory_unit(report.peak_memory)[0],
-        logarithmic=bool(perplexities) and pictures.is_logarithmic(list(perplexities.values())),
-        pictures={name: drawn.get(name) for name in ("waffle", "zeros", "losses", "perplexities", "seconds", "memory")},
+        logarithmic=bool(perplexities) and charts.is_logarithmic(list(perplexities.values())),
+        charts={name: drawn.get(name) for name in ("waffle", "zeros", "losses", "perplexities", "seconds", "memory")},
     )
 
 
-def _pictures(report: PruneReport, perplexities: dict[str, float]) -> dict[str, str]:
-    drawn = {"waffle": pictures.waffle(report.sparsity)}
+def _charts(report: PruneReport, perplexities: dict[str, float]) -> dict[str, str]:
+    drawn = {"waffle": charts.waffle(report.sparsity)}
     if perplexities:
-        drawn["perplexities"] = pictures.perplexity_bars(perplexities)
+        drawn["perplexities"] = charts.perplexity_bars(perplexities)
     if not any(block.layers for block in report.blocks):
         return drawn
     unit, size = _memory_unit(report.peak_memory)
     peaks = [block.peak_memory / size for block in report.blocks]
-    drawn["zeros"] = pictures.sparsity_map(report.blocks)
-    drawn["seconds"] = pictures.block_bars(report.blocks, [block.seconds for block in report.blocks], "seconds", "s")
-    drawn["memory"] = pictures.block_bars(report.blocks, peaks, "memory", unit)
-    if pictures.measured_losses(report.blocks):
-        drawn["losses"] = pictures.losses(report.blocks)
+    drawn["zeros"] = charts.sparsity_map(report.blocks)
+    drawn["seconds"] = charts.block_bars(report.blocks, [block.seconds for block in report.blocks], "seconds", "s")
+    drawn["memory"] = charts.block_bars(report.blocks, peaks, "memory", unit)
+    if charts.measured_losses(report.blocks):
+        drawn["losses"] = charts.losses(report.blocks)
     return drawn
 
 
 def _lead(report: PruneReport) -> str:
-    """The whole run in two sentences."""
-    method = str(report.options.get("method", "?"))
+    """The introduction: method, duration and calibration data."""
     words = (
-        f"{_METHODS.get(method, method)} pruned the Linear layers of {len(report.blocks):,} blocks in "
-        f"{_duration(report.seconds)}"
+        f"{_METHODS.get(report.method_name, report.method_name)} pruned the Linear layers of {len(report.blocks):,} "
+        f"blocks in {_duration(report.seconds)}"
     )
     if not report.num_samples:
         return f"{words}, without calibration data."
-    return f"{words}, calibrated on {report.num_samples:,} samples with {report.num_tokens:,} tokens in all."
+    return f"{words}, calibrated on {report.num_samples:,} samples with {report.num_tokens:,} tokens in total."
 
 
 def _pattern_words(patterns: list[str]) -> str:
     if len(patterns) != 1:
-        return "by layer"
+        return "differs by layer"
     kept, colon, size = patterns[0].partition(":")
-    return f"of every {size} consecutive inputs, {kept} kept" if colon else "of each row"
+    return f"{kept} of every {size} consecutive inputs are kept" if colon else "of each row are pruned"
 
 
 def _loss_words(report: PruneReport) -> str:
     words = "Mean squared error of the block's output against its target."
-    pairs = [pair for pair in pictures.measured_losses(report.blocks).values() if pair[0] > 0]
+    pairs = [pair for pair in charts.measured_losses(report.blocks).values() if pair[0] > 0]
     if not pairs:
         return words
     left = median(after / before for before, after in pairs)
     if all(before == after for before, after in pairs):
-        words += " This method does not optimise, so both are the same."
+        words += " This method does not optimise the block, so both values are equal."
     elif left < 1:
-        words += f" In the median block the optimisation took {1 - left:.0%} of it away."
+        words += f" In the median block the optimisation reduced it by {1 - left:.0%}."
     else:
-        words += f" In the median block it is {left:.3g} times what it was: the optimisation did not help."
-    if pictures.is_logarithmic([loss for pair in pairs for loss in pair]):
+        words += f" In the median block it is {left:.3g} times the value before: the optimisation did not help."
+    if charts.is_logarithmic([loss for pair in pairs for loss in pair]):
         words += " Logarithmic scale."
     return words
 
@@ -184,14 +183,14 @@ def _read(path: Path) -> PruneReport:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Writes the page of a report from the command line.
+    """Write the page of a report from the command line.
 
     Args:
         args: The arguments; those of the process by default.
     """
     parser = argparse.ArgumentParser(prog="python -m wandazeta.pruning.report.page", description=__doc__)
     parser.add_argument("report", type=Path, help="report.json or prune_report.json")
-    parser.add_argument("-o", "--output", type=Path, help="the page to write; default: beside the report, as .html")
+    parser.add_argument("-o", "--output", type=Path, help="file to write; by default beside the report, as .html")
     parser.add_argument("--model", help="name of the model, for the headline")
     parser.add_argument(
         "--perplexity",
@@ -199,7 +198,7 @@ def main(args: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a bar to show; may be given more than once",
+        help="perplexity to show as a bar; may be repeated",
     )
     chosen = parser.parse_args(args)
     output = chosen.output or chosen.report.with_suffix(".html")

@@ -205,7 +205,7 @@ def test_damage_and_other_versions_are_told(tmp_path):
     path = write_packed(tmp_path / "model")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="to be a whole safetensors file"):
+    with pytest.raises(ValueError, match="to be a complete safetensors file"):
         load_packed(path)
     note = json.dumps({"version": 2, "pattern": "2:4", "weights": {}})
     save_file({"a": torch.ones(1)}, path, metadata={"wandazeta": note})
@@ -220,8 +220,8 @@ def test_a_target_that_cannot_be_filled_is_refused(tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for source, target, message in (
         ("model", "full", "new or empty folder"),
-        ("model", "model", "lie apart from the source"),
-        ("model", "model/extra/plain", "lie apart from the source"),
+        ("model", "model", "to be a folder outside the source"),
+        ("model", "model/extra/plain", "to be a folder outside the source"),
         ("model/sparsity/model.2of4.safetensors", "new", "`source` to be a directory"),
         ("full", "new", r"model\.2of4\.safetensors' to be a file"),
     ):

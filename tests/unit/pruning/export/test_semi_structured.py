@@ -24,15 +24,18 @@ def model(dtype=torch.bfloat16, sparse=("0", "2"), shapes=((64, 128), (128, 128)
     ("layers", "reasons"),
     [
         (model(), ("2 on the CPU", "1 not 2:4")),
-        (model(torch.float32), ("2 in float32, not in 16 bit", "1 not 2:4")),
+        (model(torch.float32), ("2 in float32, not in 16-bit precision", "1 not 2:4")),
         (model(sparse=()), ("3 not 2:4",)),
-        (model(shapes=((32, 128), (48, 48), (64, 48))), ("2 of a shape that is no multiple of 32 by 64", "1 not 2:4")),
+        (
+            model(shapes=((32, 128), (48, 48), (64, 48))),
+            ("2 of a shape that is not a multiple of 32 by 64", "1 not 2:4"),
+        ),
         (nn.Embedding(2, 2), ("there are no Linear layers",)),
     ],
 )
 def test_where_nothing_is_gained_it_says_why_and_changes_nothing(layers, reasons):
     before = copy.deepcopy(layers.state_dict())
-    with pytest.raises(ValueError, match="sparse kernels can run, but got none") as caught:
+    with pytest.raises(ValueError, match="sparse kernels support, but got none") as caught:
         to_semi_structured(layers)
     for reason in reasons:
         assert reason in str(caught.value)

@@ -70,11 +70,11 @@ def test_every_block_and_layer_is_there(tmp_path):
         "Wanda++ (regional gradients and regional optimisation)",
         "calibrated on 4 samples with 40 tokens",
         f"{round(report.sparsity * 7680):,} of 7,680 weights",
-        "of every 4 consecutive inputs, 2 kept",
+        "2 of every 4 consecutive inputs are kept",
         "18.0 s",
         "1 GiB",
         report.gain,
-        "took 50% of it away",
+        "reduced it by 50%",
     ):
         assert words in page.text
     for name, value in report.options.items():
@@ -135,8 +135,8 @@ def test_what_was_not_measured_is_not_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("losses", "words"),
     [
-        ((0.5, 0.5), "does not optimise"),
-        ((0.5, 0.75), "1.5 times what it was: the optimisation did not help"),
+        ((0.5, 0.5), "does not optimise the block"),
+        ((0.5, 0.75), "1.5 times the value before: the optimisation did not help"),
         ((0.0, 0.0), "Mean squared error"),
     ],
 )

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from wandazeta.utilities.random_streams import MAX_QUERIES, stream
 from wandazeta.zeroth_order import direction, directions_of_step, rademacher
-from wandazeta.zeroth_order.directions import MAX_QUERIES, stream
 
 both = pytest.mark.parametrize("draw", [direction, rademacher])
 

@@ -7,9 +7,19 @@ from helpers.zo_run import train
 from lightning.pytorch import Callback
 
 from wandazeta.adapters import TensorTrainAdapters, Weights
+from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import ZerothOrderModule
-from wandazeta.modules.zo_options import EPSILON
-from wandazeta.zeroth_order import ConstantSchedule, RAdaZOUpdate, VarianceSchedule, direction, rademacher
+from wandazeta.zeroth_order import (
+    DEFAULT_EPSILON,
+    ConstantSchedule,
+    ForwardMode,
+    OneSided,
+    RAdaZOUpdate,
+    TwoSided,
+    VarianceSchedule,
+    direction,
+    rademacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +28,24 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("estimator", "forward_mode"), ("directions", "rademacher"), ("aggregation", "align")]
+    ("name", "value", "estimator"),
+    [
+        ("estimator", "ForwardMode", ForwardMode()),
+        ("directions", "rademacher", TwoSided(directions="rademacher")),
+        ("aggregation", "align", OneSided(aggregation="align")),
+    ],
 )
-def test_what_needs_whole_directions_is_refused_for_the_models_own_weights(model_dir, name, value):
-    with pytest.raises(ValueError, match=rf"`{name}` to be .* where `Weights` are trained, but got '{value}'"):
-        ZerothOrderModule(str(model_dir), trainable=Weights(), **{name: value})
+def test_what_needs_whole_directions_is_refused_for_the_models_own_weights(model_dir, name, value, estimator):
+    with pytest.raises(ValueError, match=rf"`{name}` to be .* if `Weights` are trained, but got '{value}'"):
+        ZerothOrderModule(str(model_dir), trainable=Weights(), estimator=estimator)
 
 
 def loss_and_start(model_dir, recorder, seed):
     """The loss of the first step's batch as a function of the adapters, by the plain model, and their start."""
     module = ZerothOrderModule(
-        str(model_dir), trainable=TensorTrainAdapters(2, 8, identity_start=False), prefix_cache=False, seed=seed
+        str(model_dir), trainable=TensorTrainAdapters(2, 8, identity_start=False), prefix_cache_gib=0, seed=seed
     )
-    module._insert_adapters()
+    module.setup("test")
     pool = classification_batch(20)
     rows = torch.tensor(recorder.steps[1]["batch"]).view(4, -1)
     places = [int((pool["input_ids"] == row).all(1).nonzero()) for row in rows]
@@ -39,10 +54,10 @@ def loss_and_start(model_dir, recorder, seed):
 
 
 def test_one_sided_step_is_the_update_written_out(model_dir, tmp_path):
-    options = {"estimator": "one_sided", "directions": "rademacher", "aggregation": "align", "seed": 5}
+    options = {"estimator": OneSided(directions="rademacher", aggregation="align"), "seed": 5}
     trainer, module, recorder = train(model_dir, tmp_path, steps=1, queries=3, **options)
     loss, theta = loss_and_start(model_dir, recorder, 5)
-    epsilon = EPSILON[torch.float32]
+    epsilon = DEFAULT_EPSILON[torch.float32]
     z = torch.stack([rademacher(5, 0, query, len(theta)) for query in range(3)])
     with torch.no_grad():
         base = loss(theta)
@@ -55,7 +70,7 @@ def test_one_sided_step_is_the_update_written_out(model_dir, tmp_path):
 
 
 def test_forward_mode_step_follows_the_gradient_of_autograd(model_dir, tmp_path):
-    options = {"estimator": "forward_mode", "aggregation": "fzoo", "seed": 5}
+    options = {"estimator": ForwardMode(aggregation="fzoo"), "seed": 5}
     trainer, module, recorder = train(model_dir, tmp_path, steps=1, queries=3, **options)
     loss, theta = loss_and_start(model_dir, recorder, 5)
     theta.requires_grad_()
@@ -79,7 +94,7 @@ def test_variance_schedule_follows_the_slopes(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "per_step"), [("two_sided", 6), ("one_sided", 4), ("forward_mode", 6)], ids=lambda v: str(v)
+    ("estimator", "per_step"), [(TwoSided(), 6), (OneSided(), 4), (ForwardMode(), 6)], ids=lambda v: str(v)
 )
 def test_budget_is_never_exceeded_and_kept_by_a_resumed_run(model_dir, tmp_path, estimator, per_step):
     options = {"estimator": estimator, "max_forwards": 4 * per_step - 1, "save_every": 1}
@@ -120,17 +135,17 @@ class SpoilAll(Callback):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "only"), [("two_sided", None), ("one_sided", None), ("one_sided", 0), ("forward_mode", None)]
+    ("estimator", "only"), [(TwoSided(), None), (OneSided(), None), (OneSided(), 0), (ForwardMode(), None)], ids=str
 )
 def test_a_step_without_finite_query_changes_nothing(model_dir, tmp_path, estimator, only):
-    options = {"update": RAdaZOUpdate(), "schedule": VarianceSchedule(2, 6, window=2), "weight_decay": 0.1}
+    options = {"update": RAdaZOUpdate(weight_decay=0.1), "schedule": VarianceSchedule(2, 6, window=2)}
     options |= {"estimator": estimator, "adapter_layers": "last:1"}
     seen = []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, module, *_):
-            bank = module.adapters
-            seen.append([t.clone() for t in (bank.theta, bank.update_states, bank.schedule_states)])
+            vector = module.adapters
+            seen.append([t.clone() for t in (vector.theta, vector.update_states, vector.schedule_states)])
 
     spoil = SpoilAll({2, 3}, only)
     _, module, _ = train(model_dir, tmp_path, steps=5, callbacks=[Watch(), spoil], **options)
@@ -142,7 +157,7 @@ def test_a_step_without_finite_query_changes_nothing(model_dir, tmp_path, estima
 
 def test_steps_that_stay_without_a_finite_base_end_the_run(model_dir, tmp_path):
     with pytest.raises(ValueError, match="Expected finite losses, but for 10 steps"):
-        train(model_dir, tmp_path, steps=15, estimator="one_sided", callbacks=[SpoilAll(set(range(3, 15)), 0)])
+        train(model_dir, tmp_path, steps=15, estimator=OneSided(), callbacks=[SpoilAll(set(range(3, 15)), 0)])
 
 
 def test_moments_are_corrected_for_updates_not_for_steps(model_dir, tmp_path):
@@ -150,7 +165,7 @@ def test_moments_are_corrected_for_updates_not_for_steps(model_dir, tmp_path):
     rates = []
     for spoiled in (set(), {0, 1, 2}):
         start = ZerothOrderModule(str(model_dir), trainable=TensorTrainAdapters(2, 8, identity_start=False))
-        start._insert_adapters()
+        start.setup("test")
         steps = len(spoiled) + 1
         options = {"update": RAdaZOUpdate(), "callbacks": [SpoilAll(spoiled)], "adapter_layers": "all"}
         _, module, _ = train(model_dir, tmp_path, steps=steps, **options)
@@ -162,13 +177,10 @@ def test_moments_are_corrected_for_updates_not_for_steps(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
-        ("estimator", {"estimator": "three_sided"}),
-        ("directions", {"directions": "uniform"}),
-        ("aggregation", {"aggregation": "median"}),
-        ("epsilon", {"epsilon": -1e-3}),
-        ("schedule", {"aggregation": "fzoo", "schedule": ConstantSchedule(1)}),
+        ("estimator", {"estimator": "two_sided"}),
+        ("schedule", {"estimator": TwoSided(aggregation="fzoo"), "schedule": ConstantSchedule(1)}),
         ("max_forwards", {"schedule": ConstantSchedule(4), "max_forwards": 7}),
-        ("max_forwards", {"schedule": ConstantSchedule(4), "estimator": "one_sided", "max_forwards": 4}),
+        ("max_forwards", {"schedule": ConstantSchedule(4), "estimator": OneSided(), "max_forwards": 4}),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(argument, options):
@@ -176,6 +188,6 @@ def test_bad_options_are_refused_before_the_model_is_loaded(argument, options):
         ZerothOrderModule("nowhere/at/all", **options)
 
 
-def test_epsilon_without_effect_warns(model_dir):
-    with pytest.warns(UserWarning, match="no effect"):
-        ZerothOrderModule(str(model_dir), estimator="forward_mode", epsilon=1e-3)
+def test_weights_of_a_file_that_are_streamed_cannot_be_trained():
+    with pytest.raises(ValueError, match="`stream_weights` to be false for ZerothOrderModule"):
+        ZerothOrderModule("nowhere/at/all", LoadingOptions(stream_weights=True))

@@ -1,4 +1,4 @@
-"""Random directions that can be drawn again at any time from (seed, step, query)."""
+"""Random directions that are drawn again from (seed, step, query) whenever they are needed, and never stored."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -8,34 +8,45 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+__all__ = [
+    "DISTRIBUTIONS",
+    "MAX_QUERIES",
+    "Direction",
+    "Directions",
+    "direction",
+    "directions_of_step",
+    "rademacher",
+    "stream",
+]
+
 Directions = Callable[[int], Tensor]
-"""The directions of one step: maps a query to its `(d,)`, in the type and on the device of the trained vector."""
+"""The directions of one step: maps a query to its direction `(d,)`, with the dtype and device of the trained vector."""
 
 MAX_QUERIES = 1 << 10
-"""Queries a step may have; with it, 2**22 steps pass before a direction comes round again."""
+"""Upper bound of the queries of a step. With it, no direction repeats within 2**22 steps."""
 
 
 class Direction(Protocol):
     """Draws the direction of one query: the same arguments give the same bits, on every rank and device."""
 
     def __call__(self, seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-        """Direction of shape `(numel,)` in fp32."""
+        """Return a direction of shape `(numel,)` in fp32."""
 
 
 def direction(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the Gaussian direction of one query.
 
-    Drawn by a CPU generator of its own, so the bits do not depend on the device and the global RNG is neither read nor
-    moved. The CPU generator uses only the low 32 bits of a seed, and hashes of 32 bits would collide after some ten
-    thousand directions: so (step, query) is mapped by a permutation of the 32-bit integers that `seed` chooses, and no
-    two directions of the first 2**22 steps are the same.
+    A CPU generator of its own draws it, so the bits do not depend on the device, and the global RNG is neither read nor
+    advanced. The CPU generator uses only the low 32 bits of a seed, and 32-bit hashes would collide after some ten
+    thousand directions. So (step, query) is mapped by a permutation of the 32-bit integers that depends on `seed`, and
+    all directions of the first 2**22 steps are different.
 
     Args:
         seed: Base seed of the run.
         step: Global step, from 0.
         query: Index of the query within the step, from 0, over all ranks.
         numel: Length of the direction.
-        device: Where to put it.
+        device: Device of the result.
 
     Returns:
         A vector of `numel` standard normal values in fp32.
@@ -50,8 +61,8 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
 def rademacher(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the direction of one query with entries of -1 and 1 (as FZOO does, arXiv 2506.09034).
 
-    Its length is the square root of `numel` exactly, where a Gaussian direction's varies. Arguments and errors are
-    those of `direction`; what comes back are `numel` signs in fp32.
+    Its length is exactly the square root of `numel`; that of a Gaussian direction varies. Arguments and errors are
+    those of `direction`; the result holds `numel` signs in fp32.
     """
     generator = torch.Generator().manual_seed(stream(seed, step, query))
     return torch.randint(2, (numel,), generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(device)
@@ -61,13 +72,13 @@ DISTRIBUTIONS: dict[str, Direction] = {"gaussian": direction, "rademacher": rade
 
 
 def directions_of_step(theta: Tensor, seed: int, step: int, draw: Direction = direction) -> Directions:
-    """Return what draws the directions of one step, again at every call.
+    """Return a function that draws the directions of one step, anew at every call.
 
     Args:
         theta: The trained vector, shape `(d,)`.
         seed: Base seed of the run.
         step: Global step, from 0.
-        draw: Their distribution.
+        draw: Distribution of the directions.
     """
 
     def of_query(query: int) -> Tensor:
@@ -77,7 +88,11 @@ def directions_of_step(theta: Tensor, seed: int, step: int, draw: Direction = di
 
 
 def stream(seed: int, step: int, query: int) -> int:
-    """32-bit seed of one (step, query): unique for `step < 2**22`."""
+    """Return a 32-bit seed for one (step, query), unique for `step < 2**22`.
+
+    Raises:
+        ValueError: If `query` is not below 1024 or `step` is negative.
+    """
     if not 0 <= query < MAX_QUERIES:
         raise ValueError(f"Expected argument `query` to be in [0, {MAX_QUERIES}), but got {query}.")
     if step < 0:

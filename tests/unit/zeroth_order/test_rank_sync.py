@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from wandazeta.modules.exchange import Exchange, checksum
-from wandazeta.zeroth_order import Evaluations
+from wandazeta.zeroth_order import Evaluations, RankSync
+from wandazeta.zeroth_order.rank_sync import checksum
 
 
 class Ranks:
@@ -10,27 +10,22 @@ class Ranks:
 
     def __init__(self, size, parallel="queries", lockstep=False):
         self.sent = []
-        self.exchanges = [self._exchange(rank, size, parallel, lockstep) for rank in range(size)]
+        self.syncs = [RankSync(size, rank, self.reduce, parallel, lockstep) for rank in range(size)]
 
-    def _exchange(self, rank, size, parallel, lockstep):
-        trainer = type("Trainer", (), {"strategy": self, "world_size": size, "global_rank": rank})
-        return Exchange(trainer, parallel, lockstep)
-
-    def reduce(self, vector, reduce_op):
-        assert reduce_op == "sum"
+    def reduce(self, vector):
         self.sent.append(vector)
         return torch.stack(self.sent).sum(0)
 
     def gather(self, values, thetas, batches):
         """Return what the last rank sees, whose turn it is when all have sent."""
         (_, num_points), result = values[0].shape, None
-        for exchange, mine, theta, batch in zip(self.exchanges, values, thetas, batches, strict=True):
-            points = exchange.share(num_points)
+        for sync, mine, theta, batch in zip(self.syncs, values, thetas, batches, strict=True):
+            points = sync.local_points(num_points)
             # the others look at sums that are not complete
-            exchange._require_agreement, check = lambda *_: None, exchange._require_agreement
-            if exchange is self.exchanges[-1]:
-                exchange._require_agreement = check
-            result = exchange.gather(Evaluations(mine[:, points], tuple(points), 1), num_points, theta, batch)
+            sync._require_agreement, check = lambda *_: None, sync._require_agreement
+            if sync is self.syncs[-1]:
+                sync._require_agreement = check
+            result = sync.gather(Evaluations(mine[:, points], tuple(points), 1), num_points, theta, batch)
         return result
 
 
@@ -43,7 +38,7 @@ BATCH = torch.arange(24).view(4, 6)
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_points_come_together_bit_for_bit(size, lockstep):
     ranks = Ranks(size, lockstep=lockstep)
-    shares = [exchange.share(7) for exchange in ranks.exchanges]
+    shares = [sync.local_points(7) for sync in ranks.syncs]
     assert {point for share in shares for point in share} == set(range(7))
     if lockstep:
         assert len({len(share) for share in shares}) == 1

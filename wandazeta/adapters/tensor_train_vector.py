@@ -1,42 +1,40 @@
-"""Which slice of a flat vector is which core of which adapter, and what is applied once they are merged.
+"""Tensor-train adapters of a model in one flat vector.
 
-Legend: P perturbed copies of the vector, S sites of one shape, D features, r rank, H bottleneck.
+Legend: P perturbed copies of the vector, S sites of one width, D features, r rank, H bottleneck.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.tensor_train import TTShape, init_cores, tt_matrices
 
 
-class Matrices(Protocol):
-    """One site's adapter, ready to be applied."""
+@dataclass(frozen=True)
+class Site:
+    """Place of one adapter.
 
-    def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """Apply it to activations `(…, D)`, viewed as `(*rows, D)`: one share of rows for each copy, or all at once."""
+    Args:
+        block: Index of the decoder or encoder block.
+        name: Name of the adapted module inside its block, such as `mlp.up_proj`.
+        position: `before` adapts the module's input, `after` its output.
+        width: Number of features there.
+    """
 
-
-class Layout(Protocol):
-    """Which slice of the flat vector is what."""
-
-    num_parameters: int
-
-    def merge(self, theta: Tensor) -> Sequence[Matrices]:
-        """Adapters of all sites from vectors `(…, num_parameters)`."""
-
-    def merge_site(self, theta: Tensor, site: int) -> Matrices:
-        """Adapter of one site."""
-
-    def bias_slices(self) -> list[slice]:
-        """Slices of the vector that hold biases."""
+    block: int
+    name: str
+    position: str
+    width: int
 
 
 class AdapterMatrices(NamedTuple):
-    """One site's merged adapter: `x + (relu(x A_down B_down + b_down) A_up B_up + b_up)`, with or without leading P."""
+    """Merged adapter of one site, `x + relu(x A_down B_down + b_down) A_up B_up + b_up`, with or without leading P."""
 
     down_A: Tensor
     down_B: Tensor
@@ -46,7 +44,7 @@ class AdapterMatrices(NamedTuple):
     up_bias: Tensor
 
     def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """Adapt activations `(…, D)`; shape and dtype stay as they are."""
+        """Adapt activations `(…, D)` and return them in the same shape and dtype."""
         x_ND = x.reshape(*rows, x.shape[-1]).to(self.down_A.dtype)
         # in place, as fresh activation-sized tensors cost more than the arithmetic on them
         h_NH = (x_ND @ self.down_A @ self.down_B).add_(self.down_bias).relu_()
@@ -54,7 +52,7 @@ class AdapterMatrices(NamedTuple):
 
 
 class _Group:
-    """The sites of one width: their cores lie side by side in the vector, so slices stack them without a copy."""
+    """The sites of one width: their cores are adjacent in the vector, so slices stack them without a copy."""
 
     def __init__(self, sites: list[int], down: TTShape, offset: int) -> None:
         self.sites = sites
@@ -69,7 +67,7 @@ class _Group:
         self.end = offset
 
     def merge(self, theta: Tensor, only: int | None = None) -> list[AdapterMatrices]:
-        """Contract the cores of all these sites at once, or of the `only`-th."""
+        """Contract the cores of all these sites at once, or of the one with index `only`."""
         stacked: list[Tensor] = []
         for shape, slices in self.layers:
             views = [theta[..., where].unflatten(-1, size) for where, size in slices]
@@ -80,7 +78,7 @@ class _Group:
 
 
 class AdapterLayout:
-    """Which slice of the flat vector is which core; plain arithmetic, no tensors.
+    """Positions of the tensor-train cores in the flat vector.
 
     Args:
         widths: Width of every site, in the order of the sites.
@@ -108,7 +106,7 @@ class AdapterLayout:
         self.num_parameters = offset
 
     def bias_slices(self) -> list[slice]:
-        """Slices of the vector that hold biases."""
+        """Return the slices of the vector that hold biases."""
         return [slices[-1][0] for group in self.groups for _, slices in group.layers]
 
     def merge(self, theta: Tensor) -> list[AdapterMatrices]:
@@ -125,7 +123,7 @@ class AdapterLayout:
         return group.merge(theta, group.sites.index(site))[0]
 
     def initial(self, identity_start: bool, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Initial vector; with `identity_start` the last core of every `up` is zero and the model unchanged."""
+        """Return an initial vector; with `identity_start` the last core of every `up` is zero."""
         theta = torch.zeros(self.num_parameters, dtype=dtype)
         for group in self.groups:
             for layer, (shape, slices) in enumerate(group.layers):
@@ -136,3 +134,46 @@ class AdapterLayout:
                 if identity_start and layer == 1:
                     views[-2].zero_()
         return theta
+
+
+class TensorTrainVector(AdapterVector):
+    """The tensor-train adapters of a model (AdaZeta, arXiv 2406.18060).
+
+    Args:
+        sites: Places of the adapters.
+        rank: TT rank.
+        bottleneck: Inner width of every adapter.
+        num_factors: Largest numbers of factors of a site's width and of the bottleneck.
+        identity_start: Start with adapters that change nothing; otherwise with random ones, as AdaZeta's code does.
+        generator: Source of the initial values; seed 0 by default.
+        dtype: Precision of the vector and of the adapters' arithmetic.
+    """
+
+    layout: AdapterLayout
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        rank: int = 5,
+        bottleneck: int = 64,
+        num_factors: tuple[int, int] = (3, 3),
+        identity_start: bool = True,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        layout = AdapterLayout([site.width for site in sites], rank, bottleneck, num_factors)
+        generator = generator or torch.Generator().manual_seed(0)
+        # a normal tensor even under inference mode: inference tensors have no version counter
+        with torch.inference_mode(False):
+            theta = layout.initial(identity_start, generator, dtype)
+        super().__init__(layout, theta)
+        self.sites = tuple(sites)
+
+    @override
+    def adapter_description(self) -> dict[str, Any]:
+        return {
+            "kind": "tensor_train",
+            "rank": self.layout.rank,
+            "bottleneck": self.layout.bottleneck,
+            "sites": [f"{site.block}:{site.position}:{site.name}:{site.width}" for site in self.sites],
+        }

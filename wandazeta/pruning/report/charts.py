@@ -1,7 +1,7 @@
-"""The pictures of the report's page: matplotlib drawings as inline SVG that takes the page's colours.
+"""Charts of the HTML report: matplotlib figures as inline SVG in the colours of the page.
 
-One unit of a picture is one CSS pixel. Colours are drawn as placeholders and written as the page's CSS variables, so
-that one picture serves light and dark; text stays text, in the page's font.
+One unit of a chart is one CSS pixel. Colours are drawn as placeholders and replaced by CSS variables of the page, so
+that the same chart serves the light and the dark theme; text stays text, in the font of the page.
 """
 
 import io
@@ -31,7 +31,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: measures text alike everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
     "font.size": 12,
     "grid.color": _LINE,
     "legend.borderaxespad": 0,
@@ -55,7 +55,7 @@ _XLINK = "http://www.w3.org/1999/xlink"
 
 
 def waffle(fraction: float) -> str:
-    """A hundred squares, of which those that stand for zeros are hollow.
+    """Waffle chart of the sparsity: 100 squares, hollow ones for zeros.
 
     Args:
         fraction: Fraction of zeros.
@@ -72,7 +72,7 @@ def waffle(fraction: float) -> str:
 
 
 def sparsity_map(blocks: Sequence[BlockRecord]) -> str:
-    """Fraction of zeros of every layer, one column a block and one row a layer name.
+    """Heat map of the sparsity of every layer, one column per block and one row per layer name.
 
     Args:
         blocks: The blocks, at least one with a layer.
@@ -86,7 +86,7 @@ def sparsity_map(blocks: Sequence[BlockRecord]) -> str:
     labelled = width >= 40
     reached = [layer.sparsity for block in blocks for layer in block.layers]
     tips = {}
-    # a margin by the longest name: the widths of the reader's font are not known
+    # the margin is estimated from the longest name: the font of the reader is not known
     left, bottom = 7.5 * max(map(len, labels)) + 12, 40
     with _figure(left + width * len(blocks), 30 * len(names) + bottom) as figure:
         axes = _bare_axes(figure, len(blocks), len(names), left, bottom)
@@ -95,7 +95,7 @@ def sparsity_map(blocks: Sequence[BlockRecord]) -> str:
                 row = names.index(layer.name)
                 key = f"cell-{column}-{row}"
                 tips[key] = f"block {block.index}, {layer.name}: {layer.sparsity:.2%} zeros ({layer.pattern})"
-                # no deeper than the figure on it can be read
+                # light enough for the number on it to be read
                 _cell(axes, column, row, 0.05 + (0.6 if labelled else 0.95) * layer.sparsity, key)
                 if labelled:
                     position = (column + 0.5, row + 0.5)
@@ -113,7 +113,7 @@ def sparsity_map(blocks: Sequence[BlockRecord]) -> str:
 
 
 def measured_losses(blocks: Sequence[BlockRecord]) -> dict[int, tuple[float, float]]:
-    """RO loss before and after, by the index of the block, where both were measured and are finite.
+    """RO loss before and after the optimisation by block index, of the blocks where both are known and finite.
 
     Args:
         blocks: The blocks.
@@ -127,7 +127,7 @@ def measured_losses(blocks: Sequence[BlockRecord]) -> dict[int, tuple[float, flo
 
 
 def losses(blocks: Sequence[BlockRecord]) -> str:
-    """RO loss of every block before and after the optimisation.
+    """Chart of the RO loss of every block before and after the optimisation.
 
     Args:
         blocks: The blocks, at least one of them with both losses.
@@ -154,13 +154,13 @@ def losses(blocks: Sequence[BlockRecord]) -> str:
 
 
 def block_bars(blocks: Sequence[BlockRecord], values: Sequence[float], key: str, unit: str) -> str:
-    """One bar a block.
+    """Bar chart with one bar per block.
 
     Args:
         blocks: The blocks.
         values: The height of each bar.
-        key: Name of the picture, unique in the page.
-        unit: What the values count.
+        key: Name of the chart, unique in the page.
+        unit: Unit of the values.
 
     Returns:
         The SVG.
@@ -175,10 +175,10 @@ def block_bars(blocks: Sequence[BlockRecord], values: Sequence[float], key: str,
 
 
 def perplexity_bars(perplexities: Mapping[str, float]) -> str:
-    """One horizontal bar a model.
+    """Bar chart of perplexities, one horizontal bar per model.
 
     Args:
-        perplexities: Perplexities by the name of what has them, larger than 0.
+        perplexities: Perplexities larger than 0, by model name.
 
     Returns:
         The SVG.
@@ -203,10 +203,10 @@ def perplexity_bars(perplexities: Mapping[str, float]) -> str:
 
 
 def is_logarithmic(values: Sequence[float]) -> bool:
-    """Whether values are so far apart that they are drawn on a logarithmic scale.
+    """Whether values differ so much that they are drawn on a logarithmic scale.
 
     Args:
-        values: What is drawn.
+        values: The values of a chart.
     """
     return min(values) > 0 and max(values) > _LOG_RATIO * min(values)
 
@@ -216,13 +216,13 @@ def _figure(width: float, height: float) -> Iterator["Figure"]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    # never pyplot: it would open windows and keep the figure
+    # not pyplot, which would open windows and keep the figure in memory
     with style.context(_STYLE, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def _bare_axes(figure: "Figure", columns: int, rows: int, left: float = 0, bottom: float = 0) -> "Axes":
-    """Axes of unit cells, the first in the upper left corner."""
+    """Axes whose units are cells, the first in the upper left corner."""
     figure.set_layout_engine("none")
     width, height = (72 * inches for inches in figure.get_size_inches())
     axes = figure.add_axes((left / width, bottom / height, 1 - left / width, 1 - bottom / height))
@@ -244,7 +244,7 @@ def _cell(axes: "Axes", column: int, row: int, opacity: float, key: str | None =
 
 
 def _block_axes(figure: "Figure", blocks: Sequence[BlockRecord]) -> "Axes":
-    """Axes with the blocks along x, and a column behind each that shows its values when pointed at."""
+    """Axes with the blocks along x, and a column behind each block that shows its values in a tooltip."""
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
@@ -267,7 +267,7 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _plain_numbers(axes: "Axes", which: str) -> None:
-    """Powers of ten as plain numbers: they are set as mathematics otherwise."""
+    """Label powers of ten with plain numbers; matplotlib sets them as mathematics otherwise."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -277,7 +277,7 @@ def _plain_numbers(axes: "Axes", which: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text without what XML cannot hold."""
+    """Replace the characters that XML does not allow."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
@@ -287,20 +287,20 @@ def _short(name: str, length: int = 26) -> str:
 
 
 def _svg(figure: "Figure", key: str, label: str, tips: Mapping[str, str] | None = None) -> str:
-    """Writes a figure as an element of the page.
+    """Convert a figure to an SVG element of the page.
 
     Args:
-        figure: What is drawn.
-        key: Put before every id, for ids are unique in a page and not only in a picture.
-        label: Says in words what is seen.
-        tips: What to show where an artist with this gid is pointed at.
+        figure: The figure.
+        key: Prefix of every id, since ids must be unique in the page.
+        label: Description for screen readers.
+        tips: Tooltips by the gid of the artist that shows them.
     """
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(file.getvalue())
-    # the first child holds a style sheet, which would hold for the whole page
+    # the first child is a style sheet, which would apply to the whole page
     root.remove(root[0])
     root.attrib = {
         "viewBox": root.attrib["viewBox"],

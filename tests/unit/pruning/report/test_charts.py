@@ -6,16 +6,16 @@ import matplotlib as mpl
 import pytest
 from helpers.reports import made_up
 
-from wandazeta.pruning.report import pictures
+from wandazeta.pruning.report import charts
 
 SVG = "{http://www.w3.org/2000/svg}"
 BLOCKS = made_up().blocks
 DRAWN = {
-    "waffle": lambda: pictures.waffle(0.37),
-    "zeros": lambda: pictures.sparsity_map(BLOCKS),
-    "losses": lambda: pictures.losses(BLOCKS),
-    "seconds": lambda: pictures.block_bars(BLOCKS, [1.5, 0.0, 3.0], "seconds", "s"),
-    "perplexities": lambda: pictures.perplexity_bars({"dense": 20.0, "pruned": 31.5}),
+    "waffle": lambda: charts.waffle(0.37),
+    "zeros": lambda: charts.sparsity_map(BLOCKS),
+    "losses": lambda: charts.losses(BLOCKS),
+    "seconds": lambda: charts.block_bars(BLOCKS, [1.5, 0.0, 3.0], "seconds", "s"),
+    "perplexities": lambda: charts.perplexity_bars({"dense": 20.0, "pruned": 31.5}),
 }
 
 
@@ -33,7 +33,7 @@ def opacity(svg, key):
 
 
 @pytest.mark.parametrize("key", list(DRAWN))
-def test_every_picture_is_svg_in_the_colours_of_the_page(key):
+def test_every_chart_is_svg_in_the_colours_of_the_page(key):
     svg = DRAWN[key]()
     root = ElementTree.fromstring(svg)
     assert root.tag == f"{SVG}svg"
@@ -78,11 +78,11 @@ def test_the_map_has_a_square_for_every_layer_deeper_with_more_zeros():
 
 def test_a_layer_that_a_block_lacks_leaves_its_place_empty():
     blocks = (BLOCKS[0], made_up(2, names=("down.weight",)).blocks[1])
-    assert set(tips(pictures.sparsity_map(blocks))) == {"zeros-cell-0-0", "zeros-cell-0-1", "zeros-cell-1-1"}
+    assert set(tips(charts.sparsity_map(blocks))) == {"zeros-cell-0-0", "zeros-cell-0-1", "zeros-cell-1-1"}
 
 
 def test_many_blocks_give_a_wider_map_and_no_crowded_numbers():
-    svg = pictures.sparsity_map(made_up(80).blocks)
+    svg = charts.sparsity_map(made_up(80).blocks)
     assert len(tips(svg)) == 160
     assert len(ElementTree.fromstring(svg).findall(f".//{SVG}text")) < 80
 
@@ -90,7 +90,7 @@ def test_many_blocks_give_a_wider_map_and_no_crowded_numbers():
 @pytest.mark.parametrize("name", ["$x^2$ & <b>", "#010101", "a\nb\x01", "x" * 300, "名前"])
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_are_only_text(name):
-    for svg in (pictures.perplexity_bars({name: 2.0}), pictures.sparsity_map(made_up(names=(name,)).blocks)):
+    for svg in (charts.perplexity_bars({name: 2.0}), charts.sparsity_map(made_up(names=(name,)).blocks)):
         texts = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
         assert any(text.startswith(name[:1]) for text in texts)
         assert not ElementTree.fromstring(svg).findall(f".//{SVG}b")
@@ -104,16 +104,16 @@ def test_losses_that_are_no_numbers_are_left_out():
         type(block)(index, block.name, block.layers, block.loss_before, block.loss_after)
         for index, block in enumerate(blocks)
     ]
-    assert pictures.measured_losses(blocks) == {0: (1.0, 0.5), 3: (0.0, 0.0)}
-    found = tips(pictures.losses(blocks))
+    assert charts.measured_losses(blocks) == {0: (1.0, 0.5), 3: (0.0, 0.0)}
+    found = tips(charts.losses(blocks))
     assert found == {"losses-column-0": "block 0: 1 → 0.5", "losses-column-3": "block 3: 0 → 0"}
 
 
 def test_values_far_apart_are_drawn_logarithmically():
-    assert pictures.is_logarithmic([1.0, 31.0])
-    assert not pictures.is_logarithmic([1.0, 30.0])
-    assert not pictures.is_logarithmic([0.0, 30.0])
-    assert ">1000<" in pictures.perplexity_bars({"a": 20.0, "b": 3000.0})
+    assert charts.is_logarithmic([1.0, 31.0])
+    assert not charts.is_logarithmic([1.0, 30.0])
+    assert not charts.is_logarithmic([0.0, 30.0])
+    assert ">1000<" in charts.perplexity_bars({"a": 20.0, "b": 3000.0})
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():

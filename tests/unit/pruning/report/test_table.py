@@ -1,0 +1,30 @@
+import io
+
+from helpers.reports import made_up
+from rich.console import Console
+
+from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.table import report_table
+
+
+def printed(report):
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(report_table(report))
+    return console.export_text()
+
+
+def test_table_has_a_line_for_each_block_and_says_what_it_buys():
+    report = made_up(3, losses=(0.5, 0.25))
+    text = printed(report)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["0", "1", "2", "all"]
+    assert rows[0] == ["0", "640", "2:4", "15.00%", "0.5", "0.25", "1.5", "1.00 GiB"]
+    assert rows[3] == ["all", "1,920", "", "25.00%", "", "", "4.5", "1.00 GiB"]
+    assert "Pruned by wanda++: model.layers" in text
+    assert report.gain in " ".join(text.split())
+
+
+def test_what_was_not_measured_is_a_dash():
+    text = printed(made_up(1, losses=(None, None)))
+    assert text.count(" - ") == 2
+    assert "Pruned by ?" in printed(PruneReport({}, "model.layers"))

@@ -1,0 +1,85 @@
+"""The command `wandazeta prune`: prune a module without fitting it, and export its model."""
+
+import os
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.models.pretrained import find_pretrained, has_save_pretrained
+from wandazeta.pruning.export.pretrained import check_export_directory, export_pretrained
+from wandazeta.pruning.progress.folder import ProgressFolder
+from wandazeta.pruning.records import PruneReport
+from wandazeta.utilities.files import check_writable
+
+__all__ = ["prune_module"]
+
+
+def prune_module(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    callback: WandaPPPruneCallback,
+    output_dir: str | os.PathLike[str],
+    *,
+    pack: bool = False,
+) -> PruneReport:
+    """Prune a module without fitting it, and write its transformers model as a Hugging Face directory.
+
+    Args:
+        trainer: Determines the device; no loop of it is run.
+        module: Holds a transformers model. Its `tokenizer`, or else that of the data module, is written too.
+        datamodule: Yields the calibration data, unless the callback has a source of its own.
+        callback: Determines what to prune and how; its `output_dir` keeps the progress.
+        output_dir: Directory to write.
+        pack: Write the 2:4 packed file too.
+
+    Returns:
+        The report of the pruning.
+
+    Raises:
+        ValueError: If model, data, options or directories do not fit; raised before any long work.
+        OSError: If the disk is full; finished blocks are kept for the next run.
+    """
+    target, progress = Path(output_dir).absolute(), ProgressFolder(Path(callback.output_dir).absolute())
+    if pack and callback.options.pattern.sparsity_pattern != "2:4":
+        raise ValueError(
+            "Expected argument `pack` to be False unless sparsity_pattern='2:4', the only pattern with a packed form, "
+            f"but got '{callback.options.pattern.sparsity_pattern}'; prune 2:4 or leave out `pack`."
+        )
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"Expected one process to prune with, but got {trainer.world_size}; set `trainer.devices` and "
+            "`trainer.num_nodes` to 1."
+        )
+    if target.is_relative_to(progress.directory) or progress.directory.is_relative_to(target):
+        raise ValueError(
+            "Expected argument `output_dir` to be a folder outside the callback's `output_dir`, which keeps the "
+            f"progress, and not to contain it, but got '{output_dir}' and '{callback.output_dir}'; choose another "
+            "folder for one of them."
+        )
+    check_export_directory(target, progress)
+    _attach(trainer, module, datamodule)
+    module.configure_model()
+    prefix, model = find_pretrained(module)
+    check_writable(target.parent, needed_bytes=sum(weight.nbytes for weight in model.parameters()))
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    callback.setup(trainer, module, "fit")
+    assert callback.report is not None
+    progress.open_existing()
+    masks = {name.removeprefix(prefix): mask for name, mask in progress.stored_masks(callback.report).items()}
+    tokenizers = (getattr(owner, "tokenizer", None) for owner in (module, datamodule))
+    tokenizer = next(filter(has_save_pretrained, tokenizers), None)
+    export_pretrained(model, tokenizer, target, callback.report, masks, key=callback.key, pack=pack)
+    return callback.report
+
+
+def _attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Connect a trainer, a module and its data as the trainer's own entry points do."""
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    if datamodule is not None:
+        trainer.datamodule = datamodule  # type: ignore[attr-defined]
+        datamodule.trainer = trainer
