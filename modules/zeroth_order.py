@@ -181,14 +181,15 @@ class ZerothOrderModule(LanguageModel):
     @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
-        if attached_trainer(self) is not None:
+        trainer = attached_trainer(self)
+        if trainer is not None:
             if stage == "fit" and self.trainable.needs_whole_weights:
-                refuse_sharded_weights(self.trainer.strategy)
-            configure_deepspeed(self.trainer.strategy)
+                refuse_sharded_weights(trainer.strategy)
+            configure_deepspeed(trainer.strategy)
         if self._build_sharded():
             self.trainable.check(self.backbone, self.update.num_states)
-        if attached_trainer(self) is not None:
-            limit_gathered_weights(self.trainer.strategy, self.backbone)
+        if trainer is not None:
+            limit_gathered_weights(trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
 
@@ -424,7 +425,7 @@ class ZerothOrderModule(LanguageModel):
         if saved is None:
             raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
         here = self._description() | self._rules()
-        if attached_trainer(self) is not None and self._trainer.training:
+        if attached_trainer(self) is not None and self.trainer.training:
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:
