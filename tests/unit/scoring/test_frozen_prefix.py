@@ -14,7 +14,7 @@ LONG = ((7, 11), (9,), (13, 17, 19))
 def adapted(kind, layers, sites=None, max_bytes=2**30, seed=0, **changes):
     model = tiny_lm(kind, **changes)
     _, blocks = find_blocks(model)
-    bank = inject_adapters(
+    vector = inject_adapters(
         model,
         blocks=blocks,
         sites=sites,
@@ -25,20 +25,20 @@ def adapted(kind, layers, sites=None, max_bytes=2**30, seed=0, **changes):
         generator=torch.Generator().manual_seed(seed),
     )
     sites = {module for module in model.modules() if isinstance(module, AdaptedModule)}
-    return model, bank, Scorer(model), Scorer(model, FrozenPrefix(model, blocks, sites, max_bytes))
+    return model, vector, Scorer(model), Scorer(model, FrozenPrefix(model, blocks, sites, max_bytes))
 
 
-def copies(bank, num=3):
+def copies(vector, num=3):
     generator = torch.Generator().manual_seed(1)
-    return bank.theta + 0.3 * torch.randn(num, bank.num_parameters, generator=generator)
+    return vector.theta + 0.3 * torch.randn(num, vector.num_parameters, generator=generator)
 
 
 @torch.no_grad()
-def both(bank, plain, cached, batch, method, num=3):
+def both(vector, plain, cached, batch, method, num=3):
     results = []
     for scorer in (plain, cached):
         prepared = scorer.prepare(batch)
-        with bank.use(copies(bank, num)):
+        with vector.use(copies(vector, num)):
             result = getattr(scorer, method)(prepared, num)
             results.append(result.values if isinstance(result, Scores) else result)
     return results
@@ -47,9 +47,9 @@ def both(bank, plain, cached, batch, method, num=3):
 @pytest.mark.parametrize("layers", [[-1], [1, 2], [1], [0, 1, 2]], ids=["last", "last two", "middle", "all"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_cached_equals_uncached(kind, layers):
-    _, bank, plain, cached = adapted(kind, layers)
+    _, vector, plain, cached = adapted(kind, layers)
     for seed in (0, 1, 0):  # computed, computed, found
-        expected, found = both(bank, plain, cached, classification_batch(seed=seed), "option_scores")
+        expected, found = both(vector, plain, cached, classification_batch(seed=seed), "option_scores")
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert expected.std(0).mean() > 1e-3, "the adapters must matter"
     assert cached.prefix.narrow == (layers == [-1])
@@ -57,39 +57,39 @@ def test_cached_equals_uncached(kind, layers):
 
 @pytest.mark.parametrize("layers", [[-1], [1, 2]])
 def test_several_token_options_and_text(layers):
-    _, bank, plain, cached = adapted("llama", layers)
-    expected, found = both(bank, plain, cached, classification_batch(options=LONG), "option_scores")
+    _, vector, plain, cached = adapted("llama", layers)
+    expected, found = both(vector, plain, cached, classification_batch(options=LONG), "option_scores")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    expected, found = both(bank, plain, cached, text_batch(), "token_nll")
+    expected, found = both(vector, plain, cached, text_batch(), "token_nll")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [[-1], [1]], ids=["last", "middle"])
 def test_what_runs_before_an_adapter_behind_a_module_is_computed_once(layers):
-    model, bank, plain, cached = adapted("llama", layers, sites=["after:mlp.down_proj"])
+    model, vector, plain, cached = adapted("llama", layers, sites=["after:mlp.down_proj"])
     batch = classification_batch()
-    expected, found = both(bank, plain, cached, batch, "option_scores")
+    expected, found = both(vector, plain, cached, batch, "option_scores")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     prepared = cached.prepare(batch)
     assert {x.shape[-1] for x in prepared.prefix.states} == {32}, "gate and up feed a kept output only"
     assert len(prepared.prefix.states) == 3  # input, attention, MLP
     mlp = model.model.layers[layers[0]].mlp
     weights = [linear.weight for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj.base)]
-    with torch.no_grad(), bank.use(copies(bank)):
+    with torch.no_grad(), vector.use(copies(vector)):
         for weight in weights:
             weight.fill_(torch.nan)
         assert torch.equal(cached.option_scores(prepared, 3).values, found)
 
 
 def test_last_block_alone_runs_the_scored_position_only():
-    model, bank, _, cached = adapted("llama", [-1])
+    model, vector, _, cached = adapted("llama", [-1])
     batch = classification_batch()
     prepared = cached.prepare(batch)
     assert [x.shape for x in prepared.prefix.states] == 3 * [(4, 1, 32)]  # input, attention, its norm
     seen = []
     handle = model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     lower = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: pytest.fail("a lower block ran"))
-    with torch.no_grad(), bank.use(copies(bank)):
+    with torch.no_grad(), vector.use(copies(vector)):
         cached.option_scores(prepared, 3)
     handle.remove()
     lower.remove()
@@ -97,13 +97,13 @@ def test_last_block_alone_runs_the_scored_position_only():
 
 
 def test_last_of_several_blocks_goes_on_with_the_scored_position():
-    model, bank, _, cached = adapted("llama", [1, 2])
+    model, vector, _, cached = adapted("llama", [1, 2])
     prepared = cached.prepare(classification_batch())
     seen = []
     handles = [
         block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for block in model.model.layers
     ]
-    with torch.no_grad(), bank.use(copies(bank)):
+    with torch.no_grad(), vector.use(copies(vector)):
         cached.option_scores(prepared, 3)
     for handle in handles:
         handle.remove()
@@ -111,8 +111,8 @@ def test_last_of_several_blocks_goes_on_with_the_scored_position():
 
 
 def test_adapters_before_attention_keep_every_position():
-    _, bank, plain, cached = adapted("llama", [-1], sites=["before:self_attn.q_proj", "after:mlp.down_proj"])
-    expected, found = both(bank, plain, cached, classification_batch(), "option_scores")
+    _, vector, plain, cached = adapted("llama", [-1], sites=["before:self_attn.q_proj", "after:mlp.down_proj"])
+    expected, found = both(vector, plain, cached, classification_batch(), "option_scores")
     assert not cached.prefix.narrow
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -128,16 +128,16 @@ def test_kept_states_do_not_depend_on_the_batch():
 
 
 def test_another_prompt_with_the_same_id_is_another_entry():
-    _, bank, plain, cached = adapted("llama", [-1])
+    _, vector, plain, cached = adapted("llama", [-1])
     for seed in (0, 5):
         batch = classification_batch(seed=seed)
-        expected, found = both(bank, plain, cached, batch, "option_scores")
+        expected, found = both(vector, plain, cached, batch, "option_scores")
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_memory_bound():
-    _, bank, plain, cached = adapted("llama", [1, 2], max_bytes=4000)
-    expected, found = both(bank, plain, cached, classification_batch(num=8), "option_scores")
+    _, vector, plain, cached = adapted("llama", [1, 2], max_bytes=4000)
+    expected, found = both(vector, plain, cached, classification_batch(num=8), "option_scores")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert 0 < cached.prefix.num_bytes <= 4000
 
@@ -157,11 +157,11 @@ def test_a_block_that_mixes_positions_late_is_noticed():
     model = tiny_lm()
     model.model.layers[-1].mlp = Mixing(model.model.layers[-1].mlp)
     _, blocks = find_blocks(model)
-    bank = inject_adapters(
+    vector = inject_adapters(
         model, blocks=blocks, layers=[-1], sites=["before:mlp.base.up_proj"], rank=2, bottleneck=8, identity_start=False
     )
     sites = {module for module in model.modules() if isinstance(module, AdaptedModule)}
     plain, cached = Scorer(model), Scorer(model, FrozenPrefix(model, blocks, sites, 2**30))
-    expected, found = both(bank, plain, cached, classification_batch(), "option_scores")
+    expected, found = both(vector, plain, cached, classification_batch(), "option_scores")
     assert not cached.prefix.narrow
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
