@@ -217,7 +217,7 @@ def test_the_configs_fit_together(tmp_path, repository, recovery, stage):
     (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
     names = (f"recovery/{recovery}", f"trainer/deepspeed_stage{stage}")
     configs = [repository / "configs" / f"{name}.yaml" for name in names]
-    # all is as the files say, but for the machine, the model and the data
+    # everything except the machine, the model and the data is taken from the files
     strategy = yaml.safe_load(configs[1].read_text())["trainer"]["strategy"]
     strategy["class_path"] = "helpers.cpu_deepspeed.CPUDeepSpeedStrategy"
     few = {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False}

@@ -3,6 +3,7 @@ import torch
 from helpers.causal_lms import CONFIGS, classification_batch, text_batch, tiny_lm
 from torch.nn import functional as F
 
+from wandazeta.scoring.objectives import objective_losses
 from wandazeta.scoring.scorer import Scorer, option_losses, option_rows
 
 LONG = ((7, 11), (9,), (13, 17, 19))
@@ -43,6 +44,32 @@ def test_several_token_scores_are_log_probabilities():
     with torch.no_grad():
         scores = scorer.option_scores(scorer.prepare(batch)).values[0]
     torch.testing.assert_close(scores, reference_scores(model, batch), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [((7,), (9,)), LONG], ids=["single", "several"])
+def test_features_are_the_inputs_of_the_head_where_the_answer_begins(options):
+    model, batch = tiny_lm(), classification_batch(options=options)
+    scorer = Scorer(model)
+    with torch.no_grad():
+        scores = scorer.option_scores(scorer.prepare(batch))
+        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    ends = batch["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(scores.features, hidden[torch.arange(len(ends)), ends], atol=1e-5, rtol=1e-5)
+
+
+def test_answers_add_to_the_scores_and_callers_see_them():
+    model, batch = tiny_lm(), classification_batch()
+    scorer, seen = Scorer(model), []
+    prepared = scorer.prepare(batch)
+    with torch.no_grad():
+        plain = scorer.option_scores(prepared)
+        weight = torch.randn(2, plain.features.shape[-1], generator=torch.Generator().manual_seed(0))
+        scorer.adapt(answers=lambda features: features @ weight.T)
+        loss = objective_losses(None, scorer, prepared, on_scores=seen.append)
+    (scores,) = seen
+    assert torch.equal(scores.features, plain.features)
+    torch.testing.assert_close(scores.values, plain.values + (plain.features @ weight.T).double())
+    assert torch.equal(loss, option_losses(scores.values, batch["label"]))
 
 
 def test_rows_of_several_token_options():
