@@ -51,7 +51,7 @@ def test_options_have_help(capsys):
     for option, text in (
         ("--model.help=ZerothOrderModule", "Number of queries of a step"),
         ("--data.help=PromptedClassificationDataModule", "The answers in the order of the classes"),
-        ("--data.help=TextDataModule", "Windows of the training split"),
+        ("--data.help=TextDataModule", "Windows for calibration, drawn from the training split"),
         ("--prune.help", "Pruning method: a name"),
         ("--trainer.callbacks.help=WandaPPPruneCallback", "Pruning method: a name"),
     ):
