@@ -56,7 +56,7 @@ def test_casts_that_are_kept_are_never_stale(method, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.samples
 def test_bfloat16_compute_hardly_changes_the_masks_of_the_sample_model():
-    """Bar: fewer than 1% of the places. Perplexities of every method: `benchmarks/prune_bf16.py`."""
+    """Bar: fewer than 1% of the places. Perplexities of every method: `benchmarks/prune_quality.py bf16`."""
     folder = str(cache_folder() / "smollm2-135m")
     whole = LanguageModel(folder)
     # a few blocks: products in bfloat16 are slow on a CPU
