@@ -1,16 +1,15 @@
-"""What pays in pruning: variants of one setting, the first blocks of SmolLM2-135M only, perplexity on validation text.
+"""Ablation of pruning options: variants of one setting, on the first blocks of SmolLM2-135M only.
 
     python benchmarks/ablation.py --workers 2
 
-The variants are in `benchmarks/ablation.yaml`. Each is a process of its own with one thread and takes minutes; one
-that is finished is not made again. A record names the commit that it was made at: what did not pay is no longer in the
-code, but its record stays, and that commit makes it again.
+The variants are in `benchmarks/ablation.yaml`. The measure is the perplexity of the whole model on validation text with
+the other blocks dense. Each variant runs in a process of its own with one thread and takes minutes; a finished variant
+is not run again. A record names the commit that it was made at. Options that did not pay are no longer in the code:
+their records stay, and that commit reproduces them.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,28 +17,36 @@ from contextlib import suppress
 from typing import Any
 
 import yaml
-from records import ROOT, commit, describe, finished, is_finished, write
+from records import (
+    RESULTS,
+    ROOT,
+    SMOLLM2,
+    commit,
+    describe,
+    finished,
+    is_finished,
+    measure_in_process,
+    used_options,
+    write,
+)
 
-RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
+RESULT = RESULTS / "ablation.json"
 VARIANTS = ROOT / "benchmarks" / "ablation.yaml"
-MODEL = ".cache/wandazeta/smollm2-135m"
 SOURCE = "sample:wikipedia"
 EVAL_WINDOW = 512
-# decides a record, beside the options
+# settings that decide a record, beside the options
 SETTINGS = ("pattern", "blocks", "samples", "tokens", "eval_windows", "seed")
 
 
 def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prune the first blocks and take the perplexity of the whole model, the other blocks being dense."""
+    """Prune the first blocks and measure the perplexity of the whole model, with the other blocks dense."""
     import torch
 
     from wandazeta.datamodules import TextDataModule
     from wandazeta.modules import LanguageModel
-    from wandazeta.pruning import PruningInterrupted, prune_model
-    from wandazeta.pruning.options import PruneOptions
-    from wandazeta.pruning.records import BlockRecord
+    from wandazeta.pruning import BlockRecord, PruningInterrupted, prune_model
 
-    module = LanguageModel(str(ROOT / MODEL)).eval()
+    module = LanguageModel(str(ROOT / SMOLLM2)).eval()
     calibration = TextDataModule(
         SOURCE,
         tokenizer=module.tokenizer,
@@ -57,7 +64,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
                 module.backbone,
                 module.calibration_forward,
                 list(calibration.calibration_dataloader()),
-                PruneOptions(**options),
+                used_options(options),
                 on_block=lambda record, num_blocks: records.append(record),
                 should_stop=lambda: len(records) >= arguments.blocks,
             )
@@ -75,29 +82,26 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     }
 
 
-def in_a_process(name: str, options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure one variant with one thread."""
-    flags = [item for key in SETTINGS[1:] for item in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))]
-    command = [sys.executable, __file__, *flags, "--pattern", arguments.pattern, "--measure", json.dumps(options)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        # a variant that cannot be pruned with is a result too
-        return {"failure": done.stderr.strip().splitlines()[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def measure_variant(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one variant in a process of its own; a failure is a result, too."""
+    flags = [item for key in SETTINGS for item in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))]
+    try:
+        return measure_in_process(__file__, *flags, "--measure", json.dumps(options))
+    except RuntimeError as error:
+        return {"failure": str(error)}
 
 
 def main() -> None:
-    """Make what is missing; the result file is written after each record."""
+    """Run what is missing; the result file is written after each record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="variants; by default all")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side, each with one thread")
-    parser.add_argument("--pattern", default="2:4", help='"N:M", or the share of zeros such as "0.6"')
-    parser.add_argument("--blocks", type=int, default=6, help="blocks that are pruned, from the first on")
+    parser.add_argument("names", nargs="*", help="names of variants; by default all")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes, each with one thread")
+    parser.add_argument("--pattern", default="2:4", help='"N:M", or a sparsity such as "0.6"')
+    parser.add_argument("--blocks", type=int, default=6, help="number of blocks to prune, from the first")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a calibration window")
     parser.add_argument("--eval-windows", type=int, default=8, help="validation windows of 512 tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration windows and of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of calibration windows and draws")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure is not None:
@@ -125,7 +129,7 @@ def main() -> None:
             return
         made_at = commit()
         record = key | {"changes": changes, "commit": made_at}
-        record |= in_a_process(name, base | changes | pattern | {"seed": arguments.seed}, arguments)
+        record |= measure_variant(base | changes | pattern | {"seed": arguments.seed}, arguments)
         records.append(record)
         write(RESULT, describe("ablation", records, source=SOURCE, split="val"))
         outcome = f"{record['perplexity']:.2f}" if "perplexity" in record else record["failure"]

@@ -1,16 +1,17 @@
-"""What Wanda++ costs on one GPU, phase by phase, for a model of the shape of LLaMA-7B with random weights.
+"""Time and memory of Wanda++ on one GPU, phase by phase, for a model of the shape of LLaMA-7B with random weights.
 
     python benchmarks/prune_gpu.py
     python benchmarks/prune_gpu.py --device cpu --shape tiny
 
-The second line is a smoke test, and all that has been run so far: no GPU was at hand yet. Weights decide nothing about
-the time, so they are drawn, one block at a time; 128 samples of 2048 tokens and K = 5 rounds of M = 32 are the paper's.
+The second line is a smoke test, and all that has been run so far: no GPU was available. The values of the weights do
+not affect the time, so they are drawn at random, one block at a time. 128 samples of 2048 tokens and K = 5 rounds of
+M = 32 samples are the paper's settings.
 
-Seconds are wall-clock, each phase by itself and the device waited for at its ends: `capture` (the inputs of the first
-block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of the optimised block),
-`prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and `rest` (blocks that move,
-the report). The utilisation counts the multiplications that the method asks for, by formula, over the peak of the card.
-Then: the Linears of that shape dense against 2:4 on torch's sparse kernels.
+Seconds are wall-clock, each phase without the phases inside it, with the device synchronised at its ends: `capture`
+(the inputs of the first block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of
+the optimised block), `prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and
+`rest` (moving blocks, the report). The utilisation (MFU) is the number of operations that the method needs, by formula,
+over the peak of the card. Afterwards the Linears of that shape are timed dense and on torch's 2:4 sparse kernels.
 """
 
 import argparse
@@ -25,23 +26,22 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from records import ROOT, describe, write
+from records import RESULTS, describe, used_options, write
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from wandazeta.pruning import pruner
+from wandazeta.pruning import PruneOptions, prune_model, pruner
 from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
-from wandazeta.pruning.options import PruneOptions
 from wandazeta.utilities.memory import peak_memory
 
-RESULT = ROOT / "benchmarks" / "results" / "prune_gpu.json"
+RESULT = RESULTS / "prune_gpu.json"
 METHODS = ("wanda", "rgs", "wanda++")
-# dense bfloat16 TFLOP/s with float32 sums, as the makers state them
+# dense bfloat16 TFLOP/s with float32 accumulation, from the data sheets
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
 console = Console()
@@ -49,15 +49,15 @@ console = Console()
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaMA.
+    """Sizes of a LLaMA model.
 
     Args:
-        width: Of the hidden states.
-        inner: Of the MLP.
-        blocks: How many.
-        heads: Of the attention.
-        kv_heads: Of keys and values.
-        vocabulary: Tokens.
+        width: Width of the hidden states.
+        inner: Width inside the MLP.
+        blocks: Number of blocks.
+        heads: Number of attention heads.
+        kv_heads: Number of key-value heads.
+        vocabulary: Number of tokens.
     """
 
     width: int
@@ -69,14 +69,14 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the Linears of a block, in the order in which they run."""
+        """Sizes (out, in) of the Linears of a block, in the order in which they run."""
         kv = self.width * self.kv_heads // self.heads
         attention = {"q": (self.width, self.width), "k": (kv, self.width), "v": (kv, self.width)}
         mlp = {"gate": (self.inner, self.width), "up": (self.inner, self.width), "down": (self.width, self.inner)}
         return attention | {"o": (self.width, self.width)} | mlp
 
     def config(self) -> LlamaConfig:
-        """Its configuration, with a single block."""
+        """Return the configuration of a model with a single block."""
         return LlamaConfig(
             hidden_size=self.width,
             intermediate_size=self.inner,
@@ -97,7 +97,7 @@ SHAPES = {
 
 
 def random_model(shape: Shape, device: torch.device, home: torch.device) -> LlamaForCausalLM:
-    """A model in bfloat16 whose blocks are made on the device, one after another, and kept at home."""
+    """Build a bfloat16 model: blocks are initialised on `device` one at a time and kept on `home`."""
     config = shape.config()
     with device:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -118,10 +118,10 @@ def random_model(shape: Shape, device: torch.device, home: torch.device) -> Llam
 
 
 class Phases:
-    """Seconds and peak memory of the phases of a pruning, each without those that run inside it.
+    """Seconds and peak memory of the phases of a pruning, each without the phases inside it.
 
     Args:
-        device: The device at work.
+        device: The compute device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -132,7 +132,7 @@ class Phases:
         self._start = 0.0
 
     def _boundary(self) -> None:
-        """Give what passed since the last boundary to the innermost phase."""
+        """Add the time since the last boundary to the innermost phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now, name = time.perf_counter(), self._open[-1]
@@ -144,7 +144,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within this context time goes to a phase."""
+        """Attribute the time within this context to a phase."""
         self._boundary()
         self._open.append(name)
         try:
@@ -164,14 +164,14 @@ class Phases:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Within this context prunings are timed."""
+        """Time the prunings within this context."""
         parts = [
             (pruner, "capture_samples", "capture"),
-            (pruner._Pruner, "_forward", "propagate"),
+            (pruner._BlockSequence, "_forward", "propagate"),
             (BlockPruner, "measure", "measure"),
-            (BlockPruner, "optimise", "optimise"),
+            (BlockPruner, "_optimise", "optimise"),
             (BlockPruner, "_measure_inputs", "norms"),
-            (BlockPruner, "prune", "prune"),
+            (BlockPruner, "mask_by_score", "prune"),
         ]
         with ExitStack() as stack:
             for owner, attribute, name in parts:
@@ -185,9 +185,9 @@ class Phases:
 
 
 def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) -> dict[str, float]:
-    """Floating-point operations of the matrix products of each phase, by formula.
+    """Return the floating-point operations of the matrix products of each phase, by formula.
 
-    Attention is causal, so half of its scores count; nothing below a block's first Linears is differentiated.
+    Attention is causal, so half of its scores count; the backward pass ends at the first Linears of a block.
     """
     sizes = {name: 2.0 * rows * columns * length for name, (rows, columns) in shape.linears.items()}
     linears, attention = sum(sizes.values()), 2.0 * length * length * shape.width
@@ -196,12 +196,15 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
     inputs = forward - sizes["down"]
     probes = min(NUM_PROBES, num_samples)
     counts: dict[str, float] = {}
-    if options.uses_gradients:
+    if options.method.uses_gradients:
         counts["measure"] = num_samples * (forward + backward)
     else:
         counts["measure"] = probes * forward + (num_samples - probes) * inputs
-    if options.uses_optimisation:
-        counts["optimise"] = options.rounds * options.samples_per_round * (forward + backward) + probes * forward
+    optimisation = options.for_samples(num_samples).method.active_optimisation
+    if optimisation is not None:
+        assert optimisation.samples_per_round is not None
+        steps = optimisation.rounds * optimisation.samples_per_round
+        counts["optimise"] = steps * (forward + backward) + probes * forward
         counts["norms"] = num_samples * inputs
     counts = {name: count * shape.blocks for name, count in counts.items()}
     counts["propagate"] = ((shape.blocks - 1) * num_samples + probes) * forward
@@ -209,7 +212,7 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
 
 
 def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prune a fresh model; one record for each phase and one for the whole."""
+    """Prune a new model; returns one record per phase and one for the total."""
     shape, device = SHAPES[name], arguments.device
     torch.manual_seed(0)
     model = random_model(shape, device, arguments.home)
@@ -218,14 +221,14 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
     phases = Phases(device)
     with phases.watch():
-        pruner.prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
+        prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
     counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
     seconds = phases.seconds | {"total": sum(phases.seconds.values())}
     peaks = phases.peaks | {"total": max(phases.peaks.values())}
     counts["total"] = sum(counts.values())
     records = []
     for phase, duration in seconds.items():
-        record: dict[str, Any] = {"model": name, "method": options.method, "phase": phase, "seconds": duration}
+        record: dict[str, Any] = {"model": name, "method": options.method.name, "phase": phase, "seconds": duration}
         record |= {"peak_gib": peaks[phase] / 2**30, "tflop": counts.get(phase, 0.0) / 1e12, "mfu": None}
         if arguments.peak_tflops and phase in counts:
             record["mfu"] = record["tflop"] / duration / arguments.peak_tflops
@@ -234,21 +237,21 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
 
 
 def seconds_of(function: Callable[[], object], repeats: int = 20) -> float:
-    """Median seconds of a call on the GPU."""
+    """Measure the median seconds of a call on the GPU."""
     durations = []
     for repeat in range(repeats + 3):
         torch.cuda.synchronize()
         start = time.perf_counter()
         function()
         torch.cuda.synchronize()
-        if repeat >= 3:  # the first ones choose kernels
+        if repeat >= 3:  # the first calls choose kernels
             durations.append(time.perf_counter() - start)
     return statistics.median(durations)
 
 
 @torch.no_grad()
 def measure_kernels(name: str, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
-    """Each kind of Linear of a shape, dense and on the sparse kernels, in bfloat16."""
+    """Time each kind of Linear of a shape, dense and on the sparse kernels, in bfloat16."""
     records = []
     for out_features, in_features in dict.fromkeys(SHAPES[name].linears.values()):
         dense = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
@@ -267,7 +270,7 @@ def measure_kernels(name: str, device: torch.device, rows: list[int]) -> list[di
 
 
 def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
-    """The records for the terminal."""
+    """Print the records."""
     table = Table(title="seconds of a pruning")
     for column in ("model", "method", "phase", "seconds", "GiB", "TFLOP", "MFU"):
         table.add_column(column, justify="left" if column in ("model", "method", "phase") else "right")
@@ -289,12 +292,12 @@ def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; ends with one line where it asks for what is not there."""
+    """Parse the command line; exits with one line where a needed device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++"])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the device at work")
-    parser.add_argument("--home", type=torch.device, help="where the other blocks are; the device by default")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the compute device")
+    parser.add_argument("--home", type=torch.device, help="device of the other blocks; by default the compute device")
     parser.add_argument("--num-samples", type=int, help="calibration samples; 128, and 8 for the tiny shape")
     parser.add_argument("--sequence-length", type=int, help="tokens of a sample; 2048, and 16 for the tiny shape")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the optimisation, K")
@@ -306,12 +309,12 @@ def parse() -> argparse.Namespace:
     is_tiny, is_gpu = arguments.shape == "tiny", arguments.device.type == "cuda"
     if is_gpu and not torch.cuda.is_available():
         raise SystemExit(
-            "error: Expected a CUDA device, but torch finds none; `--device cpu --shape tiny` is a smoke test without"
+            "error: Expected a CUDA device, but torch finds none; for a smoke test use `--device cpu --shape tiny`"
         )
     if not is_gpu and not is_tiny:
         raise SystemExit(
             f"error: Expected a CUDA device for shape {arguments.shape}, but got '{arguments.device}'; "
-            "a smoke test takes `--shape tiny`"
+            "for a smoke test use `--shape tiny`"
         )
     arguments.home = arguments.home or arguments.device
     arguments.num_samples = arguments.num_samples or (8 if is_tiny else 128)
@@ -322,12 +325,12 @@ def parse() -> argparse.Namespace:
         card = torch.cuda.get_device_name(arguments.device)
         arguments.peak_tflops = next((peak for name, peak in PEAKS.items() if name in card), None)
         if arguments.peak_tflops is None:
-            console.print(f"no peak known of {card}: give `--peak-tflops` for the utilisation")
+            console.print(f"The peak of {card} is unknown; set `--peak-tflops` to get the utilisation.")
     return arguments
 
 
 def main() -> None:
-    """Measure and write the result file, after the prunings and again after the kernels."""
+    """Measure; the result file is written after each pruning and after the kernels."""
     arguments = parse()
     records: list[dict[str, Any]] = []
     kernels: list[dict[str, Any]] = []
@@ -338,7 +341,8 @@ def main() -> None:
             write(arguments.result, describe("prune_gpu", records, **more))
 
     for method in arguments.methods:
-        options = PruneOptions(method=method, rounds=arguments.rounds, samples_per_round=arguments.samples_per_round)
+        settings = {"rounds": arguments.rounds, "samples_per_round": arguments.samples_per_round}
+        options = used_options({"method": method} | settings)
         records += measure_method(arguments.shape, options, arguments)
         save()
     if arguments.device.type == "cuda" and arguments.rows:

@@ -1,60 +1,101 @@
-"""Perplexity after pruning SmolLM2-135M, by method, pattern and calibration seed, on test documents of two genres.
+"""Perplexity after pruning SmolLM2-135M: by method, pattern and seed; and with products in bfloat16.
 
     python -m wandazeta.data.samples wikipedia brown smollm2-135m
-    python benchmarks/prune_quality.py
+    python benchmarks/prune_quality.py methods
+    python benchmarks/prune_quality.py bf16
+    python benchmarks/prune_quality.py bf16 --num-blocks 4 --num-samples 16 --sequence-length 64 --eval-windows 4
 
-Every record is a `wandazeta prune` of its own from 64 windows of 512 tokens of Wikipedia's training documents. `paper`
-has the settings of `configs/prune/paper.yaml`, `best` those of `configs/prune/best.yaml`; the other methods have none.
-Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` are of `best.yaml` at the commits that they name: at a
-learning rate of 1e-3, with three written windows for each real one beside it, and at that rate with half the rounds.
-What is finished is not made again, and a pruning that was stopped goes on at the next block. Seconds are those of the
-blocks' pruning, without loading and evaluation; `OMP_NUM_THREADS` sets the threads, two processes with one each get
-most out of two cores.
+A setting whose record is in the result file is not measured again.
+
+`methods`: every record is a `wandazeta prune` of its own, calibrated on 64 windows of 512 tokens of Wikipedia's
+training documents and evaluated on test documents of two genres. `paper` and `best` have the settings of the presets of
+these names; the other methods have no settings. Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` have
+the settings of `best` at the commits that they name: a learning rate of 1e-3, three generated windows beside each real
+one, and that learning rate with half the rounds. A pruning that was stopped resumes at its next block. The seconds are
+those of the pruning without loading and evaluation. `OMP_NUM_THREADS` sets the number of threads; two processes with
+one thread each use two cores best.
+
+`bf16`: prunes with products in float32 and in bfloat16 and compares masks and perplexities. The settings are those of
+the preset `best` except for the method and the size of the calibration. Blocks after the first `--num-blocks`
+stay dense. The weights, and the model whose perplexity is measured, are float32 in both cases. Expect `wanda` and `rgs`
+to change fewer than 1% of the mask entries and the perplexity to move by some percent, as it does after any change of
+that size. A control run shows this: everything in float32, with the output of every block multiplied by 1 + u, where u
+is drawn uniformly from half a unit of bfloat16 to either side. `sparsegpt` decides column by column with an inverse
+Gram matrix and changes more entries.
 """
 
 import argparse
 import json
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from demo import quiet_trainer
-from records import ROOT, commit, describe, finished, is_finished, write
+from records import (
+    RESULTS,
+    ROOT,
+    SMOLLM2,
+    callback_arguments,
+    commit,
+    describe,
+    finished,
+    is_finished,
+    prune_settings,
+    quiet_trainer,
+    run_wandazeta,
+    used_options,
+    write,
+)
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 
 from wandazeta.datamodules import TextDataModule
+from wandazeta.models.blocks import find_blocks
 from wandazeta.modules import LanguageModel
+from wandazeta.pruning import METHODS as PRUNING_METHODS
+from wandazeta.pruning import BlockResult, PruneOptions, PruningInterrupted, prune_model
 
-RESULT = ROOT / "benchmarks" / "results" / "prune_quality.json"
+RESULT = RESULTS / "prune_quality.json"
 FOLDER = ROOT / "runs" / "prune_quality"
-MODEL = ".cache/wandazeta/smollm2-135m"
+SOURCE = "sample:wikipedia"
 TEXTS = ("wikipedia", "brown")
 WINDOW = 512
 NUM_SAMPLES = 64
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "paper", "best")
-# the one setting of `best` that a pattern decides, as its file says
+# `best` sets it for unstructured patterns only, as its file says
 SPARSITY_SLOPE = 0.2
-CONFIGS = {"paper": "configs/prune/paper.yaml", "best": "configs/prune/best.yaml"}
+PRESETS = ("paper", "best")
+
+BF16_RESULT = RESULTS / "prune_bf16.json"
+BF16_METHODS = tuple(PRUNING_METHODS)
+# name in the records -> value of `compute_dtype`
+DTYPES = {"fp32": "model", "bf16": "bfloat16", "jittered": "model"}
+# largest relative error of rounding to bfloat16, which keeps eight bits
+HALF_UNIT = 2.0**-9
+
+console = Console()
 
 
 def pattern_options(pattern: str) -> dict[str, Any]:
-    """A pattern as users write it, "2:4" or "50%", as options of the callback."""
+    """Translate a pattern such as "2:4" or "50%" to arguments of the callback."""
     if pattern.endswith("%"):
         return {"sparsity_pattern": "unstructured", "sparsity": float(pattern[:-1]) / 100}
     return {"sparsity_pattern": pattern}
 
 
 def options_of(method: str, pattern: str, seed: int) -> dict[str, Any]:
-    """What decides a pruning, as options of the callback."""
+    """Return the settings that decide the result of a pruning, in the flat spelling of reports."""
     options: dict[str, Any] = {"method": method}
-    if method in CONFIGS:
-        config = yaml.safe_load((ROOT / CONFIGS[method]).read_text())
-        options = dict(config["trainer"]["callbacks"][0]["init_args"])
-        del options["num_calibration_samples"], options["output_dir"]
+    if method in PRESETS:
+        options = prune_settings(method)
     options |= pattern_options(pattern) | {"seed": seed}
     if method == "best" and options["sparsity_pattern"] == "unstructured":
         options["sparsity_slope"] = SPARSITY_SLOPE
@@ -62,21 +103,21 @@ def options_of(method: str, pattern: str, seed: int) -> dict[str, Any]:
 
 
 def config_of(method: str, pattern: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The configuration of one pruning."""
-    options = options_of(method, pattern, seed)
+    """Return the config of one pruning."""
+    options = callback_arguments(options_of(method, pattern, seed))
     options |= {"num_calibration_samples": NUM_SAMPLES, "output_dir": str(folder / "progress")}
     callback = {"class_path": "wandazeta.callbacks.WandaPPPruneCallback", "init_args": options}
-    text = {"source": "sample:wikipedia", "sequence_length": WINDOW, "num_calibration_samples": NUM_SAMPLES}
+    text = {"source": SOURCE, "sequence_length": WINDOW, "num_calibration_samples": NUM_SAMPLES}
     return {
         "seed_everything": seed,
-        "model": {"class_path": "wandazeta.modules.LanguageModel", "init_args": {"model_name_or_path": MODEL}},
+        "model": {"class_path": "wandazeta.modules.LanguageModel", "init_args": {"model_name_or_path": SMOLLM2}},
         "data": {"class_path": "wandazeta.datamodules.TextDataModule", "init_args": text | {"seed": seed}},
         "trainer": {"accelerator": "auto", "devices": 1, "logger": False, "callbacks": [callback]},
     }
 
 
 def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
-    """Prune, or go on with a pruning that was stopped; gives the model's directory and the report."""
+    """Prune, or resume a pruning that was stopped; returns the directory of the model and its report."""
     folder = FOLDER / f"{method}-{pattern.replace(':', 'of').replace('%', 'pc')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
@@ -84,13 +125,12 @@ def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
     model = folder / "model"
     if not (model / "prune_report.json").exists():
         shutil.rmtree(model, ignore_errors=True)
-        command = [sys.executable, "-m", "wandazeta.cli.main", "prune", "-c", config, "--output_dir", model]
-        subprocess.run(command, cwd=ROOT, check=True)
+        run_wandazeta("prune", "-c", config, "--output_dir", model)
     return model, json.loads((model / "prune_report.json").read_text())
 
 
 def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float]]:
-    """Perplexity on the test documents of every text, and on those for validation, by which settings are chosen."""
+    """Measure the perplexity on test documents of every text, and on the validation documents that choose settings."""
     module, trainer = LanguageModel(str(model)), quiet_trainer()
     result = {}
     for text in TEXTS:
@@ -102,7 +142,7 @@ def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float]]:
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """What is to be measured: seeds one after the other, so that a run that is stopped has whole ones."""
+    """Yield the settings to measure, seed by seed, so that a run that is stopped has complete seeds."""
     if "dense" in arguments.methods:
         yield "dense", "dense", 0
     for seed in arguments.seeds:
@@ -112,33 +152,184 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
                     yield method, pattern, seed
 
 
-def main() -> None:
-    """Make what is missing; the result file is written after each pruning."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "50%", "60%", "70%"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration windows and draws")
-    parser.add_argument("--eval-windows", type=int, default=32, help="test windows of each text")
-    parser.add_argument("--keep", action="store_true", help="keep the pruned models under runs/prune_quality")
-    arguments = parser.parse_args()
+def run_methods(arguments: argparse.Namespace) -> None:
+    """Measure what is missing; the result file is written after each pruning."""
     for method, pattern, seed in wanted(arguments):
         key = {"model": "SmolLM2-135M", "method": method, "pattern": pattern, "window": WINDOW, "seed": seed}
         key |= {"eval_windows": arguments.eval_windows}
-        # `best` changes with what is found: records of other options do not count
+        # `best` changes over time: records with other settings do not count
         chosen = {} if method == "dense" else options_of(method, pattern, seed)
-        if is_finished(key, [record for record in finished(RESULT) if record["options"].items() >= chosen.items()]):
+        if any(is_finished(chosen, [r["options"]]) for r in finished(RESULT) if is_finished(key, [r])):
             continue
-        directory, report = (ROOT / MODEL, {}) if method == "dense" else pruned(method, pattern, seed)
+        directory, report = (ROOT / SMOLLM2, {}) if method == "dense" else pruned(method, pattern, seed)
         seconds = report.get("seconds", 0.0)
         extra = {"seconds": seconds, "threads": torch.get_num_threads()}
         extra |= {"options": report.get("options", {}), "commit": commit()}
         found = perplexities(directory, arguments.eval_windows)
-        # read again: other seeds may be running beside this one
+        # read the file again: other seeds may be running beside this one
         records = finished(RESULT) + [key | {"text": text} | values | extra for text, values in found.items()]
         write(RESULT, describe("prune_quality", records, split="test", calibration=f"{NUM_SAMPLES} x {WINDOW} tokens"))
         print(f"{method} {pattern} seed {seed}: {found}", flush=True)
         if method != "dense" and not arguments.keep:
             shutil.rmtree(directory.parent)
+
+
+class Masks:
+    """Keep the masks of finished blocks in memory: the `Progress` that `prune_model` takes."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def num_saved(self) -> int:
+        """Return 0: no block is finished at the start."""
+        return 0
+
+    def load(self, block_index: int) -> BlockResult | None:
+        """Return None: no block is finished at the start."""
+
+    def save(self, block_index: int, result: BlockResult) -> None:
+        """Keep the masks of a block."""
+        self.kept.append(torch.cat([mask.flatten() for mask in result.masks.values()]))
+
+
+def bf16_options(method: str, seed: int, arguments: argparse.Namespace) -> PruneOptions:
+    """Return the settings of `best.yaml` with another method, and at most as many samples per round as there are."""
+    found = prune_settings("best")
+    per_round = min(found["samples_per_round"], arguments.num_samples)
+    return used_options(found | {"method": method, "samples_per_round": per_round, "seed": seed})
+
+
+def bf16_settings(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return everything that decides a record: records with equal settings are the same."""
+    options = bf16_options(method, seed, arguments)
+    settings = options.to_dict()
+    del settings["compute_dtype"]
+    return {
+        # relative to the checkout, or the name alone: no absolute paths in records
+        "model": arguments.model.name if arguments.model.is_absolute() else str(arguments.model),
+        "method": method,
+        "pattern": options.pattern.label,
+        "seed": seed,
+        "options": settings,
+        "num_blocks": arguments.num_blocks,
+        "num_samples": arguments.num_samples,
+        "sequence_length": arguments.sequence_length,
+        "eval_windows": arguments.eval_windows,
+        "eval_sequence_length": arguments.eval_sequence_length,
+    }
+
+
+def jitter(generator: torch.Generator, block: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Perturb hidden states of any shape by as much as rounding to bfloat16 may; a forward hook."""
+    return output * (1 + HALF_UNIT * (2 * torch.rand(output.shape, generator=generator) - 1))
+
+
+def prune_blocks(
+    model: LanguageModel, method: str, compute_dtype: str, seed: int, arguments: argparse.Namespace
+) -> list[Tensor]:
+    """Prune the first blocks and return the mask of each."""
+    text = TextDataModule(
+        SOURCE,
+        tokenizer=str(arguments.model),
+        sequence_length=arguments.sequence_length,
+        num_calibration_samples=arguments.num_samples,
+        seed=seed,
+    )
+    batches = list(text.calibration_dataloader())
+    options = replace(bf16_options(method, seed, arguments), compute_dtype=compute_dtype)
+    masks = Masks()
+
+    def is_enough() -> bool:
+        return len(masks.kept) >= arguments.num_blocks
+
+    with suppress(PruningInterrupted):  # the other blocks stay dense
+        prune_model(model, model.calibration_forward, batches, options, progress=masks, should_stop=is_enough)
+    return masks.kept
+
+
+def bf16_perplexity(model: LanguageModel, arguments: argparse.Namespace) -> float:
+    """Measure the perplexity on the test documents."""
+    text = TextDataModule(
+        SOURCE, sequence_length=arguments.eval_sequence_length, eval_windows=arguments.eval_windows, batch_size=1
+    )
+    return quiet_trainer().test(model, text, verbose=False)[0]["test/perplexity"]
+
+
+def measure_bf16(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prune and evaluate in both precisions, and with the control."""
+    masks: dict[str, list[Tensor]] = {}
+    perplexities: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for name, compute_dtype in DTYPES.items():
+        model = LanguageModel(str(arguments.model))
+        hooks = []
+        if name == "jittered":
+            hook = partial(jitter, torch.Generator().manual_seed(seed))
+            hooks = [block.register_forward_hook(hook) for block in find_blocks(model)[1]]
+        start = time.perf_counter()
+        masks[name] = prune_blocks(model, method, compute_dtype, seed, arguments)
+        seconds[name] = time.perf_counter() - start
+        for handle in hooks:
+            handle.remove()
+        perplexities[name] = bf16_perplexity(model, arguments)
+    differing = [(a != b).double().mean().item() for a, b in zip(masks["fp32"], masks["bf16"], strict=True)]
+    return bf16_settings(method, seed, arguments) | {
+        "num_blocks_pruned": len(differing),
+        "perplexity": perplexities,
+        "perplexity_change": perplexities["bf16"] / perplexities["fp32"] - 1,
+        "differing_mask_share": sum(differing) / len(differing),
+        "differing_mask_share_by_block": differing,
+        "seconds": seconds,
+    }
+
+
+def bf16_rows(records: list[dict[str, Any]]) -> Table:
+    """Return the records as a table for the terminal."""
+    result = Table(title="bfloat16 compute against float32")
+    for name in ("method", "pattern", "seed", "blocks", "samples", "fp32", "bf16", "change", "masks that differ"):
+        result.add_column(name, justify="left" if name in ("method", "pattern") else "right")
+    for r in records:
+        size = (str(r["num_blocks_pruned"]), f"{r['num_samples']} of {r['sequence_length']}")
+        figures = (f"{r['perplexity']['fp32']:,.3f}", f"{r['perplexity']['bf16']:,.3f}")
+        changes = (f"{r['perplexity_change']:+.2%}", f"{r['differing_mask_share']:.3%}")
+        result.add_row(r["method"], r["pattern"], str(r["seed"]), *size, *figures, *changes)
+    return result
+
+
+def run_bf16(arguments: argparse.Namespace) -> None:
+    """Measure what is missing; the result file is written after each record."""
+    records = finished(BF16_RESULT)
+    for seed, method in product(arguments.seeds, arguments.methods):
+        settings = bf16_settings(method, seed, arguments)
+        options = settings.pop("options")
+        # records from before the restructuring also name options that the method does not use
+        if not any(is_finished(options, [r["options"]]) for r in records if is_finished(settings, [r])):
+            records.append(measure_bf16(method, seed, arguments))
+            write(BF16_RESULT, describe("prune_bf16", records, source=SOURCE, split="test"))
+    console.print(bf16_rows(records))
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    methods = commands.add_parser("methods", help="perplexity by method, pattern and seed")
+    methods.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    methods.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "50%", "60%", "70%"])
+    methods.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and draws")
+    methods.add_argument("--eval-windows", type=int, default=32, help="test windows of each text")
+    methods.add_argument("--keep", action="store_true", help="keep the pruned models under runs/prune_quality")
+    bf16 = commands.add_parser("bf16", help="products in bfloat16 against float32")
+    bf16.add_argument("--model", type=Path, default=Path(SMOLLM2), help="model directory")
+    bf16.add_argument("--methods", nargs="+", choices=BF16_METHODS, default=list(BF16_METHODS))
+    bf16.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
+    bf16.add_argument("--num-blocks", type=int, default=30, help="blocks to prune, from the first")
+    bf16.add_argument("--num-samples", type=int, default=32, help="calibration windows")
+    bf16.add_argument("--sequence-length", type=int, default=128, help="tokens of a calibration window")
+    bf16.add_argument("--eval-windows", type=int, default=16, help="test windows")
+    bf16.add_argument("--eval-sequence-length", type=int, default=512, help="tokens of a test window")
+    arguments = parser.parse_args()
+    {"methods": run_methods, "bf16": run_bf16}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

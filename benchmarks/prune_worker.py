@@ -1,10 +1,11 @@
-"""One pruning in a process of its own, for `benchmarks/prune.py`; runs in the environment of either tool.
+"""One timed pruning in a process of its own, for `benchmarks/prune_cost.py speed`; runs in either tool's environment.
 
     python benchmarks/prune_worker.py TASK.json
 
-Timed is the pruning alone: `prune_model` of the one, calling an `Oneshot` of the other, each with the loaded model and
-the token ids in memory. Both run the calibration, choose masks and set weights; neither saves anything within that
-time. Imports, the loading of the model and what `Oneshot` checks and unties before are not in it.
+The timed part is one call: `prune_model` of this project or an `Oneshot` of llm-compressor, each with the loaded model
+and the token ids in memory. Both calibrate, choose masks and set weights; neither saves anything within that time.
+Imports, loading the model and what `Oneshot` checks and unties before are not timed. This file imports nothing of
+wandazeta at the top, because llm-compressor's environment does not have it.
 """
 
 import json
@@ -21,22 +22,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-# tied to the head, the embeddings would be pruned with it
+# the embeddings are tied to the head, and llm-compressor would prune both
 _IGNORED = ["re:.*lm_head.*", "re:.*embed.*"]
 
 
 def wandazeta(model: nn.Module, windows: torch.Tensor, task: dict[str, Any]) -> Callable[[], object]:
-    """The pruning by this project."""
-    from wandazeta.pruning import prune_model
-    from wandazeta.pruning.options import PruneOptions
+    """Return the pruning by this project."""
+    from wandazeta.pruning import PruneOptions, prune_model
 
-    options = PruneOptions(method=task["method"], sparsity_pattern=task["sparsity_pattern"], **task["options"])
+    names = ("method", "sparsity_pattern")
+    options = PruneOptions.from_dict({name: task[name] for name in names} | task["options"])
     batches = [{"input_ids": window} for window in windows.split(task["batch_size"])]
     return lambda: prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options)
 
 
 def llmcompressor(model: nn.Module, windows: torch.Tensor, task: dict[str, Any]) -> Callable[[], object]:
-    """The pruning by llm-compressor, as its examples do it."""
+    """Return the pruning by llm-compressor, as in its examples."""
     from llmcompressor.entrypoints.oneshot import Oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from torch.utils.data import DataLoader
@@ -48,7 +49,7 @@ def llmcompressor(model: nn.Module, windows: torch.Tensor, task: dict[str, Any])
 
 
 def main() -> None:
-    """Load, prune, save the pruned weights and what was measured."""
+    """Load, prune, and save the pruned weights and the measurements."""
     task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(task["threads"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])).eval()
@@ -62,7 +63,7 @@ def main() -> None:
     save_file(weights, task["weights"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     versions = {name: version(name) for name in (task["tool"], "torch", "transformers")}
-    # processor time shows whether something else had a share of the machine
+    # compared with the wall-clock time, this shows whether something else used the machine
     measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak, "versions": versions}
     Path(task["measured"]).write_text(json.dumps(measured))
 

@@ -1,12 +1,12 @@
-"""What training brings back after pruning: LoRA against masked full fine-tuning, at equal steps on the same batches.
+"""Perplexity regained by training after pruning: LoRA against masked full fine-tuning, at equal steps and batches.
 
-    wandazeta prune -c configs/prune/best.yaml --output_dir runs/best
+    wandazeta prune -c preset:best -c configs/prune/smollm2.yaml --output_dir runs/best
     python benchmarks/recovery.py --models runs/best
 
-Both train on Wikipedia text, neither on the documents that perplexity is measured on. LoRA's adapters stay beside the
-sparse weights, which costs a little at every use; `perplexity_merged` is what is left of it when they are merged and
-the masks applied again. Every rate of `--learning-rates` is run, and the table has the one whose perplexity on the
-validation documents is lowest. A record that is finished is not made again.
+Both train on Wikipedia text, and neither on the documents whose perplexity is measured. LoRA's adapters stay beside the
+sparse weights, which costs time at every use; `perplexity_merged` is the perplexity after they are merged and the masks
+applied again. Every rate of `--learning-rates` is run, and the table shows the rate with the lowest perplexity on the
+validation documents. A setting whose record is in the result file is not run again.
 """
 
 import argparse
@@ -16,9 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from demo import quiet_trainer
 from lightning.pytorch import Callback, Trainer, seed_everything
-from records import ROOT, describe, finished, is_finished, write
+from records import RESULTS, ROOT, describe, finished, is_finished, quiet_trainer, write
 from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import PolynomialLR
@@ -28,23 +27,23 @@ from wandazeta.callbacks import KeepSparsity
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import FirstOrderModule
 
-RESULT = ROOT / "benchmarks" / "results" / "recovery.json"
+RESULT = RESULTS / "recovery.json"
 SOURCE = "sample:wikipedia"
 PERPLEXITY_WINDOW = 512
-# what each trains, and a rate for it: adapters start at zero and want larger steps
+# what each trains, and its default learning rate: adapters start at zero and need larger steps
 METHODS: dict[str, tuple[PeftLoRA | Weights, float]] = {"lora": (PeftLoRA(), 5e-4), "masked_full": (Weights(), 5e-5)}
 
 console = Console()
 
 
 def settings_of(model: Path, method: str, learning_rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that decides a record: two with equal settings are the same."""
+    """Return everything that decides a record: records with equal settings are the same."""
     report = json.loads((model / "prune_report.json").read_text())
     options = report["options"]
     pattern = options["sparsity_pattern"]
     model = model.absolute()
     return {
-        # from the checkout, or the bare name: no path of one machine
+        # relative to the checkout, or the name alone: no absolute paths in records
         "model": str(model.relative_to(ROOT) if model.is_relative_to(ROOT) else model.name),
         "pruned_by": options["method"],
         "pruning_key": report["key"],
@@ -60,7 +59,7 @@ def settings_of(model: Path, method: str, learning_rate: float, arguments: argpa
 
 
 def perplexities(module: FirstOrderModule, windows: int) -> dict[str, float]:
-    """Perplexity on the validation and on the test documents."""
+    """Measure the perplexity on the validation and on the test documents."""
     text = TextDataModule(SOURCE, sequence_length=PERPLEXITY_WINDOW, eval_windows=windows, batch_size=1)
     trainer = quiet_trainer()
     return {
@@ -70,7 +69,7 @@ def perplexities(module: FirstOrderModule, windows: int) -> dict[str, float]:
 
 
 def recover(model: Path, method: str, learning_rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure one method."""
+    """Train and evaluate one method."""
     seed_everything(arguments.seed, verbose=False)
     trainable, _ = METHODS[method]
     module = FirstOrderModule(
@@ -84,7 +83,7 @@ def recover(model: Path, method: str, learning_rate: float, arguments: argparse.
     text = TextDataModule(
         SOURCE, sequence_length=arguments.sequence_length, batch_size=arguments.batch_size, seed=arguments.seed
     )
-    # the masks of the pruning: a few weights of the dense model are zero by chance, and those may move
+    # the masks of the pruning: weights that are zero in the dense model, too, may move
     callbacks: list[Callback] = [KeepSparsity(str(model))] if isinstance(trainable, Weights) else []
     trainer = Trainer(
         accelerator="auto",
@@ -113,7 +112,7 @@ def recover(model: Path, method: str, learning_rate: float, arguments: argparse.
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """The records for the terminal."""
+    """Return the records as a table for the terminal."""
     result = Table(title=f"perplexity on test documents, windows of {PERPLEXITY_WINDOW} tokens")
     names = ("model", "pattern", "method", "rate", "steps", "seed", "before", "after", "merged", "minutes")
     for name in names:
@@ -127,15 +126,15 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Make what is missing and write the result file after each record."""
+    """Run what is missing; the result file is written after each record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [Path("runs/demo/pruned_model")]
     parser.add_argument("--models", type=Path, nargs="+", default=default, help="directories of pruned models")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--learning-rates", type=float, nargs="+", help="by default one for each method")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method")
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="by default one per method")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps per method")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=4, help="windows of a step")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per step")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a training window")
     parser.add_argument("--eval-windows", type=int, default=16, help="test windows of 512 tokens")
     arguments = parser.parse_args()

@@ -2,53 +2,67 @@
 
     python benchmarks/render.py
 
-A test compares the tables with what this writes.
+A test fails when a page is not what this script writes.
 """
 
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from pictures import demo_bars, finetune_curves
-from prune_tables import (
+from records import RESULTS, ROOT
+from tables import (
+    METHODS,
     ablation_table,
     bf16_table,
+    cost_list,
     demo_table,
+    epsilon_table,
+    finetune_table,
     memory_sentence,
+    memory_table,
+    projection_table,
     prompt_table,
     quality_table,
+    readme_table,
     recovery_table,
+    scaling_table,
     speed_table,
+    zo_memory_table,
+    zo_step_table,
 )
-from records import ROOT
-from scaling_tables import memory_table, projection_table, scaling_table
-from zo_tables import epsilon_table, finetune_table, zo_memory_table, zo_step_table
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("ablation", "estimators", "finetune", "recovery", "scaling", "trainables")),
+    *(
+        f"docs/{name}.md"
+        for name in ("ablation", "estimators", "finetune", "recovery", "results", "scaling", "trainables")
+    ),
 )
+PLAIN, OURS = "#9aa0a6", "#1a73e8"
 
-# what stands between the pages' markers: the name there, the result file, and what is made of it
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("demo_seeds", demo_table),
-    "prompts": ("prompts", prompt_table),
-    "quality": ("prune_quality", quality_table),
-    "memory": ("prune_memory", memory_sentence),
-    "bf16": ("prune_bf16", bf16_table),
-    "speed": ("prune_speed", speed_table),
-    "speed_amx": ("prune_speed_amx", speed_table),
-    "ablation": ("ablation", ablation_table),
-    "recovery": ("recovery", recovery_table),
-    "finetune": ("finetune", finetune_table),
-    "epsilon": ("epsilon", epsilon_table),
-    "zo_memory": ("zo_memory", zo_memory_table),
-    "zo_step": ("zo_step", zo_step_table),
-    "scaling": ("scaling", scaling_table),
-    "scaling_projection": ("scaling", projection_table),
-    "scaling_memory": ("scaling", memory_table),
+# marker in the pages -> names of its result files, and the function that makes the text of them
+BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "cost": (("demo_seeds", "prune_quality", "prune_memory"), cost_list),
+    "summary": (("prune_quality", "finetune"), readme_table),
+    "demo": (("demo_seeds",), demo_table),
+    "prompts": (("prompts",), prompt_table),
+    "quality": (("prune_quality",), quality_table),
+    "memory": (("prune_memory",), memory_sentence),
+    "bf16": (("prune_bf16",), bf16_table),
+    "speed": (("prune_speed",), speed_table),
+    "speed_amx": (("prune_speed_amx",), speed_table),
+    "ablation": (("ablation",), ablation_table),
+    "recovery": (("recovery",), recovery_table),
+    "finetune": (("finetune",), finetune_table),
+    "epsilon": (("epsilon",), epsilon_table),
+    "zo_memory": (("zo_memory",), zo_memory_table),
+    "zo_step": (("zo_step",), zo_step_table),
+    "scaling": (("scaling",), scaling_table),
+    "scaling_projection": (("scaling",), projection_table),
+    "scaling_memory": (("scaling",), memory_table),
 }
 
 
@@ -59,25 +73,87 @@ def load(name: str) -> dict[str, Any]:
 
 
 def rendered(text: str) -> str:
-    """A page with its tables made anew."""
+    """Return a page with the text between its markers made anew."""
 
     def fill(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
             raise ValueError(f"Expected a marker to be one of {', '.join(BLOCKS)}, but got {match[2]!r}")
-        name, make = BLOCKS[match[2]]
-        return f"{match[1]}{make(load(name))}\n{match[3]}"
+        names, make = BLOCKS[match[2]]
+        return f"{match[1]}{make(*map(load, names))}\n{match[3]}"
 
     return re.sub(r"(<!-- (\w+): written by [^>]*-->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
+def pyplot() -> Any:
+    """Return pyplot, set up to write the same file from the same records."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "wandazeta"
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def demo_bars(result: dict[str, Any], path: Path) -> None:
+    """Draw bars of the perplexities and accuracies, means over the seeds."""
+    plt = pyplot()
+    records = result["records"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    values = [mean(r["perplexity"][key] for r in records) for key in METHODS]
+    bars = left.barh(list(METHODS.values()), values, color=[PLAIN, PLAIN, PLAIN, OURS])
+    left.bar_label(bars, fmt="{:,.0f}", padding=3)
+    left.set(xscale="log", title="perplexity at 2:4, log scale (lower is better)")
+    left.set_xlim(right=max(values) * 4)
+    names = {
+        "majority": "majority class",
+        "zero_shot": "pruned, zero-shot",
+        "fine_tuned": "pruned, forward-only\nfine-tuning",
+    }
+    values = [mean(r["accuracy"][key] for r in records) for key in names]
+    bars = right.barh(list(names.values()), values, color=[PLAIN, PLAIN, OURS])
+    right.bar_label(bars, fmt="{:.3f}", padding=3)
+    right.set(xlim=(0, 1), title="accuracy, sentiment (higher is better)")
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def finetune_curves(result: dict[str, Any], path: Path) -> None:
+    """Draw validation accuracy against forward passes, one panel per task, model and pattern, with the seeds' mean."""
+    trained = [r for r in result["records"] if r["phase"] == "final" and r["curve"]]
+    panels = list(dict.fromkeys((r["model"], r["pattern"], r["task"]) for r in trained))
+    methods = list(dict.fromkeys(r["method"] for r in trained))
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained", squeeze=False)
+    for panel, ax in zip(panels, axes[0], strict=True):
+        for index, method in enumerate(methods):
+            curves = [
+                r["curve"] for r in trained if (r["model"], r["pattern"], r["task"]) == panel and r["method"] == method
+            ]
+            for curve in curves:
+                ax.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=0.8)
+            if curves:
+                # all seeds have points at the same numbers of forward passes
+                points = [
+                    (mean(f for f, _ in at), mean(a for _, a in at))
+                    for at in (list(points) for points in zip(*curves, strict=False))
+                ]
+                ax.plot(*zip(*points, strict=True), color=f"C{index}", label=method)
+        ax.set(title=", ".join(panel), xlabel="forwards", ylabel="accuracy, validation")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
-    """Write all of them."""
+    """Write all pages and pictures."""
     for page in PAGES:
         path = ROOT / page
         path.write_text(rendered(path.read_text()))
     demo_bars(load("demo_seeds"), ROOT / "docs" / "demo.svg")
-    if (RESULTS / "finetune.json").exists():
-        finetune_curves(load("finetune"), ROOT / "docs" / "finetune.svg")
+    finetune_curves(load("finetune"), ROOT / "docs" / "finetune.svg")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Seconds and exchanged bytes of one, two and four processes, and what the cost model says to them and to GPUs.
+"""Seconds and exchanged bytes of one, two and four processes, measured and predicted by a cost model.
 
     make samples
     python benchmarks/scaling.py
 
-Measured are, on gloo with one thread a process, in turns and several times: a zeroth-order step of SmolLM2-135M (16
-queries shared out, `zo`), and a block of its pruning by Wanda (samples shared out, `prune`). From the run of one
-process comes the speed of the cost model (`benchmarks/cost_model.py`), from exchanges of nothing and of a large tensor
-its latency and bandwidth; with these it predicts the others, which is what it is worth. Processes that share cores
-share their speed. Projected records (`projected: true`) are the same formulas with the figures of `GPUS`, which nobody
-has measured here.
+The script measures, on gloo with one thread per process, several times in alternation: a zeroth-order step of
+SmolLM2-135M whose 16 queries are distributed over the ranks (`zo`), and one block of a Wanda pruning whose samples are
+distributed over the ranks (`prune`).
+
+The cost model is the first part of this file; docs/scaling.md documents its formulas and tests compare them with real
+processes. Its speed is fitted to the run of one process, its latency and bandwidth to an exchange of one value and of
+a large tensor. With these it predicts the other runs. Processes that share cores are assumed to share their speed.
+Projected records (`projected: true`) come from the same formulas with the GPU figures of `GPUS`; they are not measured.
 """
 
 import argparse
@@ -19,32 +21,185 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from collectives import CountBytes
-from cost_model import (
-    SHAPES,
-    Hardware,
-    wanda_block_seconds,
-    wanda_exchanged_bytes,
-    zo_exchanged_bytes,
-    zo_seconds,
-)
 from lightning.pytorch import Callback, Trainer, seed_everything
-from records import ROOT, describe, write
+from records import RESULTS, ROOT, SMOLLM2, describe, write
+from torch import Tensor
 
-RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
-MODEL = ROOT / ".cache" / "wandazeta" / "smollm2-135m"
+BYTES_FP64 = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model of the LLaMA family.
+
+    Args:
+        hidden: Width of the hidden states.
+        layers: Decoder blocks.
+        intermediate: Width inside the MLP.
+        vocabulary: Number of tokens.
+        key_value: Width of keys, and of values.
+        tied: Whether the head shares its weights with the token embeddings.
+    """
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    key_value: int
+    tied: bool = False
+
+    @property
+    def linear_weights(self) -> int:
+        """Number of weights in the Linears of a block."""
+        return self.hidden * (2 * self.hidden + 2 * self.key_value + 3 * self.intermediate)
+
+    @property
+    def block(self) -> int:
+        """Number of values in a block: its Linears and two norms."""
+        return self.linear_weights + 2 * self.hidden
+
+    @property
+    def table(self) -> int:
+        """Number of values in the token embeddings, and in the head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def total(self) -> int:
+        """Number of values in the model."""
+        return self.layers * self.block + self.table * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def input_widths(self) -> int:
+        """Sum of the input features of the Linears of a block."""
+        return 6 * self.hidden + self.intermediate
+
+
+SHAPES = {
+    "smollm2-135m": Shape(576, 30, 1536, 49152, 192, tied=True),
+    "llama-7b": Shape(4096, 32, 11008, 32000, 4096),
+    "llama-70b": Shape(8192, 80, 28672, 32000, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Speed of a process and of its connection to the others.
+
+    Args:
+        flops: Sustained floating-point operations per second of a process.
+        bandwidth: Bytes per second into a process from all others together.
+        latency: Seconds of an exchange of one value.
+    """
+
+    flops: float
+    bandwidth: float
+    latency: float
+
+
+def resident_weights(shape: Shape, value_bytes: int, ranks: int = 1, sharded: bool = False) -> int:
+    """Bytes of weights that a rank always holds: all weights, or its shard under ZeRO stage 3."""
+    return ceil(shape.total / (ranks if sharded else 1)) * value_bytes
+
+
+def gathered_weights(shape: Shape, value_bytes: int) -> int:
+    """Peak bytes of gathered weights under ZeRO stage 3: two blocks, and the token embeddings or the head."""
+    return (2 * shape.block + shape.table) * value_bytes
+
+
+def adapter_bytes(num_parameters: int, copies: int, states: int = 0) -> int:
+    """Peak bytes of the vectors of a step: the trained vector, the states of its update, and temporaries.
+
+    The temporaries are the perturbed copies and one direction while losses are evaluated, and the gradient, the new
+    vector and the new states during the update.
+
+    Args:
+        num_parameters: Number of trained values, in float32.
+        copies: Perturbed copies in one forward pass, at most `query_chunk_size`.
+        states: State vectors of the update: 2 for `RAdaZOUpdate`, 0 for `SGDUpdate`.
+    """
+    return 4 * num_parameters * (1 + states + max(copies + 1, 2 + states))
+
+
+def activation_bytes(shape: Shape, tokens: int, value_bytes: int) -> int:
+    """Peak bytes of activations of a forward pass without gradients: 2 hidden states and 3 tensors of the MLP's width.
+
+    Args:
+        shape: Sizes of the model.
+        tokens: Number of tokens in one forward pass, over all perturbed copies.
+        value_bytes: Bytes per value.
+    """
+    return tokens * value_bytes * (2 * shape.hidden + 3 * shape.intermediate)
+
+
+def zo_points(num_queries: int) -> int:
+    """Number of forward passes of a two-sided step."""
+    return 2 * num_queries
+
+
+def zo_exchanged_bytes(num_queries: int) -> int:
+    """Bytes that a rank sends in a step: losses, a weight, twelve check values and the gradient of the anchor."""
+    return BYTES_FP64 * (zo_points(num_queries) + 1 + 12) + 4
+
+
+def zo_seconds(
+    shape: Shape,
+    hardware: Hardware,
+    tokens: int,
+    num_queries: int,
+    ranks: int,
+    sharded: bool = False,
+    value_bytes: int = 2,
+) -> float:
+    """Seconds of a two-sided step with `parallel="queries"`: forward passes of the busiest rank, plus the exchange.
+
+    Under ZeRO stage 3 the weights are gathered during the forward passes; the longer of the two counts.
+
+    Args:
+        shape: Sizes of the model.
+        hardware: Speed of each process.
+        tokens: Number of tokens in the batch.
+        num_queries: Number of queries in a step.
+        ranks: Number of processes.
+        sharded: Whether the weights are sharded.
+        value_bytes: Bytes per weight.
+    """
+    forwards = ceil(zo_points(num_queries) / ranks)
+    compute = forwards * 2 * shape.layers * shape.block * tokens / hardware.flops
+    arriving = shape.total * value_bytes * (ranks - 1) / ranks / hardware.bandwidth if sharded else 0.0
+    exchange = hardware.latency + zo_exchanged_bytes(num_queries) / hardware.bandwidth if ranks > 1 else 0.0
+    return max(compute, arriving) + exchange
+
+
+def wanda_exchanged_bytes(shape: Shape, value_bytes: int) -> int:
+    """Bytes that a rank sends for one block: sums of squared inputs, and the pruned weights."""
+    return BYTES_FP64 * shape.input_widths + value_bytes * shape.linear_weights
+
+
+def wanda_block_seconds(shape: Shape, hardware: Hardware, tokens: int, ranks: int, value_bytes: int = 2) -> float:
+    """Seconds of one block: two forward passes of the rank's samples, plus the exchange."""
+    compute = 2 * 2 * shape.block * tokens / ranks / hardware.flops
+    if ranks == 1:
+        return compute
+    # for each of the 7 Linears: sum and count of its statistics, and its weights
+    return compute + 3 * 7 * hardware.latency + wanda_exchanged_bytes(shape, value_bytes) / hardware.bandwidth
+
+
+RESULT = RESULTS / "scaling.json"
+MODEL = ROOT / SMOLLM2
 NUM_QUERIES = 16
-# prompts of a step and their length; windows of calibration text
+# prompts per step and their length; number and length of calibration windows
 BATCH, TOKENS = 2, 32
 SAMPLES, WINDOW, PRUNED_BLOCKS = 16, 128, 4
 STEPS = 4
-# an H100 at 40% of its peak in bfloat16, over NVLink within a node of eight and 400 Gb/s a GPU between nodes
+# an H100 at 40% of its bfloat16 peak, with NVLink within a node of eight and 400 Gb/s per GPU between nodes
 GPUS = {
     8: Hardware(flops=0.4 * 989e12, bandwidth=300e9, latency=30e-6),
     64: Hardware(flops=0.4 * 989e12, bandwidth=40e9, latency=100e-6),
@@ -52,45 +207,70 @@ GPUS = {
 GPU_TOKENS, GPU_SAMPLES = 16 * 256, 128 * 2048
 
 
+class CountBytes:
+    """Count the bytes of tensors that this process passes to `torch.distributed` while `counting` is set.
+
+    DDP's own reducer is not counted. In a step without gradients it exchanges one value, the anchor's gradient.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.counting = False
+        for name in ("all_reduce", "broadcast"):
+            self._wrap(name, lambda tensor: [tensor])
+        self._wrap("_broadcast_coalesced", lambda group, tensors: tensors)
+
+    def _wrap(self, name: str, tensors_of: Callable[..., list[Tensor]]) -> None:
+        original = getattr(dist, name)
+        take = tensors_of.__code__.co_argcount
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self.counting:
+                self.bytes += sum(t.numel() * t.element_size() for t in tensors_of(*args[:take]))
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
 class Watch(Callback):
-    """Counts bytes and seconds of the steps after the first."""
+    """Count bytes and seconds of all training steps but the first."""
 
     def __init__(self, counter: CountBytes) -> None:
         self.counter = counter
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Wait for the others and begin."""
+        """Wait for the other ranks and start the clock."""
         trainer.strategy.barrier()
         self.counter.counting = trainer.global_step > 0
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End, unless it was the first."""
+        """Stop the clock."""
         self.counter.counting = False
         self.seconds.append(time.perf_counter() - self.start)
 
 
 class StopCounting(Callback):
-    """Ends the count after the callbacks before it are set up: what follows is the strategy's own."""
+    """Stop counting once the callbacks listed before this one are set up: what follows is exchanged by the strategy."""
 
     def __init__(self, counter: CountBytes) -> None:
         self.counter = counter
 
     def setup(self, *_: Any, **__: Any) -> None:
-        """Stop."""
+        """Stop counting."""
         self.counter.counting = False
 
 
 def zo_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[str, Any]:
-    """Steps of one rank."""
+    """Run zeroth-order steps on one rank."""
     from wandazeta.datamodules import PromptedClassificationDataModule
     from wandazeta.modules import ZerothOrderModule
     from wandazeta.zeroth_order import ConstantSchedule
 
     seed_everything(0, verbose=False)
     module = ZerothOrderModule(
-        str(MODEL), schedule=ConstantSchedule(NUM_QUERIES), prefix_cache_gib=0, learning_rate=1e-6, query_chunk_size=8
+        str(MODEL), schedule=ConstantSchedule(NUM_QUERIES), prefix_cache_gib=0.0, learning_rate=1e-6, query_chunk_size=8
     )
     data = PromptedClassificationDataModule(
         "sample:rotten-tomatoes",
@@ -111,7 +291,7 @@ def zo_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[str,
 
 
 def prune_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[str, Any]:
-    """Blocks of one rank's pruning; the seconds are the median of all but the first."""
+    """Prune a few blocks on one rank; the seconds are the median over all blocks but the first."""
     from wandazeta.callbacks import WandaPPPruneCallback
     from wandazeta.datamodules import TextDataModule
     from wandazeta.modules import ZerothOrderModule
@@ -139,7 +319,7 @@ def prune_worker(trainer_options: dict[str, Any], counter: CountBytes) -> dict[s
 
 
 def exchange_worker() -> dict[str, float]:
-    """Seconds of an exchange of nothing, and bytes a second of a large one."""
+    """Measure the seconds of an exchange of one value, and the bytes per second of a large one."""
 
     def timed(work: Callable[[], Any], repeats: int) -> float:
         seconds = []
@@ -156,7 +336,7 @@ def exchange_worker() -> dict[str, float]:
 
 
 def worker(kind: str) -> None:
-    """Run as one of the processes that torchrun started; the first prints what it measured."""
+    """Run as one of the processes that torchrun started; rank 0 prints the result."""
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(1)
     counter = CountBytes()
@@ -176,7 +356,7 @@ def worker(kind: str) -> None:
 
 
 def measure(kind: str, processes: int) -> dict[str, Any]:
-    """What the first of some processes measured."""
+    """Start the processes and return the result of rank 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(Path(__file__)), "--worker", kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -189,7 +369,7 @@ def measure(kind: str, processes: int) -> dict[str, Any]:
 
 
 def predicted(job: str, hardware: Hardware, processes: int) -> float:
-    """Seconds of the jobs as they are measured here."""
+    """Predicted seconds of a job."""
     shape = SHAPES["smollm2-135m"]
     if job == "zo":
         return zo_seconds(shape, hardware, BATCH * TOKENS, NUM_QUERIES, processes)
@@ -197,7 +377,7 @@ def predicted(job: str, hardware: Hardware, processes: int) -> float:
 
 
 def measured_records(processes: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Runs in turns, and the cost model's word on each."""
+    """Measure all jobs in alternation, and add the prediction of the cost model to each."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(repeats):
         for count in processes:
@@ -229,12 +409,12 @@ def measured_records(processes: list[int], repeats: int) -> list[dict[str, Any]]
 
 
 def projected_records() -> list[dict[str, Any]]:
-    """The formulas with the figures of `GPUS`: a step of 16 queries on 16 prompts, Wanda's whole pruning."""
+    """Apply the formulas to `GPUS`: one step of 16 queries on 16 prompts, and a whole Wanda pruning."""
     records = []
     for gpus, hardware in GPUS.items():
         for model in ("llama-7b", "llama-70b"):
             shape = SHAPES[model]
-            # 70B in 16 bits does not fit into one GPU
+            # 70B in 16 bits does not fit on one GPU
             sharded = model == "llama-70b"
             step = zo_seconds(shape, hardware, GPU_TOKENS, NUM_QUERIES, gpus, sharded)
             block = wanda_block_seconds(shape, hardware, GPU_SAMPLES, gpus)
@@ -248,9 +428,11 @@ def projected_records() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, predict, project, write."""
+    """Measure, predict and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="the first has to be 1")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes; the first must be 1"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", choices=("zo", "prune", "exchange"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -258,7 +440,7 @@ def main() -> None:
         worker(arguments.worker)
         return
     if arguments.processes[0] != 1:
-        parser.error("Expected argument `--processes` to begin with 1, from which the speed is taken")
+        parser.error("Expected argument `--processes` to start with 1, whose run gives the speed of the cost model")
     records = measured_records(arguments.processes, arguments.repeats) + projected_records()
     assumed = {gpus: vars(hardware) for gpus, hardware in GPUS.items()}
     write(RESULT, describe("scaling", records, assumed_gpus=assumed))

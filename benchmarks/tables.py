@@ -1,18 +1,61 @@
-"""Tables in Markdown, and numbers with their spread."""
+"""Markdown tables of README and docs, made from the records under `benchmarks/results/`."""
 
-from statistics import mean, stdev
+from statistics import mean, median, stdev
+from typing import Any
 
+from scaling import (
+    SHAPES,
+    activation_bytes,
+    adapter_bytes,
+    gathered_weights,
+    resident_weights,
+)
 from scipy.stats import t as student
+
+from wandazeta.adapters import AdapterLayout
+
+METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
+ACCURACIES = {
+    "majority": "majority class",
+    "zero_shot": "pruned model, zero-shot",
+    "fine_tuned": "pruned model, fine-tuned with forward passes alone",
+    "zero_shot_dense": "for comparison: dense model, zero-shot",
+    "tfidf_logistic_regression": "for comparison: TF-IDF with logistic regression",
+}
+# the preset `best` today, and at earlier commits
+BEST = {
+    "best": "Wanda++ (preset `best`)",
+    "best_12_rounds": "Wanda++, learning rate 1e-3",
+    "best_3_copies": "Wanda++, learning rate 1e-3, 3 generated windows per real one",
+    "best_6_rounds": "Wanda++, learning rate 1e-3, 6 rounds",
+}
+TRAINED = {"lora": "LoRA", "masked_full": "all weights, masked"}
+STEP_HEADING = [
+    *("layers with adapters", "batch", "tokens", "queries", "copies per pass", "seconds per step"),
+    *("step / its forward passes", "loop / step"),
+]
+MEASURED_HEADING = ["", "processes", "seconds", "predicted", "bytes exchanged"]
+PROJECTED_HEADING = ["", "GPUs", "seconds", "bytes exchanged"]
+MEMORY_HEADING = ["GiB per GPU", "weights", "gathered", "adapters", "activations", "total"]
+JOBS = {"zo": "a step of 16 queries", "prune": "Wanda"}
+# model in bfloat16, number of GPUs, sharded, offloaded to CPU memory
+EXAMPLES = {
+    "7B on one card of 24 GB": ("llama-7b", 1, False, False),
+    "7B on eight GPUs, sharded": ("llama-7b", 8, True, False),
+    "70B on one card of 80 GB, offloaded": ("llama-70b", 1, True, True),
+    "70B on two nodes of eight": ("llama-70b", 16, True, False),
+}
+COPIES, PROMPTS, TOKENS = 4, 16, 256
 
 
 def rows(heading: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
+    """Return a Markdown table with all columns but the first aligned to the right."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean, and lowest to highest where they differ."""
+    """Format the mean, with the range in brackets where values differ."""
     text = format(mean(values), form)
     if len(values) == 1 or min(values) == max(values):
         return text
@@ -20,6 +63,406 @@ def spread(values: list[float], form: str) -> str:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The 95% interval of the mean, by Student's distribution; of two values or more."""
+    """Return the 95% confidence interval of the mean of at least two values, by Student's distribution."""
     margin = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return mean(values) - margin, mean(values) + margin
+
+
+def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
+    """The table of README: perplexity of 2:4 prunings, and accuracy before and after fine-tuning."""
+    texts = {"wikipedia": "Wikipedia", "brown": "Brown"}
+    patterns = {"dense": "dense", "wanda": "2:4, Wanda", "sparsegpt": "2:4, SparseGPT", "best": "2:4, **Wanda++**"}
+    final = [r for r in finetune["records"] if (r["phase"], r["model"]) == ("final", "smollm2-135m")]
+
+    def perplexities(method: str) -> list[str]:
+        found = [r for r in quality["records"] if r["method"] == method and r["pattern"] in ("dense", "2:4")]
+        return [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
+
+    def accuracy(method: str, pattern: str) -> str:
+        found = [r for r in final if (r["task"], r["method"], r["pattern"]) == ("topics", method, pattern)]
+        return spread([r["accuracy"] for r in found], ".3f")
+
+    body = [[name, *perplexities(method), ""] for method, name in patterns.items()]
+    body[0][-1] = accuracy("zero_shot", "dense")
+    forward_only = "fine-tuned with **forward passes alone**"
+    body += [[f"dense, {forward_only}", "", "", accuracy("best", "dense")]]
+    body += [[f"50% by Wanda++, {forward_only}", "", "", accuracy("best", "50%")]]
+    body += [["dense, LoRA by back-propagation", "", "", accuracy("lora", "dense")]]
+    body += [["dense and frozen, logistic regression on its hidden states", "", "", accuracy("linear_probe", "dense")]]
+    heading = ["SmolLM2-135M", *(f"perplexity, {name}" for name in texts.values()), "accuracy, news topics"]
+    (tuned, *_) = (r for r in final if r["method"] == "best")
+    return (
+        f"{rows(heading, body)}\n\nMeans over {len({r['seed'] for r in final})} seeds with the range in brackets. "
+        f"Calibration: {quality['calibration']} of Wikipedia. Fine-tuning: {tuned['data']['num_train']} examples, "
+        f"{tuned['forwards']} forward passes of {tuned['data']['batch_size']} examples each, or the same cost by "
+        "back-propagation. The accuracy in the dense row is zero-shot."
+    )
+
+
+def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, Any]) -> str:
+    """Time and memory by size of the model, for README."""
+    runs = demo["records"]
+    minutes = mean(r["minutes"]["total"] for r in runs)
+    gib = max(max(r["peak_memory_gib"].values()) for r in runs)
+    best = [r for r in quality["records"] if (r["method"], r["pattern"], r["text"]) == ("best", "2:4", "wikipedia")]
+    threads = sorted({r["threads"] for r in best})
+    streamed = max(memory["records"], key=lambda r: r["model_gib"])
+    return (
+        f"- 135M parameters, {demo['hardware']['threads']} CPU threads: the demo (pruning, fine-tuning, all "
+        f"evaluations) takes {minutes:.0f} minutes and at most {gib:.1f} GiB; pruning with the preset `best` takes "
+        f"{spread([r['seconds'] / 60 for r in best], '.0f')} minutes on {' or '.join(map(str, threads))} threads.\n"
+        f"- {streamed['model'].split()[-1].upper()} parameters, {streamed['threads']} CPU threads: pruning by "
+        f"{streamed['method'].capitalize()} with weights streamed from disk takes {streamed['peak_gib']:.1f} GiB for a "
+        f"model of {streamed['model_gib']:.1f} GiB, and {streamed['seconds'] / 60:.0f} minutes with "
+        f"{streamed['samples']} short samples."
+    )
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """Perplexities, accuracies and costs of the demo, by seed and in the mean."""
+    records = result["records"]
+
+    def line(name: str, values: list[float], form: str) -> list[str]:
+        return [name, *(format(value, form) for value in values), f"**{format(mean(values), form)}**"]
+
+    first = records[0]
+    body = [[f"perplexity, {first['perplexity']['num_tokens']:,} held-out tokens", *[""] * (len(records) + 1)]]
+    body += [line(name, [r["perplexity"][key] for r in records], ",.1f") for key, name in METHODS.items()]
+    body += [[f"accuracy, {first['accuracy']['num_examples']:,} test examples", *[""] * (len(records) + 1)]]
+    body += [line(name, [r["accuracy"][key] for r in records], ".3f") for key, name in ACCURACIES.items()]
+    body += [line("minutes in total", [r["minutes"]["total"] for r in records], ".1f")]
+    body += [line("peak memory, GiB", [max(r["peak_memory_gib"].values()) for r in records], ".2f")]
+    gain, hardware = result["gain"], result["hardware"]
+    text = rows(["", *(f"seed {r['seed']}" for r in records), "mean"], body)
+    return (
+        f"{text}\n\nGain over the better of zero-shot and majority class: {100 * gain['mean']:.1f} points (95% "
+        f"interval over the seeds: {100 * gain['lower_95']:.1f} to {100 * gain['upper_95']:.1f}). Fine-tuning "
+        f"trained {first['trainable_parameters']:,} values with {first['forward_passes']:,} forward passes of "
+        f"{first['train_batch_size']} examples. Hardware: {hardware['cpu']}, {hardware['threads']} threads."
+    )
+
+
+def prompt_table(result: dict[str, Any]) -> str:
+    """Zero-shot accuracy of every candidate prompt of the demo."""
+    body = [
+        [f"`{r['template']!r}`", ", ".join(f"`{option!r}`" for option in r["options"]), f"{r['accuracy']:.3f}"]
+        for r in result["records"]
+    ]
+    return rows(["prompt", "answers", f"accuracy, {result['num_examples']} validation examples"], body)
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Perplexity after pruning: mean over the seeds with the range, one row per pattern and method."""
+    records = result["records"]
+    texts = list(dict.fromkeys(r["text"] for r in records))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["pattern"], record["method"]), []).append(record)
+    patterns = ["dense", *dict.fromkeys(pattern for pattern, _ in groups if pattern != "dense")]
+    methods = ["dense", "magnitude", "wanda", "sparsegpt", "paper", *BEST]
+    body = []
+    for pattern, method in ((p, m) for p in patterns for m in methods if (p, m) in groups):
+        found = groups[pattern, method]
+        values = [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
+        minutes = spread([r["seconds"] / 60 for r in found if r["text"] == texts[0]], ",.1f")
+        seeds = len({r["seed"] for r in found})
+        name = BEST.get(method, method)
+        body.append([f"{pattern}, {name}" if method != "dense" else name, *values, minutes, str(seeds)])
+    heading = ["", *(f"perplexity, {text}" for text in texts), "minutes", "seeds"]
+    ratios = "\n".join(quality_ratios(records, texts, patterns[1:]))
+    return f"{rows(heading, body)}\n\n{ratios}"
+
+
+def quality_ratios(records: list[dict[str, Any]], texts: list[str], patterns: list[str]) -> list[str]:
+    """Ratios of the perplexity of Wanda++ to that of other methods with the same seed, one line per setting."""
+    known = {(r["pattern"], r["method"], r["text"], r["seed"]): r["perplexity"] for r in records}
+    seeds = sorted({r["seed"] for r in records})
+    lines = []
+    for pattern, kind in ((pattern, kind) for pattern in patterns for kind in BEST):
+        parts = []
+        for method, name in (("wanda", "Wanda"), ("sparsegpt", "SparseGPT")):
+            for text in texts:
+                pairs = [[known.get((pattern, m, text, seed)) for m in (kind, method)] for seed in seeds]
+                found = [best / other for best, other in pairs if best is not None and other is not None]
+                if found:
+                    parts.append(f"{spread(found, '.2f')} times that of {name} on {text}")
+        if parts:
+            lines.append(f"- {pattern}, {BEST[kind]}: perplexity {', '.join(parts)}.")
+    return lines
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """Variants of the ablation, by setting, the best first."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in result["records"]:
+        key = tuple(record[name] for name in ("pattern", "blocks", "samples", "tokens", "eval_windows"))
+        settings.setdefault(key, []).append(record)
+    parts = []
+    for (pattern, blocks, samples, tokens, windows), records in settings.items():
+        records.sort(key=lambda r: r.get("perplexity", float("inf")))
+        body = [
+            [
+                r["name"],
+                "; ".join(f"{key} {value}" for key, value in r["changes"].items()) or "nothing (the base)",
+                f"{r['perplexity']:.2f}" if "perplexity" in r else r["failure"],
+                f"{r['processor_seconds']:.0f}" if "processor_seconds" in r else "",
+                f"`{r['commit']}`",
+            ]
+            for r in records
+        ]
+        title = f"### {pattern}: first {blocks} blocks, {samples} x {tokens} tokens, {windows} validation windows"
+        heading = ["variant", "changes to the base", "perplexity", "CPU seconds", "commit"]
+        parts.append(f"{title}\n\n{rows(heading, body)}")
+    return "\n\n".join(parts)
+
+
+def memory_sentence(result: dict[str, Any]) -> str:
+    """Memory and time of the largest model that was pruned from its files."""
+    record = max(result["records"], key=lambda r: r["model_gib"])
+    return (
+        f"Streaming: {record['model']} ({record['model_gib']:.1f} GiB in {record['dtype']}), pruned to "
+        f"{record['pattern']} by {record['method']} from its files and exported, took {record['peak_gib']:.2f} GiB of "
+        f"resident memory at the peak and {record['seconds'] / 60:.0f} minutes on {record['threads']} threads that had "
+        f"other work, too ({record['samples']} x {record['tokens']} calibration tokens)."
+    )
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """Seconds of this project and of llm-compressor for the same prunings."""
+    tools = {"wandazeta": "wandazeta", "llmcompressor": "llm-compressor"}
+    body = [
+        [
+            f"{row['method']}, {tools[row['tool']]}",
+            "bfloat16" if row["compute_dtype"] == "bfloat16" else row["dtype"],
+            str(row["batch_size"]),
+            f"{row['median']:.1f}"
+            if row["runs"] == 1
+            else f"{row['median']:.1f} ({row['min']:.1f} to {row['max']:.1f})",
+            str(row["runs"]),
+            f"{row['perplexity']:.1f}",
+        ]
+        for row in sorted(result["summary"]["rows"], key=lambda row: row["method"], reverse=True)
+    ]
+    first = result["records"][0]
+    compared = [
+        f"{row['method']}{' in bfloat16' if row['compute_dtype'] == 'bfloat16' else ''} {row['times_faster']:.2f} times"
+        for row in result["summary"]["compared"]
+    ]
+    heading = ["", "compute dtype", "batch", "seconds", "runs", "perplexity"]
+    return (
+        f"{rows(heading, body)}\n\n{first['sparsity_pattern']}, {first['num_samples']} x {first['sequence_length']} "
+        f"tokens, {first['threads']} threads, {result['hardware']['cpu']}; medians, with the range in brackets. Speed "
+        f"relative to llm-compressor's faster run: {'; '.join(compared)}."
+    )
+
+
+def bf16_table(result: dict[str, Any]) -> str:
+    """Changes from products in bfloat16, by calibration size and method; means over the seeds."""
+    names = ("num_blocks_pruned", "num_samples", "sequence_length", "method")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in result["records"]:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    body = []
+    for (num_blocks, num_samples, length, method), found in sorted(groups.items()):
+        known = [r["perplexity"] for r in found if "jittered" in r["perplexity"]]
+        jittered = [perplexity["jittered"] / perplexity["fp32"] - 1 for perplexity in known]
+        changes = [r["perplexity_change"] for r in found]
+        line = [
+            method,
+            str(num_blocks),
+            f"{num_samples} x {length}",
+            *(f"{mean(r['perplexity'][precision] for r in found):.2f}" for precision in ("fp32", "bf16")),
+            spread(changes, "+.1%"),
+            "{:+.1%} to {:+.1%}".format(*interval(changes)) if len(changes) > 1 else "",
+            spread(jittered, "+.1%") if jittered else "",
+            f"{mean(r['differing_mask_share'] for r in found):.2%}",
+            str(len(found)),
+        ]
+        body.append(line)
+    heading = ["", "blocks", "tokens", "perplexity, fp32", "bf16 compute", "change", "95% interval"]
+    heading += ["control", "mask entries", "seeds"]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M at {result['records'][0]['pattern']}. Change: mean over the seeds "
+        "and range; beside it the 95% confidence interval of the mean. Control: the change when everything is in fp32 "
+        "and block outputs are perturbed by half a unit of bf16. Mask entries: the fraction that differs between fp32 "
+        "and bf16."
+    )
+
+
+def recovery_table(result: dict[str, Any]) -> str:
+    """Perplexity on test documents before and after training, at the learning rate with the best validation."""
+    records = result["records"]
+    body = []
+    for model, method in dict.fromkeys((r["model"], r["method"]) for r in records):
+        found = [r for r in records if (r["model"], r["method"]) == (model, method)]
+        best = min(found, key=lambda r: r["perplexity_after"]["val"])
+        before, after = (best[f"perplexity_{when}"]["test"] for when in ("before", "after"))
+        merged = f"{best['perplexity_merged']['test']:.1f}" if "perplexity_merged" in best else ""
+        name = f"{best['pattern']}, {best['pruned_by']}, {TRAINED[method]}"
+        figures = [f"{before:.1f}", f"{after:.1f}", merged, f"{best['learning_rate']:g}", str(len(found))]
+        body.append([name, *figures, f"{best['seconds'] / 60:.0f}"])
+    heading = ["", "before", "after", "merged", "learning rate", "rates tried", "minutes"]
+    first = records[0]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M, {first['steps']} steps of {first['batch_size']} x "
+        f"{first['sequence_length']} tokens of Wikipedia, one seed; {first['eval_windows']} test windows; "
+        f"{result['hardware']['cpu']}, threads: {result['hardware']['threads']}."
+    )
+
+
+def finetune_table(result: dict[str, Any]) -> str:
+    """Test accuracy of every method: means over the seeds with the range, one table per model and pattern."""
+    final = [r for r in result["records"] if r["phase"] == "final"]
+    tasks = list(dict.fromkeys(r["task"] for r in final))
+    text_baseline = [r for r in final if r["model"] == "none"]
+    parts = []
+    for model, pattern in dict.fromkeys((r["model"], r["pattern"]) for r in final if r["model"] != "none"):
+        found = [r for r in final if (r["model"], r["pattern"]) == (model, pattern)] + text_baseline
+        body = []
+        for method in dict.fromkeys(r["method"] for r in found):
+            chosen = [r for r in found if r["method"] == method]
+            cells = [[r["accuracy"] for r in chosen if r["task"] == task] for task in tasks]
+            forwards = f"{max(r['forwards'] for r in chosen):,}"
+            seeds = len({r["seed"] for r in chosen})
+            body.append([f"`{method}`", *(spread(c, ".3f") if c else "" for c in cells), forwards, str(seeds)])
+        parts.append(f"### {model}, {pattern}\n\n{rows(['', *tasks, 'forwards', 'seeds'], body)}")
+    return "\n\n".join(parts)
+
+
+def epsilon_table(result: dict[str, Any]) -> str:
+    """Correlations by epsilon, one column per precision, start and estimator; recommended values in bold."""
+    records = result["records"]
+    heading, columns = ["epsilon"], []
+    for record in records:
+        start = "identity" if record["identity_start"] else "random"
+        for name, epsilon in record["recommended"].items():
+            heading.append(f"{record['dtype']}, {start} start, {name}")
+            found = {row["epsilon"]: row["correlation"] for row in record["rows"] if row["estimator"] == name}
+            columns.append({e: f"**{c:.3f}**" if e == epsilon else f"{c:.3f}" for e, c in found.items()})
+    body = [[f"{epsilon:g}", *(column[epsilon] for column in columns)] for epsilon in columns[0]]
+    first = records[0]
+    return (
+        f"{rows(heading, body)}\n\nSmolLM2-135M, default adapters at initialisation, {first['num_batches']} batches of "
+        f"{first['batch']} prompts with {first['num_queries']} directions each; recommended values in bold."
+    )
+
+
+def zo_memory_table(result: dict[str, Any]) -> str:
+    """Peak memory of training steps beside inference."""
+    names = {
+        "tensor_train": "tensor trains",
+        "lora": "LoRA",
+        "mezo": "all weights (MeZO)",
+        "tensor_train_backprop": "tensor trains, back-propagation",
+        "lora_backprop": "LoRA, back-propagation",
+        "full_backprop": "all weights, back-propagation",
+    }
+    records, first = result["records"], result["records"][0]
+    body = [["inference", f"{first['inference_gib']:.3f}", ""]]
+    body += [[names[r["method"]], f"{r['peak_gib']:.3f}", f"{r['peak_gib'] / r['inference_gib']:.2f}"] for r in records]
+    return (
+        f"{rows(['', 'peak, GiB', 'times inference'], body)}\n\n{first['model']} in {first['dtype']}, "
+        f"{first['batch']} x "
+        f"{first['tokens']} tokens, {result['hardware']['cpu']}."
+    )
+
+
+def zo_step_table(result: dict[str, Any]) -> str:
+    """Seconds of a step, relative to its forward passes and to a plain loop."""
+    hardware, first = result["hardware"], result["records"][0]
+    repeats = len({record["repeat"] for record in result["records"]})
+    return (
+        f"{rows(STEP_HEADING, step_rows(result['records']))}\n\n{first['model']} in float32, {hardware['cpu']}, "
+        f"{first['threads']} threads; medians of {repeats} runs, with the range in brackets."
+    )
+
+
+def step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return one row per setting: ratios of the medians over its runs, with the range over the runs."""
+    names = ("layers", "batch", "prompt_tokens", "num_queries", "query_chunk_size")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+
+    def ratio(runs: list[dict[str, Any]], over: str, under: str) -> str:
+        found = [run[over] / run[under] for run in runs]
+        middle = median(run[over] for run in runs) / median(run[under] for run in runs)
+        return f"{middle:.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    return [
+        [
+            *map(str, key),
+            f"{median(run['seconds_step'] for run in runs):.3f}",
+            ratio(runs, "seconds_step", "seconds_forwards"),
+            ratio(runs, "seconds_loop", "seconds_step"),
+        ]
+        for key, runs in sorted(groups.items())
+    ]
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """Measured and predicted seconds of one, two and four processes."""
+    hardware = result["hardware"]
+    repeats = len(result["records"][0]["seconds"])
+    return (
+        f"{rows(MEASURED_HEADING, measured_rows(result['records']))}\n\nSmolLM2-135M in float32, gloo, one thread per "
+        f"process, {hardware['cores']} cores of {hardware['cpu']}; medians of {repeats} runs with the range."
+    )
+
+
+def projection_table(result: dict[str, Any]) -> str:
+    """Predictions of the cost model for GPUs, none of them measured."""
+    return rows(PROJECTED_HEADING, projected_rows(result["records"]))
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Memory of the worked examples by the formulas."""
+    return (
+        f"{rows(MEMORY_HEADING, memory_rows())}\n\nbfloat16, {PROMPTS} prompts of {TOKENS} tokens, {COPIES} perturbed "
+        "copies per forward pass, tensor trains of rank 5 at three sites of every block."
+    )
+
+
+def measured_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return one row per job and number of processes: median and range of its runs."""
+    return [
+        [
+            f"{JOBS[r['job']]}{', one block' if r['job'] == 'prune' else ''}",
+            str(r["processes"]),
+            f"{median(r['seconds']):.2f} ({min(r['seconds']):.2f} to {max(r['seconds']):.2f})",
+            f"{r['seconds_predicted']:.2f}",
+            f"{r['bytes_exchanged']:,.0f}",
+        ]
+        for r in records
+        if not r["projected"]
+    ]
+
+
+def projected_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Return one row per job, model and number of GPUs."""
+    return [
+        [
+            f"{JOBS[r['job']]}, {r['model']}{', sharded' if r['job'] == 'zo' and r['sharded'] else ''}",
+            str(r["gpus"]),
+            f"{r['seconds']:.2g}",
+            f"{r['bytes_exchanged']:,.0f}",
+        ]
+        for r in records
+        if r["projected"]
+    ]
+
+
+def memory_rows() -> list[list[str]]:
+    """Return one row per example: its memory by the formulas."""
+    found = []
+    for name, (model, gpus, sharded, offloaded) in EXAMPLES.items():
+        shape = SHAPES[model]
+        trained = AdapterLayout([shape.hidden, shape.hidden, shape.hidden] * shape.layers, 5, 64, (3, 3))
+        parts = [
+            0 if offloaded else resident_weights(shape, 2, gpus, sharded),
+            gathered_weights(shape, 2) if sharded else 0,
+            adapter_bytes(trained.num_parameters, COPIES),
+            activation_bytes(shape, COPIES * PROMPTS * TOKENS, 2),
+        ]
+        found.append([name, *(f"{part / 2**30:.2f}" for part in (*parts, sum(parts)))])
+    return found

@@ -3,11 +3,11 @@
     python benchmarks/zo_gpu.py
     python benchmarks/zo_gpu.py --device cpu --shape tiny
 
-The second line is a smoke test, and all that has been run so far: no GPU was at hand yet. The weights are random
-bfloat16, pruned to 2:4 by magnitude either way, so that both backbones compute the same. A step is that of
-`ZerothOrderModule` without the trainer around it: prompts of equal length with two answers, tensor-train adapters in
-every block, both sides of every query, the mean of the slopes, plain SGD. Tokens are those of all its forwards; the
-share of the peak counts the products with the dense weights' sizes over the card's dense peak, for both.
+The second line is a smoke test, and all that has been run so far: no GPU was available. The weights are random
+bfloat16, pruned to 2:4 by magnitude in both cases, so that both models compute the same. A step is that of
+`ZerothOrderModule` without the trainer: prompts of equal length with two answers, tensor-train adapters in every block,
+two-sided queries, the mean over the queries, plain SGD. Tokens are counted over all forward passes of a step; the share
+of the peak counts the operations of the dense weights over the card's dense peak in both cases.
 """
 
 import argparse
@@ -18,21 +18,19 @@ from typing import Any
 
 import torch
 from prune_gpu import PEAKS, SHAPES, random_model
-from records import ROOT, describe, write
+from records import RESULTS, describe, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wandazeta.adapters import TensorTrainAdapters
-from wandazeta.adapters.flat_vector import AdapterVector
+from wandazeta.adapters import AdapterVector, TensorTrainAdapters
 from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
 from wandazeta.utilities.memory import peak_memory
-from wandazeta.utilities.random_streams import directions_of_step
-from wandazeta.zeroth_order import TwoSided, mean_gradient, projected_gradients
+from wandazeta.zeroth_order import TwoSided, directions_of_step, projected_gradients
 
-RESULT = ROOT / "benchmarks" / "results" / "zo_gpu.json"
+RESULT = RESULTS / "zo_gpu.json"
 EPSILON = 3e-3
 LEARNING_RATE = 1e-4
 
@@ -40,12 +38,12 @@ console = Console()
 
 
 class Steps:
-    """A model with adapters, and its training steps on one batch.
+    """Training steps of a model with adapters on one batch.
 
     Args:
         model: The frozen model.
         batch: Prompts with answer options.
-        chunk_size: Perturbed copies in one forward.
+        chunk_size: Perturbed copies in one forward pass.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], chunk_size: int) -> None:
@@ -64,13 +62,14 @@ class Steps:
 
     @torch.no_grad()
     def run(self, num_queries: int) -> None:
-        """One step; ends when the device has."""
+        """Take one step and synchronise the device."""
         theta = self.vector.theta
         directions = directions_of_step(theta, 0, self.done)
         points = range(self.estimator.num_points(num_queries))
         found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
         self.chunk_size = found.chunk_size
-        gradient = mean_gradient(theta, projected_gradients(self.estimator.slopes(found.values_VP)), directions)
+        slopes = projected_gradients(self.estimator.slopes(found.values_VP))
+        gradient = self.estimator.gradient(theta, slopes, directions)
         if gradient is not None:
             theta.sub_(gradient, alpha=LEARNING_RATE)
         self.done += 1
@@ -78,13 +77,13 @@ class Steps:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
+    """Wait for the queued work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def prune_by_magnitude(model: nn.Module) -> None:
-    """Zero the two smaller of every four weights of the blocks' Linears."""
+    """Set the two smaller of every four weights in the blocks' Linears to zero."""
     blocks: Any = model.model.layers  # type: ignore[union-attr]
     for linear in blocks.modules():
         if isinstance(linear, nn.Linear):
@@ -92,7 +91,7 @@ def prune_by_magnitude(model: nn.Module) -> None:
 
 
 def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each number of queries, of a dense or a sparse backbone."""
+    """Return one record per number of queries, on dense or sparse kernels."""
     shape, device = SHAPES[arguments.shape], arguments.device
     torch.manual_seed(0)
     model = random_model(shape, device, device).requires_grad_(False)
@@ -109,7 +108,7 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
     batch["option_mask"] = torch.ones_like(batch["option_ids"], dtype=torch.bool)
     steps = Steps(model, batch, arguments.chunk)
     weights = sum(rows * columns for rows, columns in shape.linears.values())
-    # causal attention: half of the scores count
+    # attention is causal: half of the scores count
     flop_token = shape.blocks * (2.0 * weights + 2.0 * arguments.tokens * shape.width)
     records = []
     for num_queries in arguments.queries:
@@ -119,7 +118,7 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
         for step in range(arguments.steps + 1):
             start = time.perf_counter()
             steps.run(num_queries)
-            if step:  # the first one chooses kernels
+            if step:  # the first step chooses kernels
                 seconds.append(time.perf_counter() - start)
         speed = 2 * num_queries * ids.numel() / median(seconds)
         share = speed * flop_token / 1e12 / arguments.peak_tflops if arguments.peak_tflops else None
@@ -131,7 +130,7 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """The records for the terminal."""
+    """Return the records as a table for the terminal."""
     result = Table(title="zeroth-order steps")
     for name in ("model", "queries", "backbone", "tokens/s", "of the peak", "GiB"):
         result.add_column(name, justify="left" if name in ("model", "backbone") else "right")
@@ -144,22 +143,22 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; ends with one line where it asks for what is not there."""
+    """Parse the command line; exits with one line where a needed device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--batch", type=int, default=16, help="prompts of a batch")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, default=16, help="prompts per batch")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per prompt")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--chunk", type=int, default=8, help="perturbed copies in one forward")
-    parser.add_argument("--steps", type=int, default=5, help="steps of which the median counts")
+    parser.add_argument("--chunk", type=int, default=8, help="perturbed copies in one forward pass")
+    parser.add_argument("--steps", type=int, default=5, help="steps; the median counts")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
     parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
     arguments = parser.parse_args()
     is_gpu = arguments.device.type == "cuda"
     if is_gpu and not torch.cuda.is_available():
         raise SystemExit(
-            "error: Expected a CUDA device, but torch finds none; `--device cpu --shape tiny` is a smoke test without"
+            "error: Expected a CUDA device, but torch finds none; for a smoke test use `--device cpu --shape tiny`"
         )
     if is_gpu and arguments.peak_tflops is None:
         card = torch.cuda.get_device_name(arguments.device)

@@ -23,7 +23,7 @@ from wandazeta.lightning_compat import requeue_signal
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
 from wandazeta.pruning.calibration import call_arguments
-from wandazeta.pruning.methods import MethodName, PruningMethod, make_method
+from wandazeta.pruning.methods import PruningMethod, make_method
 from wandazeta.pruning.options import ComputeDtype, PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
 from wandazeta.pruning.progress.folder import ProgressFolder
@@ -76,7 +76,7 @@ class WandaPPPruneCallback(Callback):
         sparsity_pattern: str = "2:4",
         sparsity: float | None = None,
         sparsity_slope: float = 0.0,
-        method: MethodName | PruningMethod = "wanda++",
+        method: PruningMethod | str = "wanda++",
         compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
         num_calibration_samples: int = 128,

@@ -132,6 +132,7 @@ class ClassificationDataModule(LightningDataModule):
                 "Expected argument `tokenizer` to have a pad token, but it has none; set `loading.pad_token` of the "
                 f"module, for example to the end-of-sequence token {tokenizer.eos_token!r}"
             )
+        self._pad_token_id = tokenizer.pad_token_id
         # all splits in every stage, because ids and the padded length depend on all of them
         count = 0
         for split, chosen in self._choose().items():
@@ -180,7 +181,7 @@ class ClassificationDataModule(LightningDataModule):
         """
         longest = max(len(example.input_ids) for example in examples)
         length = longest if to_longest or self.padding == "batch" else self._length
-        input_ids = torch.full((len(examples), length), self.tokenizer.pad_token_id, dtype=torch.int64)
+        input_ids = torch.full((len(examples), length), self._pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, example in enumerate(examples):
             input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)

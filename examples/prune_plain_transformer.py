@@ -1,8 +1,8 @@
-"""Prune a plain torch transformer in a LightningModule that knows nothing of wandazeta.
+"""Prune a transformer in plain torch, in a LightningModule written without wandazeta.
 
     python examples/prune_plain_transformer.py
 
-The five lines are at the end, in `main`; everything above is the foreign project.
+`main` at the end adds the pruning; everything above it is an ordinary Lightning project.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Block(nn.Module):
-    """One decoder block, of Linears."""
+    """A decoder block made of Linears."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps hidden states (batch, tokens, width) to the same shape."""
+        """Return hidden states of the same shape `(batch, tokens, width)`."""
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
@@ -44,7 +44,7 @@ class CharacterModel(pl.LightningModule):
         self.head = nn.Linear(width, vocabulary)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of predicting the next character."""
+        """Return the cross-entropy of the next character."""
         (tokens,) = batch
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
         for layer in self.layers:
@@ -54,12 +54,12 @@ class CharacterModel(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Trains the head alone, so that the pruned weights stay as they are."""
+        """Train the head only, so that the pruned weights do not change."""
         return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
 
 def text_loader(num_samples: int = 64, length: int = 32) -> DataLoader:
-    """Cuts this very file into samples."""
+    """Return samples of characters from this file."""
     text = torch.tensor(list(Path(__file__).read_bytes()))
     starts = torch.arange(num_samples) * 31 % (len(text) - length)
     tokens = torch.stack([text[start : start + length] for start in starts.tolist()]) % 128
@@ -67,7 +67,7 @@ def text_loader(num_samples: int = 64, length: int = 32) -> DataLoader:
 
 
 def main(output_dir: str | None = None) -> pl.LightningModule:
-    """Prunes, then trains the head for an epoch."""
+    """Prune the model to 2:4, then train the head for an epoch."""
     pl.seed_everything(0)
     module, loader = CharacterModel(), text_loader()
 
@@ -82,7 +82,7 @@ def main(output_dir: str | None = None) -> pl.LightningModule:
 
     zeros = sum(int((weight == 0).sum()) for weight in module.layers[0].parameters() if weight.ndim == 2)
     total = sum(weight.numel() for weight in module.layers[0].parameters() if weight.ndim == 2)
-    print(f"zeros in the first block's Linears: {zeros / total:.0%}")
+    print(f"sparsity of the first block: {zeros / total:.0%}")
     return module
 
 

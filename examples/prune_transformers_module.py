@@ -1,8 +1,8 @@
-"""Prune a transformers model in a hand-written LightningModule that builds itself in `configure_model`.
+"""Prune a model of transformers in a LightningModule that builds it in `configure_model`.
 
     python examples/prune_transformers_module.py
 
-The model is a tiny random LLaMA, so that this runs anywhere in seconds; `from_pretrained` works alike.
+The model is a tiny random LLaMA, so that the example runs in seconds; `from_pretrained` works the same way.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
 class CausalModule(pl.LightningModule):
-    """Fine-tunes the norms of a causal language model."""
+    """Fine-tune the norms of a causal language model."""
 
     def __init__(self, num_blocks: int = 3) -> None:
         super().__init__()
@@ -31,24 +31,24 @@ class CausalModule(pl.LightningModule):
         self.model: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Builds the model, once: Lightning may call this hook several times."""
+        """Build the model once: Lightning may call this hook several times."""
         if self.model is None:
             self.model = AutoModelForCausalLM.from_config(self.config)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the language-model loss."""
+        """Return the language-model loss."""
         assert self.model is not None
         loss = self.model(**batch, labels=batch["input_ids"]).loss
         self.log("loss", loss)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Trains one-dimensional parameters alone, so that the pruned weights stay as they are."""
+        """Train one-dimensional parameters only, so that the pruned weights do not change."""
         return torch.optim.AdamW([p for p in self.parameters() if p.ndim == 1], lr=1e-3)
 
 
 def token_loader(num_samples: int = 64, length: int = 32) -> DataLoader:
-    """Makes random tokens, some of them padding."""
+    """Return samples of random tokens with padding."""
     generator = torch.Generator().manual_seed(0)
     samples: list[Any] = []
     for index in range(num_samples):
@@ -60,7 +60,7 @@ def token_loader(num_samples: int = 64, length: int = 32) -> DataLoader:
 
 
 def main(output_dir: str | None = None) -> pl.LightningModule:
-    """Prunes, then trains the norms for an epoch."""
+    """Prune the model to 2:4, then train the norms for an epoch."""
     pl.seed_everything(0)
     module, loader = CausalModule(), token_loader()
 
@@ -74,7 +74,7 @@ def main(output_dir: str | None = None) -> pl.LightningModule:
     trainer.fit(module, loader)
 
     assert callback.report is not None
-    print(f"zeros in the Linears of all blocks: {callback.report.sparsity:.0%}")
+    print(f"sparsity of all blocks: {callback.report.sparsity:.0%}")
     return module
 
 

@@ -98,7 +98,7 @@ class Heartbeat:
         self._rank, self._size, self._children = rank, size, children
         self._neighbour = (rank - 1) % size
         # a connection of its own: on a shared one a thread would wait for the request of another
-        self._store = dist.PrefixStore(f"rank_watchdog/{run}", default_store().clone())
+        self._store = dist.PrefixStore(f"rank_watchdog/{run}", default_store().clone())  # type: ignore[attr-defined]
         self._num_answers = self._neighbour_beat = 0
         self._verdict = ""
         self._stopped = threading.Event()

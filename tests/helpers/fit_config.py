@@ -75,7 +75,7 @@ def wandazeta(folder, *arguments, timeout=300):
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
     paths = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "-m", "wandazeta.cli.main", *arguments],
+        [sys.executable, "-m", "wandazeta", *arguments],
         env=environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The benchmarks of pruning run as a whole on tiny models; what they measure is not looked at."""
+"""Run the benchmarks on tiny models; the measured values are not checked."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from helpers.architectures import build
 from helpers.causal_lms import save_tiny_lm
 from helpers.fit_config import write_fit_config
 from helpers.prune_config import write_prune_config
-from helpers.prune_options import make_options
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import main
+from wandazeta.pruning import RegionalOptimisation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate", "total"}
@@ -28,11 +30,20 @@ PHASES = {"rest", "capture", "measure", "optimise", "norms", "prune", "propagate
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import prune
+    import prune_cost
     import prune_gpu
     import records
 
-    return Namespace(prune=prune, prune_gpu=prune_gpu, records=records)
+    return Namespace(prune=prune_cost, prune_gpu=prune_gpu, records=records)
+
+
+def instantiated(arguments):
+    """The arguments of the callback as the command line passes them."""
+    method = arguments["method"]
+    options = dict(method["init_args"])
+    if "optimisation" in options:
+        options["optimisation"] = RegionalOptimisation(**options["optimisation"])
+    return arguments | {"method": resolve_name(method["class_path"])(**options)}
 
 
 def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_options(monkeypatch):
@@ -47,17 +58,23 @@ def test_best_has_a_slope_only_where_the_pattern_is_free_and_counts_by_its_optio
     assert prune_quality.options_of("wanda", "60%", 0).keys() == {"method", "sparsity_pattern", "sparsity", "seed"}
     # the published figures are those of the file as it is
     records = [r for r in prune_quality.finished(prune_quality.RESULT) if r["method"] == "best"]
+    assert records
     for record in records:
         wanted = prune_quality.options_of("best", record["pattern"], record["seed"])
         assert record["options"].items() >= wanted.items()
+    # what the callback is given is what the record holds
+    for method, pattern in (("best", "2:4"), ("best", "60%"), ("paper", "2:4"), ("sparsegpt", "60%")):
+        wanted = prune_quality.options_of(method, pattern, 1)
+        arguments = prune_quality.callback_arguments(wanted)
+        assert WandaPPPruneCallback(**instantiated(arguments)).options.to_dict().items() >= wanted.items()
 
 
 def test_the_control_of_bfloat16_moves_states_by_no_more_than_rounding_may(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import prune_bf16
+    import prune_quality
 
     states = torch.rand(100, 64) + 1  # a power of two and what lies above it
-    moved = prune_bf16.jitter(torch.Generator().manual_seed(0), None, None, states)
+    moved = prune_quality.jitter(torch.Generator().manual_seed(0), None, None, states)
     rounding = (states.bfloat16().float() - states).abs()
     assert 0 < (moved / states - 1).abs().max() <= 2**-9
     assert rounding.max() / 2 < (moved - states).abs().max() <= 2 * rounding.max()
@@ -150,7 +167,7 @@ def test_zo_step_measures_all_three_side_by_side(tmp_path):
     )
     arguments = ("--model", model, "--repeats", 2, "--threads", 1, "--result", result, *sizes)
     arguments += ("--options", " ", ".")
-    done = run("zo_step.py", *arguments)
+    done = run("zo.py", "step", *arguments)
     assert done.returncode == 0, done.stderr
     records = json.loads(result.read_text())["records"]
     assert [(r["layers"], r["num_queries"], r["repeat"]) for r in records] == [
@@ -158,25 +175,25 @@ def test_zo_step_measures_all_three_side_by_side(tmp_path):
     ]
     assert all(r[name] > 0 for r in records for name in ("seconds_step", "seconds_loop", "seconds_forwards"))
     before = result.read_bytes()
-    assert run("zo_step.py", *arguments).returncode == 0
+    assert run("zo.py", "step", *arguments).returncode == 0
     assert result.read_bytes() == before, "what is finished is not measured again"
 
 
 @pytest.mark.samples
 def test_the_loop_that_steps_are_compared_with_takes_the_same_slopes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import zo_step
+    import zo
 
     model_dir = tmp_path / "model"
     save_tiny_lm(model_dir)
-    batch = zo_step.make_batch(model_dir, 2, 12, [" ", "."])
-    loop = zo_step.Loop(model_dir, "all")
-    plain = zo_step.Forwards(model_dir, batch)
+    batch = zo.prompt_batch(model_dir, 2, 12, [" ", "."])
+    loop = zo.Loop(model_dir, "all")
+    plain = zo.Forwards(model_dir, batch)
     for adapter in loop.model.modules():
-        if isinstance(adapter, zo_step.LoopedAdapter):
+        if isinstance(adapter, zo.LoopedAdapter):
             adapter.up.cores[-1].data.zero_()  # changes nothing now
-    scores = plain.scorer.option_scores(plain.prepared).values
-    loss = zo_step.option_losses(scores, batch["label"])
+    scores = plain.scorer.option_scores(plain.prepared)
+    loss = zo.option_losses(scores.values, batch["label"])
     with torch.no_grad():
         assert loop._loss(batch) == pytest.approx(float(loss), rel=1e-4)
     before = [parameter.detach().clone() for parameter in loop.trained]
@@ -199,7 +216,7 @@ def test_the_formula_counts_what_is_multiplied(benchmark, monkeypatch, method):
     module, length, num_samples = benchmark.prune_gpu, 1100, 10
     shape = dataclasses.replace(module.SHAPES["tiny"], width=128, inner=256)
     monkeypatch.setitem(module.SHAPES, "tiny", shape)
-    options = make_options(method, rounds=2, samples_per_round=3)
+    options = benchmark.records.used_options({"method": method, "rounds": 2, "samples_per_round": 3})
     cpu = torch.device("cpu")
     arguments = Namespace(device=cpu, home=cpu, num_samples=num_samples, sequence_length=length, peak_tflops=None)
     with FlopCounterMode(display=False) as counter:
@@ -244,22 +261,22 @@ def test_memory_is_measured_for_all_that_can_be_trained(tmp_path):
     pytest.importorskip("peft")
     result = tmp_path / "zo_memory.json"
     setting = ("--model", save_tiny_lm(tmp_path / "model"), "--batch", 2, "--tokens", 4, "--result", result)
-    done = run("zo_memory.py", *setting)
+    done = run("zo.py", "memory", *setting)
     assert done.returncode == 0, done.stderr
     content = json.loads(result.read_text())
     assert "/" not in content["command"].removeprefix("python benchmarks/")
     methods = [record["method"] for record in content["records"]]
     assert methods == ["tensor_train", "lora", "mezo", "tensor_train_backprop", "lora_backprop", "full_backprop"]
     assert all(record["peak_gib"] > 0 and record["inference_gib"] > 0 for record in content["records"])
-    again = run("zo_memory.py", *setting)
+    again = run("zo.py", "memory", *setting)
     assert (again.returncode, again.stdout) == (0, ""), "measured again"
 
 
 def test_recovery_runs_every_rate_and_shows_the_one_that_validation_chose(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import prune_tables
     import recovery
+    import tables
 
     write_prune_config(tmp_path)
     (tmp_path / "progress").mkdir()
@@ -283,7 +300,7 @@ def test_recovery_runs_every_rate_and_shows_the_one_that_validation_chose(tmp_pa
         assert all(r["perplexity_before"][split] > 1 for split in ("val", "test"))
     good = [r for r in records if r["learning_rate"] == 1e-3]
     assert all(r["perplexity_after"]["val"] < r["perplexity_before"]["val"] for r in good)
-    rows = prune_tables.recovery_table(content).splitlines()[2:4]
+    rows = tables.recovery_table(content).splitlines()[2:4]
     for row, r in zip(rows, good, strict=True):
         assert f"| {r['perplexity_before']['test']:.1f} | {r['perplexity_after']['test']:.1f} |" in row
         assert "| 0.001 | 2 |" in row
@@ -302,7 +319,7 @@ def arguments(**changes):
 
 def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmark):
     versions = {"wandazeta": "1", "llmcompressor": "2"}
-    runs = list(benchmark.prune.settings(arguments(), versions))
+    runs = list(benchmark.prune.speed_runs(arguments(), versions))
     order = [(run["method"], run["tool"], run["compute_dtype"], run["batch_size"]) for run in runs]
     kinds = [("wanda", "wandazeta", "model", 8), ("wanda", "wandazeta", "bfloat16", 8)]
     kinds += [("wanda", "llmcompressor", "model", size) for size in (1, 8)]
@@ -316,7 +333,7 @@ def test_the_tools_take_turns_and_every_second_round_goes_the_other_way(benchmar
 
 
 def test_ratios_are_to_the_faster_of_the_other_tool(benchmark):
-    wanted = list(benchmark.prune.settings(arguments(), {"wandazeta": "1", "llmcompressor": "2"}))
+    wanted = list(benchmark.prune.speed_runs(arguments(), {"wandazeta": "1", "llmcompressor": "2"}))
     seconds = {("wandazeta", 8): 2.0, ("llmcompressor", 1): 8.0, ("llmcompressor", 8): 5.0}
 
     def seconds_of(run):
@@ -347,6 +364,6 @@ def test_masks_agree_where_both_or_neither_are_zero(benchmark):
 
 
 def test_a_command_names_no_path_of_one_machine(benchmark, monkeypatch):
-    inside = str(benchmark.records.ROOT / "benchmarks" / "prune.py")
+    inside = str(benchmark.records.ROOT / "benchmarks" / "prune_cost.py")
     monkeypatch.setattr(sys, "argv", [inside, "--model=/somewhere/model", "--work", "/else/where", "--repeats", "3"])
-    assert benchmark.records.command() == "python benchmarks/prune.py --model=model --work where --repeats 3"
+    assert benchmark.records.command() == "python benchmarks/prune_cost.py --model=model --work where --repeats 3"

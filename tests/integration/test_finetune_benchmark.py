@@ -1,4 +1,4 @@
-"""The benchmark of fine-tuning runs as a whole on tiny models: what it makes, what it does not make again."""
+"""Run the fine-tuning benchmark on tiny models: which runs it makes, and which it does not repeat."""
 
 import json
 import shutil
@@ -59,12 +59,11 @@ def config(tmp_path):
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import finetune
-    import finetune_run
     import render
 
-    # as a run of its own would get it, without a process for each
-    monkeypatch.setattr(finetune, "in_a_process", lambda run: json.loads(json.dumps(finetune_run.measure(run))))
-    return Namespace(finetune=finetune, finetune_run=finetune_run, render=render)
+    # the settings as a process would get them, without starting one
+    monkeypatch.setattr(finetune, "in_a_process", lambda run: json.loads(json.dumps(finetune.measure_run(run))))
+    return Namespace(finetune=finetune, render=render)
 
 
 def arguments_of(tmp_path, config, *more):
@@ -129,8 +128,8 @@ def test_a_run_of_its_own(tmp_path, config):
 def test_shots_come_before_the_prompt(tmp_path, config, benchmark):
     task = config["data"] | config["tasks"]["words"]
     run = {"path": config["models"]["decoder"]["path"], "head": False, "data": task, "seed": 0}
-    plain = benchmark.finetune_run.data_of(run | {"method": {}})
-    shown = benchmark.finetune_run.data_of(run | {"method": {"shots": 2}})
+    plain = benchmark.finetune.data_of(run | {"method": {}})
+    shown = benchmark.finetune.data_of(run | {"method": {"shots": 2}})
     decode = plain.tokenizer.decode
     train = [decode(e.input_ids) + task["options"][e.label] for e in plain.examples("train")]
     for one, other in zip(plain.examples("test"), shown.examples("test"), strict=True):
@@ -159,6 +158,7 @@ def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
         written = yaml.safe_load(Path(command[command.index("-c") + 1]).read_text())
         options = written["trainer"]["callbacks"][0]["init_args"]
         chosen = ("sparsity_pattern", "sparsity", "sparsity_slope", "num_calibration_samples")
+        assert options["method"]["init_args"]["optimisation"]["rounds"] == 12
         assert [options[name] for name in chosen] == ["unstructured", 0.5, 0.2, 64]
         assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "loading": {"num_classes": 2}}
     finally:
@@ -199,7 +199,7 @@ def test_the_committed_methods_can_be_built(benchmark):
     for name, method in config["methods"].items():
         if "class_path" in method:
             options = method["init_args"] | {"model_name_or_path": "a", "learning_rate": 1e-3}
-            parsed = benchmark.finetune_run.module_parser().parse_object(
+            parsed = benchmark.finetune.module_parser().parse_object(
                 {"module": {"class_path": method["class_path"], "init_args": options}}
             )
             assert parsed.module.class_path == method["class_path"], name
@@ -221,13 +221,13 @@ def test_a_rate_that_is_too_large_is_a_result_and_no_end(tmp_path, config, bench
 
 def test_a_rate_that_falls_is_zero_after_the_budgets_last_step(tmp_path, config, benchmark, monkeypatch):
     pytest.importorskip("peft")
-    rates, original = [], benchmark.finetune_run.Curve.on_train_batch_end
+    rates, original = [], benchmark.finetune.Curve.on_train_batch_end
 
     def noted(curve, trainer, module, *more):
         original(curve, trainer, module, *more)
         rates.append(trainer.optimizers[0].param_groups[0]["lr"] / module.learning_rate)
 
-    monkeypatch.setattr(benchmark.finetune_run.Curve, "on_train_batch_end", noted)
+    monkeypatch.setattr(benchmark.finetune.Curve, "on_train_batch_end", noted)
     for name, steps in (("adazeta", 3), ("lora", 4)):
         config["methods"][name] = config["methods"][name] | {"decay": True}
         more = ("--methods", name, "--models", "decoder", "--seeds", "0")
@@ -237,18 +237,16 @@ def test_a_rate_that_falls_is_zero_after_the_budgets_last_step(tmp_path, config,
 
 
 def test_what_is_in_closed_form_is_a_new_head_or_the_prompts_answers(tmp_path, config, benchmark, monkeypatch):
-    trained, original = [], benchmark.finetune_run.module_of
+    trained, original = [], benchmark.finetune.module_of
 
     def noted(run, data):
         module = original(run, data)
         trained.append((run["head"], module.head.num_answers, module.head.gradient))
         return module
 
-    monkeypatch.setattr(benchmark.finetune_run, "module_of", noted)
-    config["methods"]["adazeta"]["init_args"] |= {
-        "estimator": {"class_path": "wandazeta.zeroth_order.OneSided", "init_args": {}}
-    }
-    config["methods"]["adazeta"]["with_head"] = {"gradient": "exact"}
+    monkeypatch.setattr(benchmark.finetune, "module_of", noted)
+    config["methods"]["adazeta"]["init_args"] |= {"estimator": {"class_path": "wandazeta.zeroth_order.OneSided"}}
+    config["methods"]["adazeta"]["with_head"] = {"head": {"gradient": "exact"}}
     benchmark.finetune.main(arguments_of(tmp_path, config, "--methods", "adazeta"))
     records = json.loads((tmp_path / "result.json").read_text())["records"]
     assert {r["model"] for r in records if r["phase"] == "final"} == {"encoder", "decoder"}

@@ -228,7 +228,7 @@ def test_the_configs_fit_together(tmp_path, repository, recovery, stage):
     }
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
     result = subprocess.run(
-        [sys.executable, "-m", "wandazeta.cli.main", "fit", *(f"-c={path}" for path in [*configs, "here.yaml"])],
+        [sys.executable, "-m", "wandazeta", "fit", *(f"-c={path}" for path in [*configs, "here.yaml"])],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(repository / "tests"), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,

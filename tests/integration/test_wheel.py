@@ -41,7 +41,9 @@ def test_the_wheel_holds_every_package_and_nothing_else(wheel):
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"wandazeta"}
     folders = ("callbacks", "modules", "datamodules")
     expected = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    expected |= {path.name for path in ROOT.glob("*.py")} | {"py.typed", "callbacks/pruning/page.html"}
+    package = ROOT / "wandazeta"
+    code = {*package.rglob("*.py"), *package.glob("presets/*.yaml"), package / "py.typed"}
+    expected |= {str(path.relative_to(package)) for path in code} | {"pruning/report/page.html"}
     inside = {name.removeprefix("wandazeta/") for name in names if name.startswith("wandazeta/")}
     assert inside == expected
 
@@ -68,5 +70,8 @@ def test_the_wheel_runs_from_another_directory(wheel, tmp_path):
     shown = run(folder / "bin" / "wandazeta", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "prune" in shown.stdout
-    where = run(python, "-c", "import wandazeta.cli.main as m; print(m.__file__)")
+    model = ("--model", "LanguageModel", "--model.model_name_or_path", "x", "--data", "TextDataModule")
+    printed = run(folder / "bin" / "wandazeta", "prune", "-c", "preset:best", *model, "--print_config")
+    assert "straight_through" in printed.stdout, printed.stderr
+    where = run(python, "-c", "import wandazeta.callbacks as m; print(m.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stderr

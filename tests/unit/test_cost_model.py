@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def cost_model(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import cost_model
+    import scaling
 
-    return cost_model
+    return scaling
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,7 +10,6 @@ from torch import Tensor
 from wandazeta.pruning.method.scores import Alpha, magnitude_score, regional_score
 from wandazeta.utilities.arguments import check_at_least, check_choice, closest_names
 
-MethodName = Literal["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"]
 Optimizer = Literal["rmsprop", "adamw"]
 LRSchedule = Literal["constant", "linear"]
 Target = Literal["dense_block", "dense_stream"]
@@ -183,6 +182,9 @@ class _WithGradients(PruningMethod):
             raise ValueError(
                 f'Expected argument `alpha` to be a number of at least 0 or "auto", but got {self.alpha!r}'
             )
+        if self.alpha != "auto":
+            # 5 and 5.0 are one option, so they have one key
+            object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
     def uses_gradients(self) -> bool:

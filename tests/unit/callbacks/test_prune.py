@@ -3,10 +3,11 @@ import torch
 from helpers.pruning import Tiny, callback, fit, loader, same, trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from wandazeta.callbacks import WandaPPPruneCallback
-from wandazeta.pruning import RO, RegionalOptimisation
+from wandazeta.pruning import RO, RegionalOptimisation, SparseGPT, Wanda, WandaPP
 
 # -- what pruning does ------------------------------------------------------------------------------------------------
 
@@ -254,8 +255,6 @@ def test_a_module_like_no_other_is_called_by_an_override(folder):
 
 
 def test_the_callback_is_written_in_yaml(tmp_path):
-    from lightning.pytorch.cli import LightningArgumentParser
-
     parser = LightningArgumentParser()
     parser.add_subclass_arguments(WandaPPPruneCallback, "pruning")
     config = tmp_path / "config.yaml"
@@ -275,6 +274,58 @@ init_args:
     assert pruning.pruning.options.method == RO(RegionalOptimisation(rounds=3, samples_per_round=32))
     assert pruning.pruning.options.exclude_modules == ("o_proj", ".*down")
     assert type(pruning.pruning.calibration).__name__ == "BoringDataModule"
+
+
+WRITTEN = "{class_path: wandazeta.pruning.WandaPP, init_args: {alpha: auto, optimisation: {rounds: 12}}}"
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "expected"),
+    [
+        ("wanda", [], Wanda()),
+        ("wanda++", [], WandaPP(optimisation=RegionalOptimisation(samples_per_round=32))),
+        (WRITTEN, [], WandaPP("auto", RegionalOptimisation(rounds=12, samples_per_round=32))),
+        (
+            WRITTEN,
+            ["init_args.method.init_args.optimisation.rounds=3", "init_args.method.init_args.alpha=5"],
+            WandaPP(5.0, RegionalOptimisation(rounds=3, samples_per_round=32)),
+        ),
+        (WRITTEN, ["init_args.method=sparsegpt"], SparseGPT()),
+        (
+            "wanda",
+            ["init_args.method=RO", "init_args.method.init_args.optimisation.samples_per_round=7"],
+            RO(RegionalOptimisation(samples_per_round=7)),
+        ),
+    ],
+)
+def test_a_method_is_a_name_or_an_object(tmp_path, method, arguments, expected):
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(WandaPPPruneCallback, "pruning")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"class_path: wandazeta.callbacks.WandaPPPruneCallback\ninit_args: {{method: {method}}}")
+    parsed = parser.parse_args([f"--pruning={config}", *(f"--pruning.{argument}" for argument in arguments)])
+    assert parser.instantiate_classes(parsed).pruning.options.method == expected
+    again = parser.parse_string(parser.dump(parsed))
+    assert parser.instantiate_classes(again).pruning.options.method == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("wander", "`method` to be one of magnitude, wanda"),
+        ("{class_path: wandazeta.pruning.RGS, init_args: {alpha: -1}}", "`alpha` to be a number of at least 0"),
+        ("{class_path: wandazeta.pruning.RGS, init_args: {rounds: 2}}", "'rounds' is not accepted"),
+        ("{class_path: wandazeta.pruning.RO, init_args: {optimisation: {rounds: -1}}}", "`rounds` to be an integer of"),
+    ],
+)
+def test_a_wrong_method_in_a_file_is_named(tmp_path, capsys, method, message):
+    parser = LightningArgumentParser()
+    parser.add_subclass_arguments(WandaPPPruneCallback, "pruning")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"class_path: wandazeta.callbacks.WandaPPPruneCallback\ninit_args: {{method: {method}}}")
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parser.instantiate_classes(parser.parse_args([f"--pruning={config}"]))
+    assert message in f"{error.value}{capsys.readouterr().err}"
 
 
 def test_padding_is_found_in_the_attention_mask():

@@ -43,6 +43,16 @@ def test_complete_progress_needs_neither_data_nor_forward():
     assert seen == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_finished_blocks_are_read_once(monkeypatch):
+    progress, loaded = Memory(), []
+    with pytest.raises(PruningInterrupted):
+        tiny(run={"progress": progress, "should_stop": lambda: len(progress.results) == 2})
+    load = progress.load
+    monkeypatch.setattr(progress, "load", lambda index: loaded.append(index) or load(index))
+    tiny(run={"progress": progress})
+    assert loaded == [0, 1]
+
+
 def test_a_lost_block_in_the_middle_is_made_again():
     progress = Memory()
     wanted, _, _ = tiny(run={"progress": progress})

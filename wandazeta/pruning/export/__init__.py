@@ -1,1 +1,1 @@
-"""Writing pruned models: Hugging Face directories, masks, the 2:4 packed form and sparse kernels."""
+"""Export pruned models: Hugging Face directories, mask files, the 2:4 packed form and sparse kernels."""

@@ -27,7 +27,7 @@ from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, read_l
 from wandazeta.pruning.export.masks import MASKS_FILE
 from wandazeta.utilities.files import check_writable, replace_directory
 
-__all__ = ["PACKED_FILE", "load_packed", "pack_2of4", "restore_plain", "unpack_2of4", "write_packed"]
+__all__ = ["PACKED_FILE", "load_packed", "main", "pack_2of4", "restore_plain", "unpack_2of4", "write_packed"]
 
 # beside the masks, for the same reason: some loaders read every safetensors file beside config.json as weights
 PACKED_FILE = "sparsity/model.2of4.safetensors"

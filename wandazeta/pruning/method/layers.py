@@ -108,7 +108,7 @@ def _check_width(name: str, layer: nn.Linear, pattern: SparsityPattern) -> None:
     if pattern.group is None and num_pruned(in_features, pattern.target_sparsity) == 0:
         raise ValueError(
             f"Expected argument `sparsity` to remove at least one weight of each row, but {pattern.sparsity:g} of the "
-            f"{in_features} inputs of `{name}` is none; {remedy}"
+            f"{in_features} inputs of `{name}` rounds down to 0; {remedy}"
         )
 
 
@@ -120,7 +120,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
     if weight is None:
         raise ValueError(f"Expected plain weights, but the weight of `{name}` is computed; {remedy}")
     if (weight.is_meta and not is_file_backed(weight)) or weight.numel() == 0:
-        raise ValueError(f"Expected whole weights, but `{name}` is on the meta device or sharded; load it first")
+        raise ValueError(f"Expected complete weights, but `{name}` is on the meta device or sharded; load it first")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.ndim != 2:
         raise ValueError(
             f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "

@@ -1,1 +1,1 @@
-"""The progress folder of a pruning and the key that identifies it."""
+"""Progress of a pruning on disk, and the key that identifies a pruning."""

@@ -1,1 +1,1 @@
-"""The report of a pruning as table, charts and an HTML page."""
+"""Report of a pruning as a table, charts and an HTML page."""

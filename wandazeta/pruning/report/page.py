@@ -17,7 +17,7 @@ from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report import charts
 from wandazeta.utilities.files import write_atomically
 
-__all__ = ["write_page"]
+__all__ = ["main", "write_page"]
 
 _METHODS = {
     "magnitude": "Magnitude pruning",
