@@ -31,8 +31,8 @@ class Recorder:
 def count_bytes():
     """Count the bytes of the collectives from the first step to the last; returns the counter and its callback."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    from collectives import CountBytes
     from lightning.pytorch import Callback
+    from scaling import CountBytes
 
     counter = CountBytes()
 

@@ -96,7 +96,7 @@ def test_data_shares_the_batch(settings, tmp_path):
 def test_what_goes_over_the_wire(tmp_path, monkeypatch, queries, width):
     """No buffer is broadcast: a step exchanges its losses, their weight, twelve marks and the anchor's gradient."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from cost_model import zo_exchanged_bytes
+    from scaling import zo_exchanged_bytes
 
     model_dir = save_tiny_lm(tmp_path / "model", hidden_size=width)
     settings = {"model_dir": str(model_dir), "steps": 3, "queries": queries, "count_bytes": True}

@@ -29,9 +29,9 @@ def alone(settings, tmp_path_factory):
 )
 def test_blocks_are_gathered_once_a_step_and_two_held_at_most(settings, alone, tmp_path, monkeypatch, devices, options):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import cost_model
+    import scaling
 
-    shape = cost_model.Shape(hidden=32, layers=6, intermediate=48, vocabulary=300, key_value=16)
+    shape = scaling.Shape(hidden=32, layers=6, intermediate=48, vocabulary=300, key_value=16)
     strategy = {"stage": 3, "offload_parameters": options.get("offload", False)}
     loading = {"shard_on_load": options.get("shard_on_load", False)}
     chosen = {"strategy": strategy, "devices": devices, "loading": loading}
@@ -46,9 +46,9 @@ def test_blocks_are_gathered_once_a_step_and_two_held_at_most(settings, alone, t
         assert sum("layers" in name for name in gathers["per_step"]) == 6 * 9
         # the formulas of docs/scaling.md, but for what fills shares up to whole ones
         assert gathers["total"] == 4 * shape.total
-        expected = cost_model.resident_weights(shape, 4, devices, sharded=True)
+        expected = scaling.resident_weights(shape, 4, devices, sharded=True)
         assert expected <= gathers["own"] <= expected + 16 * len(gathers["per_step"])
-        assert 0 < gathers["live"] <= cost_model.gathered_weights(shape, 4) < gathers["total"] / 2
+        assert 0 < gathers["live"] <= scaling.gathered_weights(shape, 4) < gathers["total"] / 2
 
 
 def test_chunks_gather_once_each(settings, tmp_path):
