@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from wandazeta.models.blocks import find_blocks
+from wandazeta.models.blocks import block_lists
 from wandazeta.models.zero3 import limit_gathered_blocks, loading_sharded
 
 
@@ -51,7 +51,8 @@ def limit_gathered_weights(strategy: Any, model: nn.Module) -> None:
         model: A model that runs forward passes alone.
     """
     if uses_zero3(strategy):
-        limit_gathered_blocks(_zero_options(strategy), find_blocks(model)[1])
+        blocks = [block for blocks in block_lists(model).values() for block in blocks]
+        limit_gathered_blocks(_zero_options(strategy), blocks)
 
 
 def configure_deepspeed(strategy: Any, save_frozen: bool = False) -> None:

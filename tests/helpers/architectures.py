@@ -93,6 +93,32 @@ _MODELS = {
         hf.ModernBertConfig(local_attention=4, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **_BERT),
         "model.layers",
     ),
+    # blocks of two classes, whose state-space parameters are matrices outside of Linears
+    "jamba": lambda: (
+        hf.JambaForCausalLM,
+        hf.JambaConfig(
+            num_hidden_layers=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            num_experts_per_tok=1,
+            mamba_d_state=4,
+            mamba_d_conv=2,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+            **{key: value for key, value in _LLAMA.items() if key not in ("head_dim", "num_hidden_layers")},
+        ),
+        "model.layers",
+    ),
+    "mamba": lambda: (
+        hf.MambaForCausalLM,
+        hf.MambaConfig(
+            vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=3, time_step_rank=4, conv_kernel=2
+        ),
+        "backbone.layers",
+    ),
     "t5": lambda: (
         hf.T5EncoderModel,
         hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2),

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
-from wandazeta.models.blocks import find_blocks
+from wandazeta.models.blocks import block_lists
 from wandazeta.models.sparsity import is_pruned
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.utilities.arguments import check_range, closest_names
@@ -309,5 +309,9 @@ class WeightTraining(GradientTraining):
 
 def _block_linears(model: nn.Module) -> list[str]:
     """Return the dotted names of the Linears in the blocks of a model."""
-    name, blocks = find_blocks(model)
-    return [f"{name}.{child}" for child, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        f"{name}.{child}"
+        for name, blocks in block_lists(model).items()
+        for child, module in blocks.named_modules()
+        if isinstance(module, nn.Linear)
+    ]

@@ -84,48 +84,77 @@ class BlockCall:
 def find_blocks(
     model: nn.Module, forward: Callable[[], object] | None = None, name: str | None = None
 ) -> tuple[str, nn.ModuleList]:
-    """Find the list of blocks of a model: the longest outermost list of modules of one class with weight matrices.
+    """Find the list of blocks of a model: its only outermost list of modules with weight matrices.
 
     Args:
         model: The model.
-        forward: Runs the model. Of several lists, only those whose modules all run in it are considered.
+        forward: Runs the model. Of several lists, only those whose modules all run in it are considered. Without it, of
+            a transformers model for images and text, only those of its text decoder.
         name: Dotted name of the list, if it is known.
 
     Returns:
         The dotted name of the list and the blocks; an `nn.Sequential` is returned as a `ModuleList` of its modules.
 
     Raises:
-        ValueError: If there is no such list, several are equally long, or the name is unknown.
+        ValueError: If there is no such list or more than one, as in an encoder-decoder model, or the name is unknown.
     """
-    if name is not None:
-        return name, _blocks_by_name(model, name)
-    candidates = _candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential)
+    candidates = block_lists(model, name)
     if len(candidates) > 1 and forward is not None:
         ran = _modules_that_run(forward, [block for blocks in candidates.values() for block in blocks])
         candidates = {n: blocks for n, blocks in candidates.items() if all(block in ran for block in blocks)}
-    if not candidates:
-        lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n]
+        if not candidates:
+            raise _no_list(model)
+    elif len(candidates) > 1 and name is None:
+        candidates = _of_text_decoder(model, candidates)
+    if len(candidates) > 1:
+        found = ", ".join(f"`{n}` ({len(blocks)} blocks)" for n, blocks in candidates.items())
         raise ValueError(
-            "Expected a model with a list of blocks of one class that run one after another, but found none; "
-            f"give the dotted name of the list (lists in this model: {', '.join(lists) or 'none'})"
+            f"Expected one list of blocks, but found {len(candidates)}: {found}; set `blocks` to the dotted name of "
+            "one of them, the others are left as they are"
         )
-    length = max(len(blocks) for blocks in candidates.values())
-    longest = [n for n, blocks in candidates.items() if len(blocks) == length]
-    if len(longest) > 1:
-        raise ValueError(
-            f"Expected one longest list of blocks, but found {', '.join(f'`{n}`' for n in longest)} with {length} "
-            "blocks each; give the dotted name of one of them"
-        )
-    return longest[0], nn.ModuleList(candidates[longest[0]])
+    return next(iter(candidates.items()))
 
 
-def block_lists(model: nn.Module) -> list[str]:
-    """Return the dotted names of all lists in a model that can be its blocks.
+def block_lists(model: nn.Module, name: str | None = None) -> dict[str, nn.ModuleList]:
+    """Return all lists in a model that can be its blocks, by dotted names.
+
+    Lists inside the blocks of another list, such as experts, are not among them.
 
     Args:
         model: The model.
+        name: Dotted name of the only list to return, if it is known.
+
+    Raises:
+        ValueError: If there is no such list.
     """
-    return list(_candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential))
+    if name is not None:
+        return {name: _blocks_by_name(model, name)}
+    lists = _candidates(model, nn.ModuleList) or _candidates(model, nn.Sequential)
+    if not lists:
+        raise _no_list(model)
+    return lists
+
+
+def _of_text_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Of several lists, return those of the text decoder of a transformers model that also has a vision tower."""
+    if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
+        return lists
+    inside = set(model.get_decoder().modules())
+    return {name: blocks for name, blocks in lists.items() if all(block in inside for block in blocks)} or lists
+
+
+def _no_list(model: nn.Module) -> ValueError:
+    lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n and len(m)]
+    # a list whose modules have no Linears cannot be pruned, so its name is not offered
+    usable = [n for n in lists if all(map(_is_block, model.get_submodule(n)))]
+    return ValueError(
+        "Expected a model with a list of blocks that run one after another, but found none; "
+        + (
+            f"set `blocks` to the dotted name of the list (lists in this model: {', '.join(usable)})"
+            if usable
+            else "its blocks have to be in an `nn.ModuleList` or `nn.Sequential`"
+        )
+    )
 
 
 def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
@@ -138,23 +167,37 @@ def _blocks_by_name(model: nn.Module, name: str) -> nn.ModuleList:
     return nn.ModuleList(lists[name])
 
 
-def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Module]]:
+def _candidates(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.ModuleList]:
     """Return the lists of this class that can be the blocks of a model, by dotted names."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         blocks = list(module) if isinstance(module, kind) else []  # type: ignore[call-overload]
-        if not blocks or any(type(block) is not type(blocks[0]) for block in blocks):
-            continue
-        # a module without children, such as a Linear, is a part of a block
-        if all(any(True for _ in b.children()) and any(map(_is_matrix, b.parameters())) for b in blocks):
+        if blocks and all(map(_is_block, blocks)):
             found[name] = blocks
+    mixed = {name for name, blocks in found.items() if len({type(block) for block in blocks}) > 1}
+    for name in mixed:
+        # hybrid models alternate two or more classes of blocks; the parts of a block, or of a model, are mixed too
+        inner = [len(found[other]) for other in found if _is_inside(other, name)]
+        is_inner = any(_is_inside(name, other) for other in found)
+        if kind is not nn.ModuleList or is_inner or max(inner, default=0) >= len(found[name]):
+            del found[name]
     # lists inside the modules of another list (experts, attention heads) are parts of its blocks
     outer = [name for name, blocks in found.items() if len(blocks) > 1]
     return {
-        name: blocks
+        name: nn.ModuleList(blocks)
         for name, blocks in found.items()
-        if not any(name.startswith(f"{other}." if other else "") and name != other for other in outer)
+        if not any(_is_inside(name, other) for other in outer)
     }
+
+
+def _is_inside(name: str, other: str) -> bool:
+    """Whether a dotted name is that of a module inside another one."""
+    return name != other and name.startswith(f"{other}." if other else "")
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module can be a block: a module without children, such as a Linear, is a part of one."""
+    return any(True for _ in module.children()) and any(map(_is_matrix, module.parameters()))
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from wandazeta.models.blocks import find_blocks
+from wandazeta.models.blocks import block_lists
 
 __all__ = [
     "StoredTensor",
@@ -193,8 +193,9 @@ def load_streamed_model(
     """
     files = _stored_tensors(directory)
     model = _model_without_weights(directory, dtype, attn_implementation, trust_remote_code)
-    name, blocks = find_blocks(model)
-    inside = {id(parameter) for parameter in blocks.parameters()}
+    # all lists, as the one that is pruned may be chosen later
+    lists = block_lists(model)
+    inside = {id(parameter) for blocks in lists.values() for parameter in blocks.parameters()}
     aliases: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(parameter_name)
@@ -203,7 +204,7 @@ def load_streamed_model(
         stored = _find_stored(names, files)
         if key not in inside:
             _replace_parameter(model, names, nn.Parameter(stored.read(dtype)))
-        elif all(alias.startswith(f"{name}.") for alias in names):
+        elif all(alias.startswith(tuple(f"{name}." for name in lists)) for alias in names):
             back_by_file(parameters[key], stored)
         else:
             raise ValueError(
@@ -212,8 +213,9 @@ def load_streamed_model(
             )
     for buffer_name, buffer in _persistent_buffers(model):
         buffer.copy_(_find_stored([buffer_name], files).read())
-    for block in blocks:
-        load_during_forward(block)
+    for blocks in lists.values():
+        for block in blocks:
+            load_during_forward(block)
     return model.eval()
 
 

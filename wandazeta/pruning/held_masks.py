@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from wandazeta.models.blocks import find_blocks
+from wandazeta.models.blocks import block_lists
 from wandazeta.models.zero3 import gathered
 from wandazeta.pruning.method.layers import prunable_layers
 
@@ -18,12 +18,14 @@ __all__ = ["HeldMasks", "masks_from_zeros", "pack_mask", "unpack_mask"]
 def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[str, Tensor]:
     """Derive masks from the zeros of the Linears inside the blocks, whichever method pruned them.
 
+    The zeros tell which blocks were pruned, so of several lists (encoder and decoder) none has to be chosen.
+
     Weights without zeros are dense and get no mask. Weights of zeros alone are newly initialised, as the second factor
     of a low-rank adapter is, and get none either.
 
     Args:
         module: A model, or a module that holds one.
-        block_name: Dotted name of the `ModuleList` of blocks in `module`; found automatically by default.
+        block_name: Dotted name of the `ModuleList` of blocks in `module`; by default all that are found.
 
     Returns:
         Bool masks in the shape of the weights, True where a weight is kept, by parameter name.
@@ -31,9 +33,10 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
     Raises:
         ValueError: If there are no blocks, none of them was pruned, or their weights are sharded or quantized.
     """
-    name, blocks = find_blocks(module, name=block_name)
+    lists = block_lists(module, block_name)
     layers = {
         f"{name}.{index}.{layer_name}": layer
+        for name, blocks in lists.items()
         for index, block in enumerate(blocks)
         for layer_name, layer in prunable_layers(block).items()
     }
@@ -47,7 +50,7 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
             masks[weight_name] = kept
     if not masks:
         raise ValueError(
-            f"Expected weights that were pruned in `{name}`, but none of {len(layers)} holds both zeros and other "
+            f"Expected weights that were pruned in {', '.join(f'`{name}`' for name in lists)}, but none of {len(layers)} holds both zeros and other "
             "values; prune first, load a pruned model, or pass a mask file"
         )
     return masks

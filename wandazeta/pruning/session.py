@@ -203,7 +203,7 @@ class PruningSession:
         """Find the blocks, check them and the folder, read the calibration samples, and make the key."""
         # before any forward, which may change attributes
         settings = {module: _settings(module) for module in self.module.modules()}
-        lists = block_lists(self.module) if self.block_name is None else []
+        lists = block_lists(self.module, self.block_name)
         uses_calibration = self.options.method.uses_calibration
         # of several lists, such as those of a teacher and of the model, a forward tells which one runs
         found = self._find_blocks(None) if len(lists) <= 1 else None

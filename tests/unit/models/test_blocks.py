@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers as hf
 from helpers.architectures import ARCHITECTURES, build, pad, token_batches
 from torch import nn
 
@@ -7,6 +8,7 @@ from wandazeta.models.blocks import (
     BlockCall,
     CallCapture,
     StopForward,
+    block_lists,
     call_block,
     capture_block_calls,
     find_blocks,
@@ -186,13 +188,95 @@ def test_of_two_lists_the_one_that_runs_counts():
     model.unused = nn.ModuleList(Block() for _ in range(9))
     assert find_blocks(model, lambda: model(TOKENS))[0] == "layers"
     model.layers_b = nn.ModuleList(Block() for _ in range(9))
-    with pytest.raises(ValueError, match="`unused`, `layers_b`"):
+    with pytest.raises(ValueError, match=r"found 3: `layers` \(3 blocks\), `unused` \(9 blocks\), `layers_b`"):
         find_blocks(model)
+
+
+def encoder_decoder(decoder_layers=4, encoder_layers=2):
+    config = hf.T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_heads=2,
+        num_layers=encoder_layers,
+        num_decoder_layers=decoder_layers,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return hf.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("num_layers", [(4, 2), (1, 1), (1, 2)])
+def test_of_two_stacks_that_run_none_is_chosen(num_layers):
+    model = encoder_decoder(*num_layers)
+    for forward in (None, lambda: model(input_ids=TOKENS, decoder_input_ids=TOKENS)):
+        with pytest.raises(ValueError, match=r"found 2: `encoder.block` .*, `decoder.block` .*; set `blocks`"):
+            find_blocks(model, forward)
+    assert list(block_lists(model)) == ["encoder.block", "decoder.block"]
+    for name in block_lists(model):
+        assert find_blocks(model, name=name)[0] == name
+        assert list(block_lists(model, name)) == [name]
+
+
+def test_a_short_list_of_heads_that_run_is_not_left_out_without_a_word():
+    class Model(Plain):
+        def forward(self, tokens):
+            x = super().forward(tokens)
+            return [head(x) for head in self.heads]
+
+    model = Model()
+    model.heads = nn.ModuleList(Block() for _ in range(2))
+    with pytest.raises(ValueError, match=r"`layers` \(3 blocks\), `heads` \(2 blocks\)"):
+        find_blocks(model, lambda: model(TOKENS))
+
+
+def test_of_a_model_for_images_and_text_the_text_decoder_is_taken():
+    class Vision(Plain):
+        config = hf.PretrainedConfig()
+
+        def __init__(self):
+            super().__init__()
+            self.tower = Plain(num_blocks=9)
+
+        def get_decoder(self):
+            return self.layers
+
+    assert find_blocks(Vision())[0] == "layers"
+    assert list(block_lists(Vision())) == ["layers", "tower.layers"]
+
+
+class Other(Block):
+    pass
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_blocks_of_mixed_classes_are_found(num_blocks):
+    model = Plain()
+    model.layers = nn.ModuleList((Block, Other)[i % 2]() for i in range(num_blocks))
+    model.layers[1].expert = nn.ModuleList([Block()])
+    assert find_blocks(model)[0] == "layers"
+    assert list(find_blocks(model, lambda: model(TOKENS))[1]) == list(model.layers)
+
+
+def test_a_jamba_has_one_list_of_blocks():
+    model, name = build("jamba")
+    assert len({type(block) for block in model.get_submodule(name)}) == 2
+    assert find_blocks(model)[0] == name
+
+
+def test_parts_of_a_model_in_a_list_are_not_its_blocks():
+    model = Plain()
+    model.parts = nn.ModuleList([Plain(num_blocks=4), Block()])
+    del model.layers
+    assert find_blocks(model)[0] == "parts.0.layers"
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="list of blocks"):
         find_blocks(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"`nn.ModuleList` or `nn.Sequential`$"):  # a list of Linears is not offered
+        find_blocks(nn.Sequential(nn.Linear(2, 2)))
     model = Plain()
     model.between = lambda x, index: x * 2
     with pytest.raises(ValueError, match="output of block 0"):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
-from wandazeta.pruning.held_masks import HeldMasks, pack_mask, unpack_mask
+from wandazeta.pruning.held_masks import HeldMasks, masks_from_zeros, pack_mask, unpack_mask
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (16, 8)])
@@ -52,3 +53,17 @@ def test_state_of_another_kind_or_shape_is_left_alone():
 def test_foreign_optimizers_are_refused():
     with pytest.raises(ValueError, match="Expected optimizers of torch, but got object"):
         held_layer()[1].hold([object()])
+
+
+@pytest.mark.parametrize("pruned", ["encoder.block", "decoder.block"])
+def test_masks_come_from_every_list_of_blocks_that_was_pruned(pruned):
+    config = hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=4)
+    model = hf.T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        weight = next(m for m in model.get_submodule(pruned).modules() if isinstance(m, torch.nn.Linear)).weight
+        weight[:, ::2] = 0
+    (name,) = masks_from_zeros(model)
+    assert name.startswith(pruned)
+    other = {"encoder.block": "decoder.block", "decoder.block": "encoder.block"}[pruned]
+    with pytest.raises(ValueError, match=f"pruned in `{other}`"):
+        masks_from_zeros(model, other)
