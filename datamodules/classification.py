@@ -46,7 +46,7 @@ class ClassificationDataModule(LightningDataModule):
 
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
-            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+            file, folder or glob of .jsonl, .json, .csv or .parquet files, or a hub dataset.
         num_classes: Number of classes.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.
         batch_size: Examples per training batch.
@@ -241,8 +241,9 @@ class ClassificationDataModule(LightningDataModule):
         names = self.reading.label_names if self.reading.label_names is not None else range(self.num_classes)
         if document.label not in names:
             raise ValueError(
-                f"Expected the labels of {self.source!r} to be among {list(names)}, but got {document.label!r}; "
-                "set the number of classes, and `reading.label_names` if the labels are not 0, 1, …"
+                f"Expected the labels of {self.source!r} to be among {list(names)}, but got {document.label!r} in "
+                f"column {self.reading.label_column!r} of {document.place}; set the number of classes, and "
+                "`reading.label_names` if the labels are not 0, 1, …"
             )
         return names.index(document.label)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ class PromptedClassificationDataModule(ClassificationDataModule):
 
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
-            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+            file, folder or glob of .jsonl, .json, .csv or .parquet files, or a hub dataset.
         template: The prompt, in which {text} stands for the text. It should not end with a space.
         options: The answers in the order of the classes; for most tokenizers each has to start with a space.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.

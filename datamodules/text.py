@@ -27,8 +27,8 @@ class TextDataModule(LightningDataModule):
     and `attention_mask`, both `(B, T)` int64.
 
     Args:
-        source: Text: "sample:wikipedia", "sample:brown", a file, folder or glob of .txt, .jsonl or .parquet files, or
-            a hub dataset.
+        source: Text: "sample:wikipedia", "sample:brown", a file, folder or glob of .txt, .jsonl, .json, .csv or
+            .parquet files, or a hub dataset.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module.
         sequence_length: Tokens per window, T.
         batch_size: Windows per batch.
