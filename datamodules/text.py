@@ -12,6 +12,7 @@ from typing_extensions import override
 from wandazeta.data.prompts import adds_bos
 from wandazeta.data.sources import Document, SourceOptions, Split, read_splits
 from wandazeta.data.windows import collate_windows, cut_windows, shuffle_windows
+from wandazeta.datamodules.positions import fitting_length
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.datamodules.tokenizer import find_tokenizer
 from wandazeta.utilities.arguments import check_positive
@@ -43,7 +44,8 @@ class TextDataModule(LightningDataModule):
         seed: Seed of the calibration windows and of the order of training.
 
     Raises:
-        ValueError: If an argument is out of range; in `setup` or later, if the source holds too little text.
+        ValueError: If an argument is out of range; in `setup` or later, if the source holds too little text, or
+            windows are longer than the positions that the model has learned.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TextDataModule(LightningDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer, self.trainer)
+        fitting_length(self.trainer, "sequence_length", self.sequence_length)
         if self.add_bos and self.tokenizer.bos_token_id is None:
             raise ValueError(
                 "Expected argument `add_bos` to be False or null, but got True: the tokenizer has no such token"

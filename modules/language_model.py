@@ -12,7 +12,8 @@ from typing_extensions import override
 from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
-from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
+from wandazeta.models.loading import LoadingOptions, load_backbone, load_skeleton, load_tokenizer
+from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
@@ -67,6 +68,13 @@ class LanguageModel(LightningModule):
             self._build()
         return True
 
+    @property
+    def max_positions(self) -> int | None:
+        """Largest number of tokens that the model has learned positions for; None if they are not learned."""
+        if "backbone" in self._modules:
+            return max_positions(self.backbone)
+        return max_positions(load_skeleton(self._model_name_or_path, self.loading))
+
     def fingerprint(self) -> str:
         """Return a digest of some values of every tensor of the model, to compare the ranks.
 
@@ -101,6 +109,7 @@ class LanguageModel(LightningModule):
 
     def calibration_forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Run the backbone on the tokens of a batch of any kind."""
+        check_positions(batch["input_ids"].shape[1], self.max_positions)
         return self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     @override

@@ -27,7 +27,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 def _too_long(what: str, num_tokens: int, max_length: int, text: str) -> ValueError:
     return ValueError(
         f"Expected every {what} to have at most `max_length` {max_length} tokens, but got {num_tokens} for "
-        f"{text[:40]!r}…; raise `max_length` or set `truncate`"
+        f"{text[:40]!r}…; set `truncate`, or raise `max_length` if the model has learned as many positions"
     )
 
 
