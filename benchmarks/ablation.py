@@ -77,6 +77,8 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
             count += len(window) - 1
     return {
         "perplexity": float(torch.tensor(loss / count, dtype=torch.float64).exp()),
+        "perplexity_window": EVAL_WINDOW,
+        "perplexity_bos": text.starts_with_bos,
         "seconds": seconds,
         "block_losses": [record.loss_after for record in records],
     }

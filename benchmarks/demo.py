@@ -170,6 +170,7 @@ def examine(demo: Demo, compare_dense: bool) -> dict[str, Any]:
             "source": calibration.source,
             "split": "test",
             "sequence_length": PERPLEXITY_WINDOW,
+            "bos": text.starts_with_bos,
             "num_tokens": PERPLEXITY_WINDOW * len(text.windows("test")[:PERPLEXITY_WINDOWS]),
             **perplexities,
         },

@@ -129,7 +129,7 @@ def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
     return model, json.loads((model / "prune_report.json").read_text())
 
 
-def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float]]:
+def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float | bool]]:
     """Measure the perplexity on test documents of every text, and on the validation documents that choose settings."""
     module, trainer = LanguageModel(str(model)), quiet_trainer()
     result = {}
@@ -137,7 +137,7 @@ def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float]]:
         data = TextDataModule(f"sample:{text}", sequence_length=WINDOW, eval_windows=eval_windows, batch_size=4)
         found = trainer.test(module, data, verbose=False)[0]["test/perplexity"]
         validated = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
-        result[text] = {"perplexity": found, "perplexity_val": validated}
+        result[text] = {"perplexity": found, "perplexity_val": validated, "perplexity_bos": data.starts_with_bos}
     return result
 
 

@@ -101,6 +101,8 @@ def recover(model: Path, method: str, learning_rate: float, arguments: argparse.
     seconds = time.perf_counter() - start
     record = settings_of(model, method, learning_rate, arguments) | {
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "perplexity_window": PERPLEXITY_WINDOW,
+        "perplexity_bos": text.starts_with_bos,
         "perplexity_before": before,
         "perplexity_after": perplexities(module, arguments.eval_windows),
         "seconds": seconds,

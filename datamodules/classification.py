@@ -14,9 +14,11 @@ from typing_extensions import override
 
 from wandazeta.data.prompts import encode_text
 from wandazeta.data.sources import SPLITS, Document, SourceOptions, Split, read_splits
+from wandazeta.datamodules.positions import fitting_length
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.datamodules.text import TextDataModule
 from wandazeta.datamodules.tokenizer import find_tokenizer
+from wandazeta.models.positions import check_positions
 from wandazeta.utilities.arguments import check_choice, check_positive, check_range
 
 Batch = dict[str, torch.Tensor]
@@ -46,7 +48,7 @@ class ClassificationDataModule(LightningDataModule):
 
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
-            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+            file, folder or glob of .jsonl, .json, .csv or .parquet files, or a hub dataset.
         num_classes: Number of classes.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.
         batch_size: Examples per training batch.
@@ -54,7 +56,8 @@ class ClassificationDataModule(LightningDataModule):
         num_train: Training examples, balanced over the classes; null for as many as can be balanced.
         num_val: Validation examples, balanced; null for as many as can be balanced.
         num_test: Test examples, balanced; null for as many as can be balanced.
-        max_length: Maximum number of tokens of an example; by default that of the tokenizer's model.
+        max_length: Maximum number of tokens of an example; by default that of the tokenizer's model, and of the
+            positions that the module's model has learned.
         truncate: Shorten the text of longer examples; otherwise they are an error.
         padding: "fixed" pads every training batch to the longest example of all, "batch" to its own longest example,
             as it is always done for validation and test.
@@ -114,6 +117,8 @@ class ClassificationDataModule(LightningDataModule):
         self.seed = seed
         self._chosen: dict[Split, list[tuple[str, int]]] | None = None
         self._examples: dict[Split, list[Example]] = {}
+        self._limit = max_length
+        self._spare = 0
 
     @override
     def prepare_data(self) -> None:
@@ -123,7 +128,12 @@ class ClassificationDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        self._limit = fitting_length(self.trainer, "max_length", self.max_length, self._spare)
+        if self.calibration is not None:
+            self.calibration.trainer = self.calibration.trainer or self.trainer
         if self._examples:
+            # from an earlier setup, which may have been for another model
+            check_positions(self._length, self._limit)
             return
         tokenizer = find_tokenizer(self.tokenizer, self.trainer)
         self.tokenizer = tokenizer
@@ -154,7 +164,8 @@ class ClassificationDataModule(LightningDataModule):
             tokenizer: The tokenizer.
             text: The text.
         """
-        return encode_text(tokenizer, text, self.max_length or tokenizer.model_max_length, self.truncate)
+        limits = (self.max_length or tokenizer.model_max_length, self._limit)
+        return encode_text(tokenizer, text, min(limit for limit in limits if limit is not None), self.truncate)
 
     def examples(self, split: Split) -> list[Example]:
         """Return the balanced examples of a split, in an order that only the seed decides."""
@@ -241,8 +252,9 @@ class ClassificationDataModule(LightningDataModule):
         names = self.reading.label_names if self.reading.label_names is not None else range(self.num_classes)
         if document.label not in names:
             raise ValueError(
-                f"Expected the labels of {self.source!r} to be among {list(names)}, but got {document.label!r}; "
-                "set the number of classes, and `reading.label_names` if the labels are not 0, 1, …"
+                f"Expected the labels of {self.source!r} to be among {list(names)}, but got {document.label!r} in "
+                f"column {self.reading.label_column!r} of {document.place}; set the number of classes, and "
+                "`reading.label_names` if the labels are not 0, 1, …"
             )
         return names.index(document.label)  # type: ignore[arg-type]
 

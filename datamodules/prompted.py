@@ -19,11 +19,12 @@ class PromptedClassificationDataModule(ClassificationDataModule):
 
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
-            file, folder or glob of .jsonl or .parquet files, or a hub dataset.
+            file, folder or glob of .jsonl, .json, .csv or .parquet files, or a hub dataset.
         template: The prompt, in which {text} stands for the text. It should not end with a space.
         options: The answers in the order of the classes; for most tokenizers each has to start with a space.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.
-        **kwargs: All other arguments of `ClassificationDataModule`; prompts have no default `max_length`.
+        **kwargs: All other arguments of `ClassificationDataModule`; prompts are limited by the
+                positions that the model has learned, and not by the tokenizer's `model_max_length`.
 
     Raises:
         ValueError: If an argument is out of range; in `setup`, if the source has too few examples, a prompt is too
@@ -50,11 +51,13 @@ class PromptedClassificationDataModule(ClassificationDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer, self.trainer)
         self._option_ids, self._option_mask = encode_options(self.tokenizer, self.template, self.options)
+        # the model runs all tokens of an option but the last
+        self._spare = self._option_ids.shape[1] - 1
         super().setup(stage)
 
     @override
     def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        return encode_prompt(tokenizer, self.template, text, self.max_length, self.truncate)
+        return encode_prompt(tokenizer, self.template, text, self._limit, self.truncate)
 
     @override
     def collate(self, examples: list[Example], to_longest: bool = False) -> Batch:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from wandazeta.protocols import SupportsDataSharding
 
@@ -28,13 +28,17 @@ class BatchDataset(Dataset[dict[str, torch.Tensor]]):
         return self.collate([self.rows[index] for index in indices])
 
 
-class StepSampler(DistributedSampler[list[int]]):
+class StepSampler(DistributedSampler[list[int]], SequentialSampler):
     """Sampler of whole batches of row numbers, each a pure function of (seed, step, data rank).
 
     Every epoch is a permutation of the rows, cut into global batches; rows that do not fill one are left out. Iteration
-    starts at the trainer's step, so that a resumed run sees the same batches as a run that never stopped. Use it as
-    `DataLoader(BatchDataset(…), sampler=…, batch_size=None)`. It inherits from DistributedSampler because Lightning
-    replaces other samplers by one that divides the data among all processes.
+    starts at the trainer's step, so that a resumed run sees the same batches as a run that never stopped. With
+    `overfit_batches` of the trainer, every epoch has the first batches of the first one. Use it as
+    `DataLoader(BatchDataset(…), sampler=…, batch_size=None)`.
+
+    The base classes keep Lightning from replacing it by a sampler of single rows: without DistributedSampler it would
+    add one that divides the data among all processes, without SequentialSampler one that does not shuffle, for
+    `overfit_batches`.
 
     Args:
         rows: The rows to sample from; only their number matters.
@@ -99,10 +103,19 @@ class StepSampler(DistributedSampler[list[int]]):
         start = (step_in_epoch * num_replicas + rank) * self.batch_size
         return order[start : start + self.batch_size].tolist()
 
+    @property
+    def num_overfit_batches(self) -> int | None:
+        """Number of batches that every epoch repeats, or None if each epoch has batches of its own."""
+        limit: int | float = getattr(self.trainer, "overfit_batches", 0)
+        if not limit:
+            return None
+        return min(limit, len(self)) if isinstance(limit, int) else max(1, int(limit * len(self)))
+
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.first_step
-        for step in range(first, (first // len(self) + 1) * len(self)):
-            yield self.batch(step)
+        first, repeated = self.first_step, self.num_overfit_batches
+        length = repeated or len(self)
+        for step in range(first, (first // length + 1) * length):
+            yield self.batch(step if repeated is None else step % repeated)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: the step decides the epoch."""

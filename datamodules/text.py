@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from wandazeta.data.prompts import adds_bos
 from wandazeta.data.sources import Document, SourceOptions, Split, read_splits
 from wandazeta.data.windows import collate_windows, cut_windows, shuffle_windows
+from wandazeta.datamodules.positions import fitting_length
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.datamodules.tokenizer import find_tokenizer
 from wandazeta.utilities.arguments import check_positive
@@ -27,8 +29,8 @@ class TextDataModule(LightningDataModule):
     and `attention_mask`, both `(B, T)` int64.
 
     Args:
-        source: Text: "sample:wikipedia", "sample:brown", a file, folder or glob of .txt, .jsonl or .parquet files, or
-            a hub dataset.
+        source: Text: "sample:wikipedia", "sample:brown", a file, folder or glob of .txt, .jsonl, .json, .csv or
+            .parquet files, or a hub dataset.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module.
         sequence_length: Tokens per window, T.
         batch_size: Windows per batch.
@@ -36,12 +38,14 @@ class TextDataModule(LightningDataModule):
         num_calibration_samples: Windows for calibration, drawn from the training split; by default all, in random
             order, of which a pruning takes as many as it needs.
         calibration_batch_size: Windows per calibration batch.
-        add_bos: Start every window with the beginning-of-sequence token, which some models (Gemma) need.
+        add_bos: Start every window with the beginning-of-sequence token, which some models (Gemma) need; by default
+            what the tokenizer does by itself.
         reading: How the source is read and split.
         seed: Seed of the calibration windows and of the order of training.
 
     Raises:
-        ValueError: If an argument is out of range; in `setup` or later, if the source holds too little text.
+        ValueError: If an argument is out of range; in `setup` or later, if the source holds too little text, or
+            windows are longer than the positions that the model has learned.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class TextDataModule(LightningDataModule):
         eval_windows: int | None = None,
         num_calibration_samples: int | None = None,
         calibration_batch_size: int = 1,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
         reading: SourceOptions | None = None,
         seed: int = 0,
     ) -> None:
@@ -85,8 +89,16 @@ class TextDataModule(LightningDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         self.tokenizer = find_tokenizer(self.tokenizer, self.trainer)
+        fitting_length(self.trainer, "sequence_length", self.sequence_length)
         if self.add_bos and self.tokenizer.bos_token_id is None:
-            raise ValueError("Expected argument `add_bos` to be False, but got True: the tokenizer has no such token")
+            raise ValueError(
+                "Expected argument `add_bos` to be False or null, but got True: the tokenizer has no such token"
+            )
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether windows start with the beginning-of-sequence token, which a record of a perplexity has to state."""
+        return adds_bos(find_tokenizer(self.tokenizer, self.trainer)) if self.add_bos is None else self.add_bos
 
     def windows(self, split: Split) -> list[torch.Tensor]:
         """Return the windows of a split, each `(T,)` int64, in the order of the source.
@@ -101,7 +113,7 @@ class TextDataModule(LightningDataModule):
             texts = [document.text for document in self._read()[split]]
             tokenizer = find_tokenizer(self.tokenizer, self.trainer)
             try:
-                self._windows[split] = cut_windows(tokenizer, texts, self.sequence_length, self.add_bos)
+                self._windows[split] = cut_windows(tokenizer, texts, self.sequence_length, self.starts_with_bos)
             except ValueError as error:
                 raise ValueError(
                     f"{error} in the {split} split of {self.source!r}; give more text, shorter windows or other "

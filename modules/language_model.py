@@ -12,11 +12,15 @@ from typing_extensions import override
 from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.encoder import EncoderClassifier
-from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
+from wandazeta.models.loading import LoadingOptions, load_backbone, load_skeleton, load_tokenizer
+from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
+
+# what a perplexity was measured with, logged beside it
+_SETTINGS = ("sequence_length", "bos")
 
 
 class LanguageModel(LightningModule):
@@ -24,7 +28,9 @@ class LanguageModel(LightningModule):
 
     Batches with a `label` are classified among answer options, or by the classification head of an encoder, and
     measured by `val/accuracy` and `val/option_loss`. All others are running text, measured by `val/loss`, the mean
-    negative log-likelihood of a token in nats, and `val/perplexity`.
+    negative log-likelihood of a token in nats, and `val/perplexity`. A perplexity depends on how long the texts are and
+    how they start: `val/sequence_length` is their mean number of tokens, and `val/bos` the fraction of them that starts
+    with the beginning-of-sequence token.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -62,6 +68,13 @@ class LanguageModel(LightningModule):
             self._build()
         return True
 
+    @property
+    def max_positions(self) -> int | None:
+        """Largest number of tokens that the model has learned positions for; None if they are not learned."""
+        if "backbone" in self._modules:
+            return max_positions(self.backbone)
+        return max_positions(load_skeleton(self._model_name_or_path, self.loading))
+
     def fingerprint(self) -> str:
         """Return a digest of some values of every tensor of the model, to compare the ranks.
 
@@ -96,6 +109,7 @@ class LanguageModel(LightningModule):
 
     def calibration_forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Run the backbone on the tokens of a batch of any kind."""
+        check_positions(batch["input_ids"].shape[1], self.max_positions)
         return self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     @override
@@ -137,6 +151,10 @@ class LanguageModel(LightningModule):
         else:
             num_tokens = batch["attention_mask"][:, 1:].sum()
             metrics["loss"].update(self.scorer.token_nll(prepared)[0].double().sum() / num_tokens, weight=num_tokens)
+            metrics["sequence_length"].update(batch["attention_mask"].sum(1).double())
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            starts = batch["input_ids"][:, 0] == (-1 if bos is None else bos)
+            metrics["bos"].update(starts.double())
 
     def _log_metrics(self, stage: str) -> None:
         """Log the metrics of a stage and reset them."""
@@ -144,7 +162,7 @@ class LanguageModel(LightningModule):
         for name, metric in metrics.items():
             if metric.update_called:
                 value = metric.compute()
-                self.log(f"{stage}/{name}", value, prog_bar=True)
+                self.log(f"{stage}/{name}", value, prog_bar=name not in _SETTINGS)
                 if name == "loss":
                     self.log(f"{stage}/perplexity", value.exp(), prog_bar=True)
             metric.reset()
@@ -152,4 +170,5 @@ class LanguageModel(LightningModule):
 
 def _metrics() -> nn.ModuleDict:
     # float64: a perplexity is a sum over millions of tokens
-    return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})
+    names = ("loss", "option_loss", "accuracy", *_SETTINGS)
+    return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in names})

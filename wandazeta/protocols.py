@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 __all__ = [
+    "HasMaxPositions",
     "HasPrunedBackboneKey",
     "HasTokenizer",
     "HasUnusedModules",
@@ -92,6 +93,20 @@ class HasTokenizer(Protocol):
 
     tokenizer: Any
     """The tokenizer, or None as long as it is not loaded."""
+
+
+@runtime_checkable
+class HasMaxPositions(Protocol):
+    """A module that knows how many positions its model has learned.
+
+    Data modules refuse longer texts. Without the attribute they look for a table of positions in the module, which a
+    module that builds its model late does not have yet.
+    """
+
+    @property
+    def max_positions(self) -> int | None:
+        """Largest number of tokens of a sequence, or None for no limit, as with rotary positions."""
+        ...
 
 
 @runtime_checkable

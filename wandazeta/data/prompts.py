@@ -8,18 +8,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a tokenizer starts every text with the beginning-of-sequence token by itself.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+    tokens: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    return tokenizer.bos_token_id is not None and tokens[:1] == [tokenizer.bos_token_id]
+
+
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Return the tokens of a text, with the beginning-of-sequence token if the tokenizer adds one, and no other."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    with_special = tokenizer("a", verbose=False)["input_ids"]
-    starts = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *tokens] if starts else tokens
+    return [tokenizer.bos_token_id, *tokens] if adds_bos(tokenizer) else tokens
 
 
 def _too_long(what: str, num_tokens: int, max_length: int, text: str) -> ValueError:
     return ValueError(
         f"Expected every {what} to have at most `max_length` {max_length} tokens, but got {num_tokens} for "
-        f"{text[:40]!r}…; raise `max_length` or set `truncate`"
+        f"{text[:40]!r}…; set `truncate`, or raise `max_length` if the model has learned as many positions"
     )
 
 

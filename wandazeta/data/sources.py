@@ -2,19 +2,18 @@
 
 import glob
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from wandazeta.data.files import SUFFIXES, Row, kind_of, read_rows
 from wandazeta.data.samples import sample_text
 from wandazeta.utilities.arguments import check_positive
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SAMPLE_PREFIX = "sample:"
 
 
@@ -23,7 +22,7 @@ class SourceOptions:
     """How documents are read from a source and split.
 
     Args:
-        text_column: Column with the text, in .jsonl, .parquet and hub sources.
+        text_column: Column with the text, in all sources other than .txt files.
         label_column: Column with the class, in labelled sources: its number, or one of `label_names`.
         label_names: Value of the label column for each class; by default the numbers 0, 1, ….
         dataset_config: Configuration of a hub dataset.
@@ -65,22 +64,24 @@ class Document:
         id: Identifier, which decides the split.
         text: The text.
         label: The class, in labelled sources.
+        place: File and row that it was read from, for error messages.
     """
 
     id: str
     text: str
     label: int | str | None = None
+    place: str = field(default="", compare=False)
 
 
 def is_local(source: str) -> bool:
     """Return whether a source is a path or glob of text files, as opposed to the name of a hub dataset."""
-    return source.endswith(_SUFFIXES) or glob.has_magic(source) or Path(source).expanduser().exists()
+    return source.endswith(SUFFIXES) or glob.has_magic(source) or Path(source).expanduser().exists()
 
 
 def _local_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+        found = sorted(file for file in path.rglob("*") if kind_of(file) is not None)
     elif path.exists():
         found = [path]
     else:
@@ -88,47 +89,18 @@ def _local_files(source: str) -> list[Path]:
     if not found:
         raise ValueError(f"Expected argument `source` to name existing files, but got {source!r}, which matches none")
     for file in found:
-        if file.suffix not in _SUFFIXES:
-            raise ValueError(f"Expected argument `source` to name {', '.join(_SUFFIXES)} files, but got {str(file)!r}")
+        if kind_of(file) is None:
+            raise ValueError(f"Expected argument `source` to name {', '.join(SUFFIXES)} files, but got {str(file)!r}")
     return found
 
 
-def _read_txt(files: list[Path]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        if len(files) > 1:
-            yield {"id": file.name, "text": text}
-        else:
-            # a single document would be in a single split, so the paragraphs of a single file are the documents
-            yield from ({"text": paragraph} for paragraph in text.split("\n\n"))
-
-
-def _read_local(source: str) -> Iterator[dict[str, Any]]:
-    files = _local_files(source)
-    yield from _read_txt([file for file in files if file.suffix == ".txt"])
-    for file in files:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        row = json.loads(line) if line.strip() else None
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"Expected JSON on line {number} of {file}, but got {line[:40]!r}") from error
-                    if row is not None:
-                        yield row
-        elif file.suffix == ".parquet":
-            from pyarrow import parquet
-
-            for batch in parquet.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-
-
-def _read_hub(source: str, config: str | None) -> Iterable[dict[str, Any]]:
+def _read_hub(source: str, config: str | None) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
         # streamed, so that reading a few documents of a large corpus does not download all of it
-        return load_dataset(source, config, split="train", streaming=True)
+        for number, values in enumerate(load_dataset(source, config, split="train", streaming=True), start=1):
+            yield Row(f"row {number} of {source!r}", values)
     except Exception as error:
         # datasets raises errors of many types: no network, unknown dataset, unknown configuration
         raise ValueError(
@@ -143,34 +115,76 @@ def read_documents(source: str, reading: SourceOptions | None = None, labelled: 
     A column `id` identifies the documents; without it their text does, so that copies are in the same split.
 
     Args:
-        source: "sample:NAME", a folder, file or glob of .txt, .jsonl or .parquet files, or a hub dataset. Each of
-            several .txt files is a document; a single one is cut into documents at its blank lines.
+        source: "sample:NAME", a folder, file or glob of .txt, .jsonl, .json, .csv or .parquet files, or a hub dataset;
+            text, JSON and CSV files may be compressed (.gz). Each of several .txt files is a document; a single one is
+            cut into documents at its blank lines.
         reading: How the source is read; by default as `SourceOptions()` says.
         labelled: Read labels too.
 
     Raises:
-        ValueError: If nothing is found, a column is missing or no document holds text.
+        ValueError: If nothing is found, a file cannot be read, a column is missing or holds something other than text,
+            or no document holds text.
     """
     reading = reading or SourceOptions()
-    text_column, label_column = reading.text_column, reading.label_column if labelled else None
     if source.startswith(_SAMPLE_PREFIX):
-        rows: Iterable[dict[str, Any]] = _read_local(str(sample_text(source.removeprefix(_SAMPLE_PREFIX))))
+        rows: Iterable[Row] = read_rows([sample_text(source.removeprefix(_SAMPLE_PREFIX))])
     elif is_local(source):
-        rows = _read_local(source)
+        rows = read_rows(_local_files(source))
     else:
         rows = _read_hub(source, reading.dataset_config)
     documents = []
     for row in islice(rows, reading.max_documents):
-        for column in (text_column, label_column):
-            if column is not None and column not in row:
-                raise ValueError(f"Expected a column {column!r} in {source!r}, but got {', '.join(map(repr, row))}")
-        text = str(row[text_column] or "")
+        text = _text(row, reading.text_column)
         if text.strip():
-            label = None if label_column is None else row[label_column]
-            documents.append(Document(str(row.get("id") or text), text, label))
+            label = _label(row, reading) if labelled else None
+            documents.append(Document(_identifier(row, text), text, label, row.place))
+        elif labelled:
+            _column(row, reading.label_column)
     if not documents:
         raise ValueError(f"Expected `source` {source!r} to hold text, but all of it is empty")
     return documents
+
+
+def _column(row: Row, column: str) -> Any:
+    if column not in row.values:
+        raise ValueError(f"Expected a column {column!r} in {row.place}, but got {', '.join(map(repr, row.values))}")
+    return _encodable(row.values[column], column, row)
+
+
+def _encodable(value: Any, column: str, row: Row) -> Any:
+    """Check that a string is valid Unicode: escapes in JSON can make a lone surrogate, which has no encoding."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Expected Unicode text in column {column!r} of {row.place}, but got {error.object[error.start]!r}, "
+                "half of a surrogate pair; replace it"
+            ) from error
+    return value
+
+
+def _text(row: Row, column: str) -> str:
+    value = _column(row, column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"Expected text in column {column!r} of {row.place}, but got {type(value).__name__}; choose another "
+            "`text_column`, or convert the rows first (those of a chat with the tokenizer's `apply_chat_template`)"
+        )
+    return value
+
+
+def _label(row: Row, reading: SourceOptions) -> int | str | None:
+    label = _column(row, reading.label_column)
+    # a CSV file has no numbers
+    is_number = reading.label_names is None and isinstance(label, str) and label.strip().isdecimal()
+    return int(label) if is_number else label
+
+
+def _identifier(row: Row, text: str) -> str:
+    return str(_encodable(row.values.get("id"), "id", row) or text)
 
 
 def split_of(document_id: str, fractions: tuple[float, float, float]) -> Split:

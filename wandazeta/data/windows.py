@@ -6,22 +6,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wandazeta.data.prompts import adds_bos
 
-def cut_windows(tokenizer: Any, texts: Sequence[str], sequence_length: int, add_bos: bool = False) -> list[Tensor]:
+
+def cut_windows(
+    tokenizer: Any, texts: Sequence[str], sequence_length: int, add_bos: bool | None = None
+) -> list[Tensor]:
     """Join texts, with a blank line after each, and cut them into windows that do not overlap.
 
     Args:
         tokenizer: Tokenizer of transformers.
         texts: The texts, in order.
         sequence_length: Tokens per window, T.
-        add_bos: Start every window with the beginning-of-sequence token.
+        add_bos: Start every window with the beginning-of-sequence token; None for what the tokenizer does by itself, as
+            lm-evaluation-harness has it.
 
     Returns:
         The windows, each `(T,)` int64; tokens at the end that do not fill a window are left out.
 
     Raises:
-        ValueError: If the text does not fill one window.
+        ValueError: If the text does not fill one window, or the tokenizer has no beginning-of-sequence token and
+            `add_bos` is set.
     """
+    add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ValueError(
+            "Expected argument `add_bos` to be False or null, but got True: the tokenizer has no beginning-of-sequence "
+            "token"
+        )
+    if sequence_length <= add_bos:
+        raise ValueError(
+            "Expected argument `sequence_length` to be at least 2 with a beginning-of-sequence token, but got "
+            f"{sequence_length}"
+        )
     documents = [text + "\n\n" for text in texts]
     # `verbose=False`: whole documents may be longer than the context of the model, windows are not
     rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []

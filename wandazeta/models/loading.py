@@ -162,6 +162,24 @@ def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None
     return model if num_classes is None else EncoderClassifier(model, num_classes)
 
 
+def load_skeleton(model_name_or_path: str, loading: LoadingOptions) -> nn.Module:
+    """Build a causal language model from its configuration, without memory for weights and without values.
+
+    Args:
+        model_name_or_path: Hugging Face name or local directory.
+        loading: How the model is loaded.
+
+    Raises:
+        ValueError: If there is no configuration of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained_errors(model_name_or_path, "a causal language model"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=loading.trust_remote_code)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
+    return model
+
+
 @contextmanager
 def _explained_errors(name: str, kind: str, argument: str = "model_name_or_path") -> Iterator[None]:
     """Turn the errors of transformers into a `ValueError` that names the argument and the remedy."""

@@ -5,8 +5,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.utilities.rng import isolated_rng, preserve_generators
 
 
@@ -101,6 +102,23 @@ def collect_rows(loader: Iterable[Any], num_samples: int, seed: int) -> list[Any
         f"Expected argument `num_calibration_samples` to be at most {len(rows)}, the samples that the calibration data "
         f"hold, but got {num_samples}; lower it or give more data."
     )
+
+
+def check_lengths(model: nn.Module, rows: Iterable[Any]) -> None:
+    """Check that calibration samples are not longer than the positions that a model has learned.
+
+    Args:
+        model: The model, or a module that holds it.
+        rows: The samples; those without `input_ids` are not checked.
+
+    Raises:
+        ValueError: If one is longer.
+    """
+    limit = max_positions(model)
+    for row in rows:
+        ids = row.get("input_ids") if isinstance(row, Mapping) else None
+        if isinstance(ids, Tensor):
+            check_positions(ids.shape[-1], limit)
 
 
 def call_arguments(function: Callable[..., Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

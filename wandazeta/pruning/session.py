@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.pruning.calibration import collect_rows, split_rows
+from wandazeta.pruning.calibration import check_lengths, collect_rows, split_rows
 from wandazeta.pruning.method.layers import validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
@@ -88,6 +88,7 @@ def prune_model(
     """
     ranks = ranks or Ranks()
     rows = [row for batch in batches for row in split_rows(batch)]
+    check_lengths(model, rows)
     with torch.inference_mode(False), isolated_rng(options.seed), evaluation_mode(model.modules()), frozen(model):
         name, blocks = _find_and_check_blocks(model, options, (lambda: forward(rows[0])) if rows else None, block_name)
     if rows or not ranks.broadcast_object(progress is not None and progress.num_saved() >= len(blocks)):
@@ -217,6 +218,7 @@ class PruningSession:
             needed = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
             check_writable(self.folder.directory, needed_bytes=needed)
         rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
+        check_lengths(self.module, rows)
         with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
             name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]))
             prepared = PreparedPruning(self.module, name, blocks, self.options, rows, self.forward, self.token_mask)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.scoring.scorer import Prepared, Scorer, Scores, option_losses, token_losses
 
@@ -188,6 +189,7 @@ def _generated_tokens(model: Any, prepared: Prepared, repeats: int, num_tokens: 
     num_rows = len(rows.input_ids) // len(labels)
     lengths_B = rows.positions[::num_rows, 0] + 1
     width = int(lengths_B.max())
+    check_positions(width + num_tokens - 1, max_positions(model))
     # generation continues at the right end, so the padding has to be on the left
     places_BT = torch.arange(width, device=lengths_B.device) - (width - lengths_B)[:, None]
     mask_BT = places_BT >= 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wandazeta.models.blocks import override_forward
+from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.scoring.frozen_prefix import FrozenPrefix, Prefix, Rows, at_positions
 
 __all__ = [
@@ -131,6 +132,7 @@ class Scorer:
         self._head_rows: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor | None]] = _rows
         self._answers: Head | None = None
         self._prefix_checked = False
+        self._max_positions = max_positions(model)
         if self.head is None:
             raise ValueError(f"Expected a language model with output embeddings, but got {type(model).__name__}")
 
@@ -175,7 +177,12 @@ class Scorer:
         return self.with_prefix(Rows(ids, mask, torch.minimum(places, mask.sum(1, keepdim=True) - 1)))
 
     def with_prefix(self, rows: Rows, **extra: Tensor) -> Prepared:
-        """Look up the frozen prefix of the rows, if it is reused."""
+        """Look up the frozen prefix of the rows, if it is reused.
+
+        Raises:
+            ValueError: If the rows are longer than the positions that the model has learned.
+        """
+        check_positions(rows.input_ids.shape[1], self._max_positions)
         if self.prefix is not None and not self._prefix_checked:
             self._check_prefix(rows)
         prefix = None if self.prefix is None else self.prefix.lookup(rows)

@@ -16,6 +16,26 @@ def test_windows_hold_the_joined_texts_without_overlap():
     assert torch.cat([window[1:] for window in with_bos]).tolist() == expected[: 7 * len(with_bos)]
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_windows_start_as_the_tokenizer_starts_a_text(bos):
+    tokenizer = byte_tokenizer(bos=bos)
+    windows = cut_windows(tokenizer, ["some text"], 5)
+    assert windows[0][0].item() == tokenizer("some text")["input_ids"][0]
+    assert [w.tolist() for w in windows] == [w.tolist() for w in cut_windows(tokenizer, ["some text"], 5, add_bos=bos)]
+    other = cut_windows(tokenizer, ["some text"], 5, add_bos=not bos)
+    assert (other[0][0] == tokenizer.bos_token_id) == (not bos)
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    assert cut_windows(tokenizer, ["some text"], 5)[0].tolist() == tokenizer("some ", verbose=False)["input_ids"]
+    with pytest.raises(ValueError, match="`add_bos` to be False or null"):
+        cut_windows(tokenizer, ["some text"], 5, add_bos=True)
+    with pytest.raises(ValueError, match="`sequence_length` to be at least 2"):
+        cut_windows(byte_tokenizer(bos=True), ["some text"], 1)
+
+
 @pytest.mark.parametrize("texts", [[], ["short"]])
 def test_too_little_text_is_refused(texts):
     with pytest.raises(ValueError, match="fills a window of `sequence_length` 100 tokens"):

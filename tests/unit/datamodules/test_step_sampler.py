@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 
 
-def trainer_at(step, sharding=None, world_size=1, rank=0):
+def trainer_at(step, sharding=None, world_size=1, rank=0, overfit_batches=0):
     module = SimpleNamespace() if sharding is None else SimpleNamespace(data_sharding=sharding)
     return SimpleNamespace(
         global_step=step,
@@ -16,6 +16,7 @@ def trainer_at(step, sharding=None, world_size=1, rank=0):
         lightning_module=module,
         world_size=world_size,
         global_rank=rank,
+        overfit_batches=overfit_batches,
     )
 
 
@@ -128,3 +129,11 @@ def test_a_resumed_fit_sees_the_batches_of_an_undisturbed_one(tmp_path, stop):
         fit(first, tmp_path / "cut")
     second = fit(Recorder(), tmp_path / "cut", ckpt_path=tmp_path / "cut" / "last.ckpt")
     assert first.seen + second == whole
+
+
+@pytest.mark.parametrize(("limit", "number"), [(2, 2), (99, 5), (0.4, 2), (0.01, 1)])
+def test_overfitting_repeats_the_first_batches(limit, number):
+    whole = list(sampler())
+    assert len(sampler(overfit_batches=limit)) == 5  # Lightning takes the fraction of it
+    for step in range(7):
+        assert list(sampler(step, overfit_batches=limit)) == whole[step % number : number]

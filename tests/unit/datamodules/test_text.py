@@ -7,6 +7,7 @@ from helpers.tokenizer import byte_tokenizer
 
 from wandazeta.data.sources import SourceOptions, split_of
 from wandazeta.datamodules import TextDataModule
+from wandazeta.pruning.progress.key import digest_batches
 
 
 @pytest.fixture
@@ -70,6 +71,20 @@ def test_eval_windows_and_bos(source):
     assert windows.shape[1] == 32
     assert (windows[:, 0] == bos).all()
     assert (windows[:, 1:] != bos).all()
+
+
+def test_the_start_of_the_windows_is_the_tokenizers_and_part_of_the_key_of_a_pruning(source):
+    def digest(tokenizer, add_bos=None):
+        data = TextDataModule(source, tokenizer, sequence_length=32, num_calibration_samples=4, add_bos=add_bos)
+        return digest_batches(
+            list(data.calibration_dataloader()), lambda batch: batch["attention_mask"]
+        ), data.starts_with_bos
+
+    adding, plain = byte_tokenizer(bos=True), byte_tokenizer()
+    assert digest(adding) == digest(plain, add_bos=True) == digest(adding, add_bos=True)
+    assert digest(plain) == digest(adding, add_bos=False)
+    assert digest(adding)[0] != digest(plain)[0]
+    assert (digest(adding)[1], digest(plain)[1]) == (True, False)
 
 
 def test_too_little_text(source):

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 from helpers.causal_lms import classification_batch, collate, rows_of, save_tiny_lm, text_batch
+from helpers.tokenizer import byte_tokenizer
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from wandazeta.datamodules import TextDataModule
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel
 
@@ -36,6 +38,9 @@ def test_perplexity_weighs_tokens_not_batches(model_dir):
         nll += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
     assert metrics["val/loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
     assert metrics["val/perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    # and what it was measured with
+    assert metrics["val/sequence_length"] == pytest.approx(batch["attention_mask"].sum(1).double().mean().item())
+    assert metrics["val/bos"] == 0.0
 
 
 def test_accuracy_and_predictions(model_dir):
@@ -54,7 +59,17 @@ def test_text_and_classification_side_by_side(model_dir):
     module = LanguageModel(str(model_dir))
     results = trainer().validate(module, [loader(text_batch(4)), loader(classification_batch(4))], verbose=False)
     names = set().union(*results)
-    assert names == {"val/loss", "val/perplexity", "val/accuracy", "val/option_loss"}
+    perplexity = {"val/perplexity", "val/sequence_length", "val/bos"}
+    assert names == {"val/loss", "val/accuracy", "val/option_loss"} | perplexity
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_perplexity_states_length_and_start_of_its_windows(model_dir, tmp_path, bos):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {index} {"word " * 9}"}}\n' for index in range(40)))
+    data = TextDataModule(str(tmp_path / "a.jsonl"), byte_tokenizer(bos=bos), sequence_length=24)
+    (metrics,) = trainer().test(LanguageModel(str(model_dir)), data, verbose=False)
+    assert metrics["test/sequence_length"] == 24
+    assert metrics["test/bos"] == data.starts_with_bos == bos
 
 
 def test_text_predictions_are_mean_losses(model_dir):
