@@ -49,8 +49,9 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         if not bool(kept.all()) and bool(kept.any()):
             masks[weight_name] = kept
     if not masks:
+        where = ", ".join(f"`{name}`" for name in lists)
         raise ValueError(
-            f"Expected weights that were pruned in {', '.join(f'`{name}`' for name in lists)}, but none of {len(layers)} holds both zeros and other "
+            f"Expected weights that were pruned in {where}, but none of {len(layers)} holds both zeros and other "
             "values; prune first, load a pruned model, or pass a mask file"
         )
     return masks
