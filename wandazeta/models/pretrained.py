@@ -78,7 +78,8 @@ def names_in_memory(module: nn.Module) -> dict[str, str]:
         prefix, model = find_pretrained(module)
     except ValueError:
         return {}
-    matrices = {name: None for name, parameter in model.named_parameters() if len(full_shape(parameter)) == 2}
+    parameters = model.named_parameters(remove_duplicate=False)
+    matrices = {name: None for name, parameter in parameters if len(full_shape(parameter)) == 2}
     own = without_adapters(model, {name: name for name in matrices})
     names = list(own.values())
     # the numbers show under which name each one comes out
