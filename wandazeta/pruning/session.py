@@ -122,6 +122,7 @@ class PruningSession:
             are.
         num_samples: Number of calibration samples.
         block_name: Dotted name of the list of blocks in `module`; found by default.
+        num_blocks: Number of blocks to prune, from the first on; all by default. All are checked.
     """
 
     module: nn.Module
@@ -131,6 +132,7 @@ class PruningSession:
     token_mask: Callable[[Any], Tensor | None]
     num_samples: int
     block_name: str | None = None
+    num_blocks: int | None = None
     was_complete: bool = field(default=False, init=False)
     """Whether `run` loaded a complete pruning."""
     key_digest: str = field(default="", init=False)
@@ -222,6 +224,7 @@ class PruningSession:
         rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
         with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
             name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]), loader)
+            blocks = nn.ModuleList(list(blocks)[: self.num_blocks])
             prepared = PreparedPruning(self.module, name, blocks, self.options, rows, self.forward, self.token_mask)
             key = self._key(prepared, device, ranks)
         key.model[_ARCHITECTURE] = _architecture(blocks, settings)
@@ -249,7 +252,9 @@ class PruningSession:
         found = self.folder.read_key()
         name = self.block_name or (found.options.get("blocks") if found is not None else None)
         name, blocks = find_blocks(self.module, name=name)
-        everything = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        # all names of a tensor: a block may have another one before that in its list
+        everything = dict(self.module.named_parameters(remove_duplicate=False))
+        everything |= dict(self.module.named_buffers(remove_duplicate=False))
         wanted = found.model if found is not None else {}
         model = digest_model({key: everything[key] for key in wanted if key in everything})
         model[_ARCHITECTURE] = _architecture(blocks, {module: _settings(module) for module in blocks.modules()})
