@@ -1,6 +1,8 @@
 """Lightning callback that prunes a module before it is fitted."""
 
+import hashlib
 import os
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +44,9 @@ class WandaPPPruneCallback(Callback):
     Every finished block is written to `output_dir`: a run that was stopped, even killed, continues at the next block,
     and a run that finds a complete pruning loads it. `validate`, `test` and `predict` load it, too, or raise an error
     if there is none. With several ranks, each processes a part of the calibration samples, and only rank 0 uses the
-    folder. Embeddings, norms and the head are not pruned.
+    folder. With `fast_dev_run` of the trainer, only the first blocks are pruned, with few samples and without the
+    folder, unless it holds a complete pruning. One trainer can have several of these callbacks, with a list of blocks
+    and a folder each. Embeddings, norms and the head are not pruned.
 
     Override `forward_batch` and `token_mask` for a module that has to be called differently.
 
@@ -113,6 +117,8 @@ class WandaPPPruneCallback(Callback):
         """Hash that identifies the pruning, once it was made or loaded."""
         self._exit_code: int | None = None
         self._was_pruned = False
+        # whether `fast_dev_run` pruned only a part of the module
+        self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
 
@@ -158,6 +164,11 @@ class WandaPPPruneCallback(Callback):
             require_in_memory(pl_module)
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
+            if self._is_partial and not trainer.fast_dev_run:
+                raise ValueError(
+                    f"Expected a dense {type(pl_module).__name__}, but a trainer with `fast_dev_run` has pruned a part "
+                    "of it; build the module anew."
+                )
             return
         if is_overridden("configure_model", pl_module):
             # Lightning calls it again after this hook; `on_fit_start` checks that this changes nothing
@@ -166,12 +177,12 @@ class WandaPPPruneCallback(Callback):
             self.prune_module(trainer, pl_module)
         else:
             session = self._session(pl_module)
-            self._remember(pl_module, session.load_finished(), session)
+            self._remember(trainer, pl_module, session.load_finished(), session)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         present = {id(parameter) for parameter in pl_module.parameters()}
-        by_name = dict(pl_module.named_parameters())
+        by_name = dict(pl_module.named_parameters(remove_duplicate=False))
         for name, (reference, nonzero) in self._pruned.items():
             kept = reference()
             rebuilt = kept is None or id(kept) not in present
@@ -198,14 +209,22 @@ class WandaPPPruneCallback(Callback):
             # a callback that saves on every exception must not write a half-pruned model
             raise SystemExit(self._exit_code)
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # one trainer may prune several lists of blocks, or other modules of the same blocks
+        return self._generate_state_key(blocks=self.blocks, output_dir=str(self.output_dir))
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"key": self.key}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        restored = state_dict.get("key")
-        if None not in (restored, self.key) and restored != self.key:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # of all prunings in the checkpoint, as the state of this one has another name if its folder was moved
+        states = checkpoint.get("callbacks", {}).items()
+        restored = {state.get("key") for name, state in states if name.startswith(f"{type(self).__qualname__}{{")}
+        if self.key is not None and restored - {None} and self.key not in restored:
             raise ValueError(
                 f"Expected a checkpoint that was trained on the pruning in '{self.output_dir}', but this one was "
                 "trained on another; give it the `output_dir` it was trained with, or start without it."
@@ -229,7 +248,36 @@ class WandaPPPruneCallback(Callback):
         """
         # may be set by an interrupted fit in the same process
         self._exit_code = None
+        if trainer.fast_dev_run:
+            return self._prune_a_little(trainer, pl_module)
+        self._is_partial = False
         session = self._session(pl_module)
+        report = self._prune(session, trainer, pl_module)
+        if session.was_complete:
+            rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
+        return report
+
+    def _prune_a_little(self, trainer: Trainer, pl_module: LightningModule) -> PruneReport:
+        """Prune as many blocks as `fast_dev_run` runs batches, with as many samples, or load a complete pruning."""
+        session = self._session(pl_module)
+        self._is_partial = not session.folder.is_complete
+        if not self._is_partial:
+            report = session.load_finished()
+            self._remember(trainer, pl_module, report, session)
+            return report
+        number = int(trainer.fast_dev_run)
+        with tempfile.TemporaryDirectory() as directory:
+            session.folder = ProgressFolder(directory)
+            session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples)
+            session.options = self.options.for_trial(session.num_samples)
+            report = self._prune(session, trainer, pl_module)
+        rank_zero_info(
+            f"Running with `fast_dev_run`: pruned only the first {len(report.blocks)} block(s), with "
+            f"{session.num_samples} samples and at most one round; nothing is written to '{self.output_dir}'."
+        )
+        return report
+
+    def _prune(self, session: PruningSession, trainer: Trainer, pl_module: LightningModule) -> PruneReport:
         stop_signals = STOP_SIGNALS | {found for found in (requeue_signal(trainer),) if found is not None}
         with DeferredSignals(stop_signals, deliver=False) as signals, _without_logging(pl_module):
             report = self._run(session, trainer, pl_module, signals)
@@ -238,10 +286,8 @@ class WandaPPPruneCallback(Callback):
         if signals.received is not None:
             # it came after the last block: deliver it now
             os.kill(os.getpid(), signals.received)
-        self._remember(pl_module, report, session)
-        if session.was_complete:
-            rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
-        elif trainer.is_global_zero and trainer.progress_bar_callback is not None:
+        self._remember(trainer, pl_module, report, session)
+        if not session.was_complete and trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
             console.print(report_table(report), width=console.width if console.is_terminal else 120)
         return report
@@ -293,11 +339,13 @@ class WandaPPPruneCallback(Callback):
         )
         raise SystemExit(self._exit_code)
 
-    def _remember(self, pl_module: LightningModule, report: PruneReport, session: PruningSession) -> None:
+    def _remember(
+        self, trainer: Trainer, pl_module: LightningModule, report: PruneReport, session: PruningSession
+    ) -> None:
         """Keep the result, and what `on_fit_start` needs to detect weights that were replaced."""
         self.report, self.key = report, session.key_digest
         self._pruned.clear()
-        parameters = dict(pl_module.named_parameters())
+        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
         for block in report.blocks:
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
@@ -305,7 +353,10 @@ class WandaPPPruneCallback(Callback):
                 nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if isinstance(pl_module, HasPrunedBackboneKey):
-            pl_module.pruned_backbone_key = self.key
+            others = [c.key for c in trainer.callbacks if isinstance(c, WandaPPPruneCallback) and c is not self]
+            keys = sorted(key for key in (*others, self.key) if key is not None)
+            digest = hashlib.sha256(" ".join(keys).encode()).hexdigest()[: len(self.key)]
+            pl_module.pruned_backbone_key = self.key if len(keys) == 1 else digest
 
     def _is_pruned(self, pl_module: LightningModule) -> bool:
         """Whether this callback pruned or loaded this module object in this process."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wandazeta.models.zero3 import full_shape
 from wandazeta.utilities.arguments import closest_names
@@ -19,6 +20,7 @@ from wandazeta.utilities.arguments import closest_names
 __all__ = [
     "BlockCall",
     "CallCapture",
+    "ReadTensors",
     "StopForward",
     "block_lists",
     "call_block",
@@ -235,6 +237,23 @@ def override_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+class ReadTensors(TorchFunctionMode):
+    """Records the ids of all tensors that operations are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, Tensor):
+                    self.read.add(id(item))
+        return func(*args, **(kwargs or {}))
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
