@@ -17,6 +17,7 @@ from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered
+from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.modules.strategies import configure_deepspeed
 from wandazeta.scoring.head_scorer import HeadScorer
@@ -148,9 +149,7 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("first_order")
-        if saved is None:
-            raise ValueError("Expected a checkpoint of FirstOrderModule, but it has no `first_order` entry")
+        saved = require_checkpoint_of("first_order", checkpoint)
         is_fitting = attached_trainer(self) is not None and self.trainer.training
         require_same(saved, self._description() | (self._rates() if is_fitting else {}))
         if not self._training.has_adapters:

@@ -15,6 +15,7 @@ from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_skeleton, load_tokenizer
 from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.streaming import is_file_backed, require_in_memory
+from wandazeta.modules.checkpoints import require_weights_of
 from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
@@ -101,6 +102,17 @@ class LanguageModel(LightningModule):
     def cpu(self) -> Self:
         # the trainer calls this after an error too; streamed weights cannot be moved
         return self if any(map(is_file_backed, self.parameters())) else super().cpu()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what identifies the class."""
+        checkpoint["language_model"] = {}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds the weights of this model."""
+        if self.strict_loading:
+            require_weights_of(self, checkpoint)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
+from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
@@ -410,6 +411,7 @@ class ZerothOrderModule(LanguageModel):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
         checkpoint["zeroth_order"] = {
+            "trainable": type(self.trainable).__name__,
             **self._description(),
             **self._rules(),
             **describe_rates(self._new_optimizer(), self.lr_scheduler),
@@ -421,9 +423,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits this run, and restore what is not in the state dict."""
-        saved = checkpoint.get("zeroth_order")
-        if saved is None:
-            raise ValueError("Expected a checkpoint of ZerothOrderModule, but it has no `zeroth_order` entry")
+        saved = require_checkpoint_of("zeroth_order", checkpoint)
         here = self._description() | self._rules()
         if attached_trainer(self) is not None and self.trainer.training:
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)

@@ -122,7 +122,7 @@ def test_pack_writes_an_extra_file_and_is_for_2of4_alone(config, tmp_path, capsy
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--prune.sparsity_pattern", "4:8"])
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: Expected argument `pack` to go with sparsity_pattern='2:4'")
+    assert last.startswith("error: Expected argument `pack` to be False unless sparsity_pattern='2:4'")
     assert not (tmp_path / "run/pruning").exists()
 
     main(arguments)

@@ -140,8 +140,18 @@ def load_adapter_files(directory: Path, vector: TrainedVector, here: dict[str, A
     file = directory / vector.file_name
     if not file.is_file():
         raise ValueError(f"Expected a directory with {vector.file_name} and adapters.json, but {file} is missing")
-    saved = load_file(file)
-    for name, tensor in vector.tensors().items():
+    saved, tensors = load_file(file), vector.tensors()
+    difference = saved.keys() ^ tensors.keys()
+    if difference:
+        raise ValueError(
+            f"Expected '{file}' to hold exactly the tensors of the adapters, but {len(difference)} differ, first "
+            f"`{min(difference)}`; save them again"
+        )
+    for name, tensor in tensors.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"Expected `{name}` in '{file}' to have shape {tuple(tensor.shape)}, but got {tuple(saved[name].shape)}"
+            )
         tensor.copy_(saved[name])
 
 

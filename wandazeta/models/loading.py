@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from wandazeta.models.checkpoint import is_of_a_head, load_config, require_loaded
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.streaming import load_streamed_model
 from wandazeta.utilities.arguments import check_range
@@ -139,26 +140,37 @@ def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None
         loading: How it is loaded; by default as `LoadingOptions()` says.
 
     Raises:
-        ValueError: If it cannot be loaded, or is not a model of the requested kind.
+        ValueError: If it cannot be loaded, is not a model of the requested kind, or its files do not hold exactly its
+            weights.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
     loading = loading or LoadingOptions()
     num_classes = loading.num_classes
     with _explained_errors(model_name_or_path, "a causal language model" if num_classes is None else "an encoder"):
+        _refuse_adapters(Path(model_name_or_path))
         if loading.stream_weights:
             return load_streamed_model(
                 Path(model_name_or_path), loading.torch_dtype, loading.attn_implementation, loading.trust_remote_code
             )
+        config = load_config(model_name_or_path, loading.trust_remote_code)
         if num_classes is not None:
-            _require_encoder(model_name_or_path, loading.trust_remote_code)
-        model: nn.Module = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
+            _require_encoder(config)
+        model, info = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
             model_name_or_path,
+            config=config,
             dtype=loading.torch_dtype,
             attn_implementation=loading.attn_implementation,
             trust_remote_code=loading.trust_remote_code,
             use_safetensors=True,
+            # other shapes are refused below, by name
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        if num_classes is not None:
+            info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_of_a_head(model, name)}
+        pooler = getattr(model, "pooler", None) if num_classes is not None else None
+        require_loaded(model, info, optional=[] if pooler is None else [pooler])
     return model if num_classes is None else EncoderClassifier(model, num_classes)
 
 
@@ -172,10 +184,10 @@ def load_skeleton(model_name_or_path: str, loading: LoadingOptions) -> nn.Module
     Raises:
         ValueError: If there is no configuration of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with _explained_errors(model_name_or_path, "a causal language model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=loading.trust_remote_code)
+        config = load_config(model_name_or_path, loading.trust_remote_code)
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
     return model
 
@@ -213,11 +225,22 @@ def _how_to_get(directory: Path) -> str:
     return f"run `{variable}python -m wandazeta.data.samples {directory.name}` to fetch this sample"
 
 
-def _require_encoder(model_name_or_path: str, trust_remote_code: bool) -> None:
-    """Refuse a causal model: the mean of its hidden states over the tokens does not represent the text."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+def _refuse_adapters(directory: Path) -> None:
+    """Refuse a directory with adapters alone, which transformers would load, with their model, if they are peft's."""
+    if (directory / "config.json").is_file():
+        return
+    for name in ("adapters.json", "adapter_config.json"):
+        if (directory / name).is_file():
+            raise ValueError(
+                f"it holds adapters ({name}) and no model; give the model that they were trained on, and load the "
+                "adapters into it (see their README.md)"
+            )
 
-    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+
+def _require_encoder(config: Any) -> None:
+    """Refuse a causal model: the mean of its hidden states over the tokens does not represent the text."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(
             f"a {config.model_type} model is not an encoder such as BERT, RoBERTa or MPNet; leave `num_classes` out to "

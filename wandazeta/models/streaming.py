@@ -5,7 +5,6 @@ loads those of a block while it is pruned; the forward of a block loads them by 
 """
 
 import functools
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from wandazeta.models.blocks import block_lists
+from wandazeta.models.checkpoint import (
+    load_config,
+    read_headers,
+    require_same_names,
+    require_same_shape,
+    unexpected_names,
+)
 
 __all__ = [
     "StoredTensor",
@@ -33,8 +39,6 @@ __all__ = [
 
 # the width of a vector register and of a cache line, in bytes
 _ALIGNMENT = 64
-_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,12 @@ def load_streamed_model(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If the files do not contain the tensors of the model by their names.
+        ValueError: If the files do not contain the tensors of the model by their names and in their shapes, or contain
+            others.
         OSError: If there is no configuration.
     """
-    files = _stored_tensors(directory)
+    headers = read_headers(directory)
+    files = {name: StoredTensor(header.path, name) for name, header in headers.items()}
     model = _model_without_weights(directory, dtype, attn_implementation, trust_remote_code)
     # all lists, as the one that is pruned may be chosen later
     lists = block_lists(model)
@@ -200,6 +206,10 @@ def load_streamed_model(
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(parameter_name)
     parameters = {id(parameter): parameter for parameter in model.parameters()}
+    tensors = {alias: parameters[key] for key, names in aliases.items() for alias in names}
+    tensors |= dict(_persistent_buffers(model))
+    for tensor_name in files.keys() & tensors.keys():
+        require_same_shape(tensor_name, headers[tensor_name].shape, tensors[tensor_name].shape)
     for key, names in aliases.items():
         stored = _find_stored(names, files)
         if key not in inside:
@@ -213,23 +223,12 @@ def load_streamed_model(
             )
     for buffer_name, buffer in _persistent_buffers(model):
         buffer.copy_(_find_stored([buffer_name], files).read())
+    # after the missing ones, for which there is a remedy
+    require_same_names(type(model).__name__, (), unexpected_names(model, files.keys() - tensors.keys()))
     for blocks in lists.values():
         for block in blocks:
             load_during_forward(block)
     return model.eval()
-
-
-def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return the tensors in the safetensors files of a model by their names."""
-    index = directory / _INDEX
-    if not (directory / _FILE).is_file() and index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-        return {name: StoredTensor(directory / file, name) for name, file in files.items()}
-    try:
-        with safe_open(directory / _FILE, framework="pt") as file:
-            return {name: StoredTensor(directory / _FILE, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"it has no complete {_FILE} or {_INDEX} ({error})") from error
 
 
 def _find_stored(names: list[str], files: dict[str, StoredTensor]) -> StoredTensor:
@@ -249,9 +248,9 @@ def _model_without_weights(
     directory: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
 ) -> Any:
     """Build the model of a configuration with its parameters on the meta device and its buffers in memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("it is quantized; prune a model before it is quantized")
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

@@ -50,8 +50,8 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
             masks[weight_name] = kept
     if not masks:
         raise ValueError(
-            f"Expected weights that were pruned in {', '.join(f'`{name}`' for name in lists)}, but none of {len(layers)} holds both zeros and other "
-            "values; prune first, load a pruned model, or pass a mask file"
+            f"Expected weights that were pruned in {', '.join(f'`{name}`' for name in lists)}, but none of {len(layers)} "
+            "holds both zeros and other values; prune first, load a pruned model, or pass a mask file"
         )
     return masks
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.causal_lms import prompts, save_tiny_lm
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
@@ -119,3 +120,22 @@ def test_generation_with_a_cache_is_generation_without(exported):
         torch.testing.assert_close(torch.cat(steps, 1), model(rows).logits, atol=1e-4, rtol=1e-4)
     exported.scorer.prefix = None
     assert not torch.equal(cached.sequences, AutoModelForCausalLM.from_pretrained("model").generate(ids, **options)[0])
+
+
+@BOTH
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_tensors_that_are_not_those_of_the_adapters_are_refused(exported, change):
+    (file,) = Path("exported").glob("*.safetensors")
+    saved = load_file(file)
+    name = min(saved)
+    if change == "missing":
+        saved["other"] = saved.pop(name)
+    elif change == "unexpected":
+        saved["a.other"] = torch.ones(2)
+    else:
+        # would be broadcast
+        saved[name] = saved[name].flatten()[:1].clone()
+    save_file(saved, file, {"format": "pt"})
+    message = r"in '.*' to have shape" if change == "shape" else r"to hold exactly the tensors of the adapters"
+    with pytest.raises(ValueError, match=message):
+        load_adapters(AutoModelForCausalLM.from_pretrained("model"), "exported")

@@ -117,9 +117,7 @@ def test_a_module_of_somebody_else_and_loaders_without_a_data_module(source, tmp
     batches[0]["attention_mask"] = torch.ones_like(batches[0]["input_ids"])
     module = LanguageModel(str(save_tiny_lm(tmp_path / "model", "gpt2")))
     with pytest.raises(ValueError, match=r"at most 64 tokens, the number of positions .* but got 100"):
-        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
-            module, DataLoader(batches, batch_size=None)
-        )
+        trainer().validate(module, DataLoader(batches, batch_size=None))
 
 
 def test_the_limit_is_known_before_the_weights_are_loaded(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wandazeta.models.checkpoint import drop_stale_quantization
 from wandazeta.models.pretrained import is_streamed, names_on_disk
 from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, write_streamed
 from wandazeta.models.streaming import StoredTensor, materialize
@@ -60,6 +61,7 @@ def export_pretrained(
     """
     with replace_directory(Path(directory).absolute()) as target:
         _write_weights(model, target)
+        drop_stale_quantization(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         masks_on_disk = names_on_disk(model, dict(masks))
