@@ -27,8 +27,9 @@ class KeepSparsity(Callback):
     masked, which is enough for SGD, Adam and other optimizers that update each value from its own gradient; sparsity
     is also checked after the first step. Every rank holds the masks of all weights, one byte per weight.
 
-    Masked full fine-tuning is this callback beside `FirstOrderModule(trainable=Weights())`. In a list of callbacks its
-    place does not matter.
+    It is for models that were pruned before, such as those that `wandazeta prune` wrote: masked full fine-tuning is
+    this callback beside `FirstOrderModule(trainable=Weights())`. `WandaPPPruneCallback` keeps what it pruned by itself.
+    In a list of callbacks the place does not matter.
 
     Args:
         masks: A `masks.safetensors`, or the directory that `wandazeta prune` wrote it to; by default the zeros of the
@@ -65,11 +66,7 @@ class KeepSparsity(Callback):
         if stage != "fit":
             return
         self._packed_masks_from_checkpoint = None
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError(
-                f"Expected a strategy that does not shard gradients, but got {type(trainer.strategy).__name__}, whose "
-                "flat or sharded gradients masks cannot reach; use one device, DDP or DeepSpeed"
-            )
+        refuse_sharded_gradients(trainer)
         if self.masks is not None:
             # a bad file is refused before the module is pruned or trained
             self._masks_from_file = read_masks(self.masks)
@@ -78,13 +75,22 @@ class KeepSparsity(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the first hook at which DeepSpeed has loaded the checkpoint and the optimizers are the final ones
         parameters = dict(pl_module.named_parameters(remove_duplicate=False))
-        self.held = HeldMasks(parameters, self._find_masks(pl_module, parameters))
+        self.hold(trainer, HeldMasks(parameters, self._find_masks(pl_module, parameters)))
         self._masks_from_file = self._packed_masks_from_checkpoint = None
+
+    def hold(self, trainer: Trainer, held: HeldMasks) -> None:
+        """Apply masks from now to the end of the fit.
+
+        Args:
+            trainer: The trainer, with the optimizers of the fit.
+            held: The masks and their weights.
+        """
+        self.held = held
         rank_zero_info(
             f"Keeping {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {len(self.held.masks)} layers "
             "at zero"
         )
-        if _trains_copies(trainer):
+        if trains_copies(trainer):
             self.held.hold_gradients()
             self._check_at_step = trainer.global_step + 1
         else:
@@ -102,13 +108,13 @@ class KeepSparsity(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # DeepSpeed's weights can be gathered only before the strategy is torn down
-        if self.held is not None and _trains_copies(trainer):
+        if self.held is not None and trains_copies(trainer):
             self.held.check(signs=False)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # no masks are held where the checkpoint is that of a finished run, which trains nothing
-        if self.held is not None and not _trains_copies(trainer):
+        if self.held is not None and not trains_copies(trainer):
             self.held.check()
 
     @override
@@ -157,6 +163,28 @@ class KeepSparsity(Callback):
         return masks
 
 
-def _trains_copies(trainer: Trainer) -> bool:
+def shards_gradients(trainer: Trainer) -> bool:
+    """Whether weights and gradients are flat or sharded, so that masks cannot reach them."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def refuse_sharded_gradients(trainer: Trainer, remedy: str = "") -> None:
+    """Raise an error if masks cannot reach the gradients.
+
+    Args:
+        trainer: The trainer.
+        remedy: Another remedy than a different strategy.
+
+    Raises:
+        ValueError: If the strategy shards gradients.
+    """
+    if shards_gradients(trainer):
+        raise ValueError(
+            f"Expected a strategy that does not shard gradients, but got {type(trainer.strategy).__name__}, whose "
+            f"flat or sharded gradients masks cannot reach; use one device, DDP or DeepSpeed{remedy}"
+        )
+
+
+def trains_copies(trainer: Trainer) -> bool:
     """Whether the optimizers update copies of the weights and not the module's own parameters."""
     return isinstance(trainer.strategy, DeepSpeedStrategy)

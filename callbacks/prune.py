@@ -12,19 +12,27 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich import get_console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.callbacks.calibration_data import calibration_loader
+from wandazeta.callbacks.keep_sparsity import (
+    KeepSparsity,
+    refuse_sharded_gradients,
+    shards_gradients,
+    trains_copies,
+)
 from wandazeta.lightning_compat import requeue_signal
 from wandazeta.models.streaming import is_file_backed, require_in_memory
+from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
 from wandazeta.pruning.calibration import call_arguments
+from wandazeta.pruning.held_masks import HeldMasks
 from wandazeta.pruning.methods import PruningMethod, make_method
 from wandazeta.pruning.options import ComputeDtype, PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
@@ -35,6 +43,8 @@ from wandazeta.pruning.session import PruningSession
 from wandazeta.utilities.arguments import check_at_least
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
+
+_KEEP_REMEDY = "Set `keep_sparsity` to True to keep them at zero."
 
 
 class WandaPPPruneCallback(Callback):
@@ -47,6 +57,10 @@ class WandaPPPruneCallback(Callback):
     folder. With `fast_dev_run` of the trainer, only the first blocks are pruned, with few samples and without the
     folder, unless it holds a complete pruning. One trainer can have several of these callbacks, with a list of blocks
     and a folder each. Embeddings, norms and the head are not pruned.
+
+    Pruned weights stay zero while they are trained, as with the callback `KeepSparsity`, by the masks of the pruning.
+    Nothing is masked as long as none of them is trained, as with adapters on a frozen model. The sparsity at the end of
+    the fit is reported. A checkpoint in which pruned weights are not zero is refused in every stage.
 
     Override `forward_batch` and `token_mask` for a module that has to be called differently.
 
@@ -65,9 +79,12 @@ class WandaPPPruneCallback(Callback):
         device: Device of the block that is pruned; `auto` is the trainer's device.
         output_dir: Folder that keeps the pruning.
         seed: Seed of the calibration samples and of all draws.
+        keep_sparsity: Keep pruned weights at zero while they are trained; without it, a warning at the end of the fit
+            tells how many have become dense.
 
     Raises:
-        ValueError: If an option is out of range or two options contradict each other.
+        ValueError: If an option is out of range or two options contradict each other; when the training starts, if
+            pruned weights are trained by a strategy that shards gradients (FSDP).
 
     Example:
         >>> from wandazeta.callbacks import WandaPPPruneCallback
@@ -89,6 +106,7 @@ class WandaPPPruneCallback(Callback):
         device: str = "auto",
         output_dir: str = "runs/pruned",
         seed: int = 0,
+        keep_sparsity: bool = True,
     ) -> None:
         check_at_least("num_calibration_samples", num_calibration_samples, 1)
         options = PruneOptions(
@@ -111,6 +129,7 @@ class WandaPPPruneCallback(Callback):
         self.blocks = blocks
         self.device = device
         self.output_dir = output_dir
+        self.keep_sparsity = keep_sparsity
         self.report: PruneReport | None = None
         """Report of the pruning, once it was made or loaded."""
         self.key: str | None = None
@@ -121,6 +140,10 @@ class WandaPPPruneCallback(Callback):
         self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
+        # holds the masks while pruned weights are trained
+        self._keeper: KeepSparsity | None = None
+        # whether the checkpoint may have other values in pruned weights, and whether these are to be zero
+        self._checkpoint_has_weights = self._checkpoint_must_be_sparse = True
 
     # -- for overriding ---------------------------------------------------------------------------------------------
 
@@ -162,6 +185,8 @@ class WandaPPPruneCallback(Callback):
         if trainer.state.status == TrainerStatus.RUNNING:
             # the module would raise this error, too, but only after the pruning
             require_in_memory(pl_module)
+        self._keeper = None
+        self._checkpoint_has_weights = self._checkpoint_must_be_sparse = True
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
             if self._is_partial and not trainer.fast_dev_run:
@@ -202,6 +227,75 @@ class WandaPPPruneCallback(Callback):
                     f"Expected `{name}` to have its pruned values, but {type(pl_module).__name__} "
                     f"{'built it anew' if rebuilt else 'filled it with other values'} afterwards; {remedy}."
                 )
+        if shards_gradients(trainer):
+            if self._may_train_sharded(pl_module):
+                refuse_sharded_gradients(trainer, ", or set `keep_sparsity` to False")
+        elif not trainer.strategy.restore_checkpoint_after_setup:
+            self._check_checkpoint(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_checkpoint(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_checkpoint(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_checkpoint(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._check_checkpoint(trainer, pl_module)
+        self._keep_if_trained(trainer, pl_module)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # a callback may unfreeze weights at any time
+        self._keep_if_trained(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._keeper is not None:
+            self._keeper.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._keeper is not None:
+            self._keeper.on_train_end(trainer, pl_module)
+        if trains_copies(trainer):
+            # its weights can be gathered only before the strategy is torn down
+            self._report_sparsity(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._keeper is not None:
+            self._keeper.on_fit_end(trainer, pl_module)
+        if not (trains_copies(trainer) or shards_gradients(trainer)):
+            self._report_sparsity(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release(trainer, pl_module)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        weights = {id(weight) for weight in self._pruned_weights(pl_module).values()}
+        names = {name for name, weight in pl_module.named_parameters() if id(weight) in weights}
+        # there is no `state_dict` under DeepSpeed, which has files of its own
+        self._checkpoint_has_weights = "state_dict" not in checkpoint or bool(names & checkpoint["state_dict"].keys())
+        # without `keep_sparsity`, the checkpoints of a run become dense
+        is_own = self.state_key in checkpoint.get("callbacks", {})
+        self._checkpoint_must_be_sparse = self.keep_sparsity or not is_own
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -229,6 +323,101 @@ class WandaPPPruneCallback(Callback):
                 f"Expected a checkpoint that was trained on the pruning in '{self.output_dir}', but this one was "
                 "trained on another; give it the `output_dir` it was trained with, or start without it."
             )
+
+    # -- sparsity during and after training -------------------------------------------------------------------------
+
+    def _pruned_weights(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        """The pruned weights that the module still has, by their names when they were pruned."""
+        # not by name alone: adapters may have changed the names since
+        found = {name: reference() for name, (reference, _) in self._pruned.items()}
+        if any(weight is None for weight in found.values()):
+            by_name = dict(pl_module.named_parameters())
+            found = {name: by_name.get(name) if weight is None else weight for name, weight in found.items()}
+        return {name: weight for name, weight in found.items() if weight is not None}
+
+    def _check_checkpoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a checkpoint in which pruned weights are not zero."""
+        needed = self._checkpoint_has_weights and self._checkpoint_must_be_sparse
+        if trainer.ckpt_path is None or not needed or shards_gradients(trainer):
+            return
+        masks = self._read_masks(trainer, pl_module)
+        try:
+            HeldMasks(self._pruned_weights(pl_module), masks)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected argument `ckpt_path` to be a checkpoint with the sparsity of the pruning in "
+                f"'{self.output_dir}', but in '{trainer.ckpt_path}' pruned weights are not zero ({error}). It is from "
+                "a run without this callback or with `keep_sparsity=False`; use one of a run with it, or take the "
+                "callback out to use the dense weights."
+            ) from error
+
+    def _keep_if_trained(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the masks if pruned weights are trained and nothing else holds theirs."""
+        if self._keeper is not None or not self.keep_sparsity:
+            return
+        references = (reference() for reference, _ in self._pruned.values())
+        if not any(weight is not None and weight.requires_grad for weight in references):
+            return
+        if any(isinstance(callback, KeepSparsity) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        self._keeper = KeepSparsity()
+        self._keeper.hold(trainer, HeldMasks(self._pruned_weights(pl_module), self._read_masks(trainer, pl_module)))
+
+    def _may_train_sharded(self, pl_module: LightningModule) -> bool:
+        """Whether pruned weights are trained under FSDP, whose wrappers change names and join weights."""
+        blocks = {name.rpartition(".")[0] for name in self._pruned} if self.keep_sparsity else set()
+        for name, weight in pl_module.named_parameters():
+            plain = name.replace("_fsdp_wrapped_module.", "")
+            joined = "_flat_param" in plain and any(block.startswith(plain.rpartition(".")[0]) for block in blocks)
+            if weight.requires_grad and self.keep_sparsity and (plain in self._pruned or joined):
+                return True
+        return False
+
+    def _read_masks(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Read the masks of the pruning on rank 0, for all ranks: not from zeros, which can be kept weights."""
+        ranks = Ranks.of_process_group(trainer.strategy.root_device)
+        stored = ranks.run_on_all(lambda: self._stored_masks() if ranks.rank == 0 else {})
+        masks = {}
+        for name, weight in self._pruned_weights(pl_module).items():
+            masks[name] = stored[name] if stored else torch.empty(full_shape(weight), dtype=torch.bool)
+            ranks.broadcast_([masks[name]])
+        return masks
+
+    def _stored_masks(self) -> dict[str, Tensor]:
+        assert self.report is not None
+        folder = ProgressFolder(Path(self.output_dir).absolute())
+        folder.open_existing()
+        if folder.key_digest != self.key:
+            raise ValueError(
+                f"Expected '{self.output_dir}' to hold the pruning that this run started with, but it holds another one"
+                " by now; give every run an `output_dir` of its own."
+            )
+        results = zip(self.report.blocks, folder.results(len(self.report.blocks)), strict=True)
+        return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
+
+    def _report_sparsity(self, pl_module: LightningModule) -> None:
+        """Report the zeros of the pruned weights, with a warning if there are fewer than after the pruning."""
+        found = before = total = 0
+        for name, weight in self._pruned_weights(pl_module).items():
+            with gathered([weight]):
+                found += weight.numel() - int(torch.count_nonzero(weight.detach()))
+                total += weight.numel()
+                before += weight.numel() - self._pruned[name][1]
+        if total == 0:
+            return
+        if found >= before:
+            rank_zero_info(f"Sparsity after the fit: {found / total:.1%} of {total:,} weights in the pruned layers.")
+            return
+        rank_zero_warn(
+            f"Sparsity after the fit: {found / total:.1%} of {total:,} weights in the pruned layers, but "
+            f"{before / total:.1%} after the pruning: the training has changed pruned weights. "
+            + ("Something other than the optimizers writes to them." if self.keep_sparsity else _KEEP_REMEDY)
+        )
+
+    def _release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._keeper is not None:
+            self._keeper.teardown(trainer, pl_module, "fit")
+            self._keeper = None
 
     # -- the pruning ------------------------------------------------------------------------------------------------
 

@@ -30,8 +30,8 @@ class FirstOrderModule(LanguageModel):
 
     The new head of an encoder is trained in addition. Batches, losses and metrics are those of `ZerothOrderModule`.
     Adapters are inserted by `setup`, after a callback has pruned the backbone. Checkpoints contain the adapters alone,
-    unless all weights are trained. To train all weights of a pruned backbone and keep it sparse, add the callback
-    `KeepSparsity`.
+    unless all weights are trained. To train all weights of a backbone that was pruned before and keep it sparse, add
+    the callback `KeepSparsity`; `WandaPPPruneCallback` keeps what it pruned by itself.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.

@@ -29,7 +29,6 @@ MODES = {
         "trainable": "Weights",
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
-        "keep_sparsity": True,
         "trainer_options": CLIP,
     },
 }
@@ -123,9 +122,9 @@ def interrupted(settings, alone, tmp_path_factory):
         for stage in STAGES
         for name, mode, options in (
             (f"accumulated-{stage}", "masked", {"trainer_options": CLIP | {"accumulate_grad_batches": 2}}),
-            (f"bf16-{stage}", "masked", {"trainer_options": bf16}),
+            (f"bf16-{stage}", "masked", {"trainer_options": bf16, "keep_sparsity": True}),
             (f"noise-{stage}", "masked", {"noise": True}),
-            (f"file-{stage}", "masked", {"masks": str(root / "masks.safetensors"), "steps": 2}),
+            (f"file-{stage}", "masked", {"keep_sparsity": True, "masks": f"{root}/masks.safetensors", "steps": 2}),
             (f"adapter-{stage}", "lora", {"save_adapters": True}),
             (f"trains-{stage}", "tensor_train", {"save_adapters": True}),
         )

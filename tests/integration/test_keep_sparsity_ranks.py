@@ -1,12 +1,14 @@
 """Two processes on gloo hold the same masks as a plain loop over both their batches."""
 
+import pytest
 import torch
 from helpers.masked import is_positive_zero, prunable, reference, sparse_tiny
 from helpers.processes import run
 
 
-def test_two_ranks_train_what_a_plain_loop_trains(tmp_path):
-    ranks = run("masked_run", {"steps": 4}, tmp_path)
+@pytest.mark.parametrize("prune", [False, True], ids=["pruned before", "pruned by the callback"])
+def test_two_ranks_train_what_a_plain_loop_trains(tmp_path, prune):
+    ranks = run("masked_run", {"steps": 4, "prune": prune}, tmp_path)
     assert len(ranks) == 2
     plain = sparse_tiny()
     pruned = {name: weight == 0 for name, weight in prunable(plain).items()}

@@ -1,6 +1,6 @@
 """Keep pruned weights at zero while they are trained: mask gradients, weights and optimizer state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -149,11 +149,12 @@ class HeldMasks:
                 )
         self.hold_gradients()
         for weight, pruned in self._pruned.items():
-            for tensor in (weight.detach(), weight.grad):
+            # `data`: this changes at most the sign of a zero, which a graph that was built before may use
+            for tensor in (weight.data, weight.grad):
                 if tensor is not None:
                     tensor.masked_fill_(pruned, 0.0)
         for optimizer in optimizers:
-            self._mask_after_step(optimizer)
+            self._mask_state(optimizer)
             self._handles.append(
                 optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._mask_after_step(optimizer))
             )
@@ -201,15 +202,22 @@ class HeldMasks:
 
     @torch.no_grad()
     def _mask_after_step(self, optimizer: Optimizer) -> None:
+        for weight, pruned in self._masked_weights(optimizer):
+            weight.masked_fill_(pruned, 0.0)
+        self._mask_state(optimizer)
+
+    def _mask_state(self, optimizer: Optimizer) -> None:
+        for weight, pruned in self._masked_weights(optimizer):
+            for state in optimizer.state.get(weight, {}).values():
+                if isinstance(state, Tensor) and state.is_floating_point() and state.shape == weight.shape:
+                    state.masked_fill_(pruned.to(state.device), 0.0)
+
+    def _masked_weights(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the weights of an optimizer that have a mask, with their pruned places."""
         for group in optimizer.param_groups:
             for weight in group["params"]:
-                pruned = self._pruned.get(weight)
-                if pruned is None:
-                    continue
-                weight.masked_fill_(pruned, 0.0)
-                for state in optimizer.state.get(weight, {}).values():
-                    if isinstance(state, Tensor) and state.is_floating_point() and state.shape == weight.shape:
-                        state.masked_fill_(pruned.to(state.device), 0.0)
+                if (pruned := self._pruned.get(weight)) is not None:
+                    yield weight, pruned
 
 
 def pack_mask(mask: Tensor) -> Tensor:
