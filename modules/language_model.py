@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
@@ -18,13 +17,16 @@ from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
+_METRICS = ("loss", "option_loss", "accuracy")
+
 
 class LanguageModel(LightningModule):
     """A language model with its tokenizer, to prune, validate, test and predict with.
 
     Batches with a `label` are classified among answer options, or by the classification head of an encoder, and
     measured by `val/accuracy` and `val/option_loss`. All others are running text, measured by `val/loss`, the mean
-    negative log-likelihood of a token in nats, and `val/perplexity`.
+    negative log-likelihood of a token in nats, and `val/perplexity`. `test` measures the same under `test/`. With
+    several dataloaders each has its own values, such as `val/loss/dataloader_idx_0`.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -42,7 +44,7 @@ class LanguageModel(LightningModule):
         self.tokenizer = load_tokenizer(model_name_or_path, self.loading.trust_remote_code, self.loading.pad_token)
         if not self.loading.shard_on_load:
             self._build()
-        self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
+        self._totals = torch.zeros(0)
 
     def _build(self) -> None:
         """Load the model and make its scorer."""
@@ -100,11 +102,11 @@ class LanguageModel(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, dataloader_idx)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, dataloader_idx)
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -118,6 +120,14 @@ class LanguageModel(LightningModule):
         return result | ({"example_id": batch["example_id"]} if "example_id" in batch else {})
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._totals = self._new_totals(len(self.trainer.num_val_batches))
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._totals = self._new_totals(len(self.trainer.num_test_batches))
+
+    @override
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
 
@@ -125,31 +135,45 @@ class LanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        """Update the metrics of a stage by a batch."""
-        metrics: Any = self.metrics[stage]
+    def _new_totals(self, num_loaders: int) -> Tensor:
+        """Return zeros for the weighted sum and the weight of every metric of every loader.
+
+        They are new in every epoch and not a state of the module: `fit` cannot change tensors that `validate` made in
+        inference mode, and precision plugins cast the states of a module. In float64, because a perplexity is a sum
+        over millions of tokens.
+        """
+        return torch.zeros(num_loaders, len(_METRICS), 2, dtype=torch.float64, device=self.device)
+
+    def _evaluate(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        """Add a batch to the metrics of its loader."""
         prepared = self.scorer.prepare(batch)
         if is_classification(batch):
             scores = self.scorer.option_scores(prepared).values[0]
             losses = nn.functional.cross_entropy(scores, batch["label"], reduction="none")
-            metrics["option_loss"].update(losses)
-            metrics["accuracy"].update((scores.argmax(1) == batch["label"]).double())
+            sums = {"option_loss": losses, "accuracy": scores.argmax(1) == batch["label"]}
+            weight = torch.tensor(len(losses))
         else:
-            num_tokens = batch["attention_mask"][:, 1:].sum()
-            metrics["loss"].update(self.scorer.token_nll(prepared)[0].double().sum() / num_tokens, weight=num_tokens)
+            sums = {"loss": self.scorer.token_nll(prepared)[0]}
+            weight = batch["attention_mask"][:, 1:].sum()
+        totals = self._totals[dataloader_idx]
+        for name, values in sums.items():
+            totals[_METRICS.index(name), 0] += values.double().sum()
+            totals[_METRICS.index(name), 1] += weight
 
     def _log_metrics(self, stage: str) -> None:
-        """Log the metrics of a stage and reset them."""
-        metrics: Any = self.metrics[stage]
-        for name, metric in metrics.items():
-            if metric.update_called:
-                value = metric.compute()
-                self.log(f"{stage}/{name}", value, prog_bar=True)
+        """Log the metrics of all ranks, for several loaders under the names that Lightning gives their metrics."""
+        totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
+        for index, of_loader in enumerate(totals):
+            suffix = f"/dataloader_idx_{index}" if len(totals) > 1 else ""
+            for name, (value, weight) in zip(_METRICS, of_loader, strict=True):
+                if weight == 0:
+                    continue
+                values = {name: value / weight}
                 if name == "loss":
-                    self.log(f"{stage}/perplexity", value.exp(), prog_bar=True)
-            metric.reset()
-
-
-def _metrics() -> nn.ModuleDict:
-    # float64: a perplexity is a sum over millions of tokens
-    return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in ("loss", "option_loss", "accuracy")})
+                    values["perplexity"] = values["loss"].exp()
+                # Lightning would not accept the suffix, which it adds only to what a step logs
+                self.log_dict(
+                    {f"{stage}/{name}{suffix}": value for name, value in values.items()},
+                    prog_bar=True,
+                    add_dataloader_idx=False,
+                )

@@ -54,7 +54,12 @@ def test_text_and_classification_side_by_side(model_dir):
     module = LanguageModel(str(model_dir))
     results = trainer().validate(module, [loader(text_batch(4)), loader(classification_batch(4))], verbose=False)
     names = set().union(*results)
-    assert names == {"val/loss", "val/perplexity", "val/accuracy", "val/option_loss"}
+    assert names == {
+        "val/loss/dataloader_idx_0",
+        "val/perplexity/dataloader_idx_0",
+        "val/accuracy/dataloader_idx_1",
+        "val/option_loss/dataloader_idx_1",
+    }
 
 
 def test_text_predictions_are_mean_losses(model_dir):
