@@ -44,7 +44,7 @@ class LanguageModel(LightningModule):
         self.tokenizer = load_tokenizer(model_name_or_path, self.loading.trust_remote_code, self.loading.pad_token)
         if not self.loading.shard_on_load:
             self._build()
-        self._totals = torch.zeros(0)
+        self._totals = torch.zeros(0, dtype=torch.float64)
 
     def _build(self) -> None:
         """Load the model and make its scorer."""

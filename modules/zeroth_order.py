@@ -133,7 +133,8 @@ class ZerothOrderModule(LanguageModel):
         self.strict_loading = False
         self.trainable = trainable
         self.head = head or TrainedHead()
-        self.objective = objective
+        # not as a submodule: precision plugins would cast the states of a metric
+        self.__dict__["objective"] = objective
         self.estimator = estimator
         self.schedule = schedule
         self.update = update or SGDUpdate()
@@ -150,7 +151,8 @@ class ZerothOrderModule(LanguageModel):
         self.pruned_backbone_key: str | None = None
         """Key of the backbone's pruning, set by the callback that prunes it."""
         self._backbone_description: dict[str, Any] = {}
-        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
+        # not a scalar, which DeepSpeed cannot broadcast
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
@@ -203,8 +205,10 @@ class ZerothOrderModule(LanguageModel):
             width = config.get_text_config().hidden_size
             self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
         # buffers of the vector, which keeps its precision whatever the strategy casts to
-        adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
-        adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
+        update_states = adapters.theta.new_zeros((self.update.num_states, len(adapters.theta)), dtype=torch.float32)
+        adapters.register_buffer("update_states", update_states)
+        schedule_states = adapters.theta.new_zeros(self.schedule.num_states, dtype=torch.float64)
+        adapters.register_buffer("schedule_states", schedule_states)
         self.scorer.adapt(head_rows=adapters.rows)
         sites = adapted_modules(self.backbone)
         if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):

@@ -1,13 +1,50 @@
 """The modules under the trainer: any order of its calls, several loaders, its precision and its options."""
 
 import pytest
+import torch
 from helpers.causal_lms import classification_batch, collate, rows_of, save_tiny_lm, text_batch
 from lightning.pytorch import Trainer
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from wandazeta.adapters import PeftLoRA, TensorTrainAdapters, Weights
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
-from wandazeta.zeroth_order import ForwardMode
+from wandazeta.zeroth_order import ConstantSchedule, ForwardMode, TwoSided, direction
+
+
+class ExactClasses(Metric):
+    """Accuracy, which divides two counts."""
+
+    higher_is_better = True
+
+    def __init__(self):
+        super().__init__()
+        for name in ("right", "total"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, scores, labels):
+        self.right += (scores.argmax(1) == labels).sum()
+        self.total += len(labels)
+
+    def compute(self):
+        return self.right / self.total
+
+
+class MeanSquaredScore(Metric):
+    """A metric whose states are of floating point."""
+
+    higher_is_better = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("sum", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, scores, labels):
+        self.sum += scores.float().square().mean()
+
+    def compute(self):
+        return self.sum
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +125,60 @@ def test_every_loader_of_a_fit_has_its_own_metrics(model_dir, tmp_path):
         "val/accuracy/dataloader_idx_1",
         "val/option_loss/dataloader_idx_1",
     }
+
+
+# -- half precision of the trainer
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_metrics_are_not_rounded_by_the_precision_of_the_trainer(model_dir, tmp_path, stage):
+    batch = classification_batch(301)
+    module, run = LanguageModel(str(model_dir)), trainer(tmp_path, precision="bf16-true")
+    (metrics,) = (run.validate if stage == "val" else run.test)(module, loader(batch, 7), verbose=False)
+    predictions = trainer(tmp_path, precision="bf16-true").predict(module, loader(batch, 7))
+    right = int((torch.cat([p["prediction"] for p in predictions]) == batch["label"]).sum())
+    assert metrics[f"{stage}/accuracy"] == pytest.approx(right / 301, abs=1e-9)
+    losses = F.cross_entropy(torch.cat([p["scores"] for p in predictions]).double(), batch["label"])
+    assert metrics[f"{stage}/option_loss"] == pytest.approx(float(losses), abs=1e-9)
+
+
+def test_training_in_half_precision_draws_the_same_directions(model_dir, tmp_path):
+    drawn = {}
+
+    class Gaussian(TwoSided):
+        @property
+        def draw(self):
+            def draw(seed, step, query, numel, device="cpu"):
+                return drawn.setdefault((precision, step, query), direction(seed, step, query, numel, device))
+
+            return draw
+
+    for precision in ("32-true", "bf16-true"):
+        module = ZerothOrderModule(str(model_dir), estimator=Gaussian(), schedule=ConstantSchedule(2))
+        trainer(tmp_path, precision=precision).fit(module, loader(classification_batch(8)))
+        buffers = dict(module.adapters.named_buffers())
+        assert {name: x.dtype for name, x in buffers.items() if name != "schedule_states"} == {
+            name: torch.float32 for name in buffers if name != "schedule_states"
+        }
+    for step, query in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert torch.equal(drawn["32-true", step, query], drawn["bf16-true", step, query])
+        assert drawn["bf16-true", step, query].dtype == torch.float32
+
+
+@pytest.mark.parametrize("metric", [ExactClasses, MeanSquaredScore])
+def test_metrics_as_objectives_are_not_rounded_by_the_precision_of_the_trainer(model_dir, tmp_path, metric):
+    seen = []
+
+    class Recording(metric):
+        def compute(self):
+            value = super().compute()
+            seen.append((value.dtype, float(value)))
+            return value
+
+    module = ZerothOrderModule(
+        str(model_dir), objective=Recording(), estimator=TwoSided(epsilon=0.1), schedule=ConstantSchedule(1)
+    )
+    trainer(tmp_path, precision="bf16-true", max_steps=1).fit(module, loader(classification_batch(301), 301))
+    assert {dtype for dtype, _ in seen} == {torch.float32}
+    if metric is ExactClasses:
+        assert all(round(value * 301) / 301 == pytest.approx(value, abs=1e-7) for _, value in seen)
