@@ -20,6 +20,10 @@ from wandazeta.scoring.scorer import Scorer, is_classification
 _METRICS = ("loss", "option_loss", "accuracy")
 
 
+class NonFiniteLossError(ValueError):
+    """Training has diverged, or its data or precision lead to losses that are not finite."""
+
+
 class LanguageModel(LightningModule):
     """A language model with its tokenizer, to prune, validate, test and predict with.
 

@@ -14,12 +14,12 @@ from typing_extensions import override
 
 from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
-from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
+from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp, is_logging_step
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
-from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
@@ -43,10 +43,6 @@ from wandazeta.zeroth_order import (
 
 MAX_NONFINITE_STEPS = 10
 """Steps in a row without any finite query after which a run stops."""
-
-
-class NonFiniteLossError(ValueError):
-    """Training has diverged, or its data or precision lead to losses that are not finite."""
 
 
 class ZerothOrderModule(LanguageModel):
@@ -324,8 +320,8 @@ class ZerothOrderModule(LanguageModel):
 
         self.log("train/loss", self._estimator.loss(values), prog_bar=True)
         # logging takes up to a millisecond for each value, as long as the arithmetic of a fast step
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1):
+        is_end = step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1)
+        if is_end or is_logging_step(self.trainer, step):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
