@@ -9,7 +9,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from wandazeta.adapters import PeftLoRA, TensorTrainAdapters, Weights
-from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
+from wandazeta.models.loading import LoadingOptions
+from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule, first_order
+from wandazeta.modules.language_model import NonFiniteLossError
 from wandazeta.zeroth_order import ConstantSchedule, ForwardMode, TwoSided, direction
 
 
@@ -182,3 +184,55 @@ def test_metrics_as_objectives_are_not_rounded_by_the_precision_of_the_trainer(m
     assert {dtype for dtype, _ in seen} == {torch.float32}
     if metric is ExactClasses:
         assert all(round(value * 301) / 301 == pytest.approx(value, abs=1e-7) for _, value in seen)
+
+
+# -- options of the trainer
+
+
+@pytest.mark.parametrize("kind", ["zeroth_order", "mezo", "lora"])
+def test_no_logging_in_between(model_dir, tmp_path, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    run = trainer(tmp_path, log_every_n_steps=0)
+    run.fit(MODULES[kind](str(model_dir)), loader(classification_batch(8)))
+    assert run.global_step == 2
+    assert "train/loss" in run.callback_metrics
+
+
+# -- float16
+
+
+@pytest.mark.parametrize("kind", ["lora", "tensor_train", "weights"])
+def test_back_propagation_in_float16_is_refused(model_dir, tmp_path, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    module, run = MODULES[kind](str(model_dir)), trainer(tmp_path, precision="16-true")
+    with pytest.raises(ValueError, match=r"`precision` to be .* got '16-true'.*use 16-mixed"):
+        run.fit(module, loader(classification_batch(8)))
+    assert module.adapters is None, "refused before the adapters are inserted"
+    # evaluation is possible
+    assert trainer(tmp_path, precision="16-true").validate(module, loader(classification_batch(8)), verbose=False)
+
+
+def test_training_weights_that_were_loaded_in_float16_is_refused(model_dir, tmp_path):
+    module = FirstOrderModule(str(model_dir), LoadingOptions("float16"), trainable=Weights())
+    with pytest.raises(ValueError, match=r"got float16.*`loading.dtype: float32`"):
+        trainer(tmp_path).fit(module, loader(classification_batch(8)))
+
+
+@pytest.mark.parametrize("kind", ["lora", "tensor_train", "weights"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_back_propagation_ends_at_the_first_loss_that_is_not_finite(model_dir, tmp_path, kind, bad, monkeypatch):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    module, run = MODULES[kind](str(model_dir)), trainer(tmp_path, max_steps=5)
+    plain = first_order.objective_losses
+
+    def losses(*args):
+        return plain(*args) * (bad if run.global_step == 2 else 1.0)
+
+    monkeypatch.setattr(first_order, "objective_losses", losses)
+    with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan or infinite; lower `learning_rate`"):
+        run.fit(module, loader(classification_batch(8)))
+    assert run.global_step == 2
+    assert all(p.isfinite().all() for p in module.parameters())
