@@ -1,6 +1,6 @@
 """Fine-tuning by back-propagation as a LightningModule, the baseline of `ZerothOrderModule` on the same batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ class FirstOrderModule(LanguageModel):
         trained = {name: parameter.numel() for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.adapter_names = frozenset(trained)
         rank_zero_info(f"{sum(trained.values()):,} trainable values ({self._training.trainable})")
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state; adapters in it are inserted first, as the main process of `ddp_spawn` has not run `setup`."""
+        holds_adapters = any(name == "adapters.theta" or ".lora_A." in name for name in state_dict)
+        if holds_adapters and self._training.has_adapters and not self.adapter_names:
+            self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
+            self._insert_adapters()
+        return super().load_state_dict(state_dict, strict, assign)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

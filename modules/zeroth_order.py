@@ -1,6 +1,6 @@
 """Fine-tuning with forward passes alone, as a LightningModule for stock strategies (AdaZeta, arXiv 2406.18060)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +221,13 @@ class ZerothOrderModule(LanguageModel):
 
     def _new_optimizer(self) -> SGD:
         return SGD([self.anchor], lr=self.learning_rate)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state; adapters in it are inserted first, as the main process of `ddp_spawn` has not run `setup`."""
+        if self.adapters is None and "adapters.update_states" in state_dict:
+            self._insert_adapters()
+        return super().load_state_dict(state_dict, strict, assign)
 
     # -- training
 

@@ -236,3 +236,19 @@ def test_back_propagation_ends_at_the_first_loss_that_is_not_finite(model_dir, t
         run.fit(module, loader(classification_batch(8)))
     assert run.global_step == 2
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+# -- processes that Lightning starts
+
+
+@pytest.mark.parametrize("kind", ["zeroth_order", "mezo", "lora", "tensor_train", "weights"])
+def test_the_module_has_what_spawned_processes_trained(model_dir, tmp_path, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    module, other = MODULES[kind](str(model_dir)), MODULES[kind](str(model_dir))
+    trainer(tmp_path).fit(other, loader(classification_batch(8)))
+    # what the launcher of `ddp_spawn` does in the main process
+    module.load_state_dict(other.state_dict(), strict=False)
+    (expected,) = trainer(tmp_path).validate(other, loader(classification_batch(8)), verbose=False)
+    (found,) = trainer(tmp_path).validate(module, loader(classification_batch(8)), verbose=False)
+    assert found == expected
