@@ -288,16 +288,6 @@ class WandaPPPruneCallback(Callback):
         self._release(trainer, pl_module)
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = {id(weight) for weight in self._pruned_weights(pl_module).values()}
-        names = {name for name, weight in pl_module.named_parameters() if id(weight) in weights}
-        # there is no `state_dict` under DeepSpeed, which has files of its own
-        self._checkpoint_has_weights = "state_dict" not in checkpoint or bool(names & checkpoint["state_dict"].keys())
-        # without `keep_sparsity`, the checkpoints of a run become dense
-        is_own = self.state_key in checkpoint.get("callbacks", {})
-        self._checkpoint_must_be_sparse = self.keep_sparsity or not is_own
-
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._exit_code is not None:
             # a callback that saves on every exception must not write a half-pruned model
@@ -323,6 +313,12 @@ class WandaPPPruneCallback(Callback):
                 f"Expected a checkpoint that was trained on the pruning in '{self.output_dir}', but this one was "
                 "trained on another; give it the `output_dir` it was trained with, or start without it."
             )
+        weights = {id(weight) for weight in self._pruned_weights(pl_module).values()}
+        names = {name for name, weight in pl_module.named_parameters() if id(weight) in weights}
+        # there is no `state_dict` under DeepSpeed, which has files of its own
+        self._checkpoint_has_weights = "state_dict" not in checkpoint or bool(names & checkpoint["state_dict"].keys())
+        # without `keep_sparsity`, the checkpoints of a run become dense
+        self._checkpoint_must_be_sparse = self.keep_sparsity or not restored
 
     # -- sparsity during and after training -------------------------------------------------------------------------
 

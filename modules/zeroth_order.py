@@ -1,6 +1,6 @@
 """Fine-tuning with forward passes alone, as a LightningModule for stock strategies (AdaZeta, arXiv 2406.18060)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
-from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
+from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp, is_logging_step
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import require_checkpoint_of
-from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
@@ -44,10 +44,6 @@ from wandazeta.zeroth_order import (
 
 MAX_NONFINITE_STEPS = 10
 """Steps in a row without any finite query after which a run stops."""
-
-
-class NonFiniteLossError(ValueError):
-    """Training has diverged, or its data or precision lead to losses that are not finite."""
 
 
 class ZerothOrderModule(LanguageModel):
@@ -134,7 +130,8 @@ class ZerothOrderModule(LanguageModel):
         self.strict_loading = False
         self.trainable = trainable
         self.head = head or TrainedHead()
-        self.objective = objective
+        # not as a submodule: precision plugins would cast the states of a metric
+        self.__dict__["objective"] = objective
         self.estimator = estimator
         self.schedule = schedule
         self.update = update or SGDUpdate()
@@ -151,7 +148,8 @@ class ZerothOrderModule(LanguageModel):
         self.pruned_backbone_key: str | None = None
         """Key of the backbone's pruning, set by the callback that prunes it."""
         self._backbone_description: dict[str, Any] = {}
-        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
+        # not a scalar, which DeepSpeed cannot broadcast
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
@@ -204,8 +202,10 @@ class ZerothOrderModule(LanguageModel):
             width = config.get_text_config().hidden_size
             self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
         # buffers of the vector, which keeps its precision whatever the strategy casts to
-        adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
-        adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
+        update_states = adapters.theta.new_zeros((self.update.num_states, len(adapters.theta)), dtype=torch.float32)
+        adapters.register_buffer("update_states", update_states)
+        schedule_states = adapters.theta.new_zeros(self.schedule.num_states, dtype=torch.float64)
+        adapters.register_buffer("schedule_states", schedule_states)
         self.scorer.adapt(head_rows=adapters.rows)
         sites = adapted_modules(self.backbone)
         if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):
@@ -222,6 +222,13 @@ class ZerothOrderModule(LanguageModel):
 
     def _new_optimizer(self) -> SGD:
         return SGD([self.anchor], lr=self.learning_rate)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state; adapters in it are inserted first, as the main process of `ddp_spawn` has not run `setup`."""
+        if self.adapters is None and "adapters.update_states" in state_dict:
+            self._insert_adapters()
+        return super().load_state_dict(state_dict, strict, assign)
 
     # -- training
 
@@ -321,8 +328,8 @@ class ZerothOrderModule(LanguageModel):
 
         self.log("train/loss", self._estimator.loss(values), prog_bar=True)
         # logging takes up to a millisecond for each value, as long as the arithmetic of a fast step
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1):
+        is_end = step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1)
+        if is_end or is_logging_step(self.trainer, step):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),

@@ -20,6 +20,8 @@ __all__ = [
     "default_store",
     "exclude_from_ddp",
     "is_accumulating",
+    "is_fitting",
+    "is_logging_step",
     "launched_processes",
     "requeue_signal",
     "training_data",
@@ -91,6 +93,30 @@ def is_accumulating(trainer: Trainer) -> bool:
         trainer: The trainer, in its training loop.
     """
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return whether `fit` was called, also in its validation.
+
+    Uses `Trainer.state.fn` (lightning 2.6.6), which is public but not documented.
+
+    Args:
+        trainer: The trainer.
+    """
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def is_logging_step(trainer: Trainer, step: int) -> bool:
+    """Return whether `log_every_n_steps` asks for the metrics of a step; 0 asks for none, as in Lightning's own loop.
+
+    Uses `Trainer.log_every_n_steps` (lightning 2.6.6), which is public but not declared.
+
+    Args:
+        trainer: The trainer.
+        step: Index of the step or batch, from 0.
+    """
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return interval > 0 and (step + 1) % interval == 0
 
 
 def launched_processes(trainer: Trainer) -> list[Popen[bytes]]:

@@ -142,7 +142,7 @@ class AdapterVector(TrainedVector):
     def decay_mask(self) -> Tensor:
         """Boolean vector that is true where weight decay applies: everywhere except in biases."""
         if self._decay_mask is None or self._decay_mask.device != self.theta.device:
-            mask = torch.ones(self.num_parameters, dtype=torch.bool)
+            mask = torch.ones(self.num_parameters, dtype=torch.bool, device="cpu")
             for where in self.layout.bias_slices():
                 mask[where] = False
             for name in self.linear_shapes:
