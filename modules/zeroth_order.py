@@ -212,7 +212,7 @@ class ZerothOrderModule(LanguageModel):
         """Check the callbacks of the trainer before one of them prunes the model, which takes long."""
         if is_fitting(self.trainer):
             refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks: list[Callback] = self.trainer.callbacks
             for callback in callbacks:
                 if isinstance(callback, WeightAveraging) and not averages_buffers(callback):
                     raise ValueError(

@@ -54,7 +54,8 @@ def averaged_modules(trainer: Trainer) -> list[LightningModule]:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     averaged = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
-    return [model.module for model in averaged if model is not None]
+    modules = (model.module for model in averaged if model is not None)
+    return [module for module in modules if isinstance(module, LightningModule)]
 
 
 def averages_buffers(callback: WeightAveraging) -> bool:
