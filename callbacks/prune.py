@@ -27,7 +27,7 @@ from wandazeta.callbacks.keep_sparsity import (
     shards_gradients,
     trains_copies,
 )
-from wandazeta.lightning_compat import requeue_signal
+from wandazeta.lightning_compat import copies_module, requeue_signal
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
@@ -195,6 +195,14 @@ class WandaPPPruneCallback(Callback):
                     "of it; build the module anew."
                 )
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)] if self in callbacks else ():
+            if copies_module(callback):
+                name, other = type(self).__name__, type(callback).__name__
+                raise ValueError(
+                    f"Expected {name} before {other} in argument `callbacks`, but got it after: {other} has copied "
+                    f"weights that are not pruned yet; put {name} first"
+                )
         if is_overridden("configure_model", pl_module):
             # Lightning calls it again after this hook; `on_fit_start` checks that this changes nothing
             pl_module.configure_model()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -21,9 +22,13 @@ from wandazeta.models.zero3 import gathered
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, refuse_float16_training
+from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, describe_rates, stepped
+
+_NO_FINETUNING = "it freezes all that the optimizer could train; choose the trained part by `trainable`"
+_NO_PRUNING = "it masks frozen weights under trained adapters; use WandaPPPruneCallback"
 
 
 class FirstOrderModule(LanguageModel):
@@ -107,6 +112,9 @@ class FirstOrderModule(LanguageModel):
             trains_weights = not self._training.has_adapters
             trained = {p.dtype for p in self.backbone.parameters()} if trains_weights else set()
             refuse_float16_training(self.trainer, trained)
+            refuse_callbacks(self.trainer, type(self).__name__, {BaseFinetuning: _NO_FINETUNING})
+            if self._training.has_adapters:
+                refuse_callbacks(self.trainer, self._training.trainable, {ModelPruning: _NO_PRUNING})
         return []
 
     @override
@@ -116,6 +124,8 @@ class FirstOrderModule(LanguageModel):
             self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         if self._training.has_adapters and not self.adapter_names:
             self._insert_adapters()
+            if attached_trainer(self) is not None:
+                copy_module_again(self.trainer, self, stage)
         if stage == "fit":
             if self._training.has_adapters:
                 self._training.require_adapters("train")
@@ -174,8 +184,8 @@ class FirstOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._training.has_adapters:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: state[name] for name in state if name in self.adapter_names}
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {name: state[name] for name in state if name in self.adapter_names}
         checkpoint["first_order"] = self._description() | self._rates()
 
     @override
@@ -193,6 +203,10 @@ class FirstOrderModule(LanguageModel):
                 f"{len(difference)} parameters differ, first `{min(difference)}`; use the same `target_modules`, or "
                 "start a new run"
             )
+        if "current_model_state" in checkpoint:
+            # WeightAveraging loads both states, and expects the frozen weights in them
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {**self.state_dict(), **state}
 
     def save_adapters(self, directory: str | Path) -> None:
         """Write the adapters: PeftLoRA as peft does, tensor trains as `ZerothOrderModule.save_adapters` does.

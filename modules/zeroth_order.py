@@ -6,15 +6,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
+from wandazeta.adapters import AdapterVector, TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
-from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp, is_logging_step
+from wandazeta.lightning_compat import (
+    attached_trainer,
+    averaged_modules,
+    averages_buffers,
+    exclude_from_ddp,
+    is_fitting,
+    is_logging_step,
+)
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
@@ -22,6 +39,7 @@ from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
 from wandazeta.scoring.scorer import Prepared, Scores
@@ -41,6 +59,18 @@ from wandazeta.zeroth_order import (
     Update,
     projected_gradients,
 )
+
+_STATES = ("progress", "adapters.update_states", "adapters.schedule_states")
+"""Buffers that are states of the training instead of trained values."""
+
+_REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    BaseFinetuning: "it trains frozen weights by gradients; choose the trained part by `trainable`",
+    GradientAccumulationScheduler: "every step is an update; set the batch size and the number of queries",
+    LearningRateFinder: "it needs automatic optimization; set `learning_rate`",
+    ModelPruning: "it masks frozen weights under trained adapters; use WandaPPPruneCallback",
+    SpikeDetection: "it reads losses of automatic optimization; losses that are not finite end the run by themselves",
+    StochasticWeightAveraging: "it averages parameters, and adapters are buffers; use WeightAveraging",
+}
 
 MAX_NONFINITE_STEPS = 10
 """Steps in a row without any finite query after which a run stops."""
@@ -153,6 +183,7 @@ class ZerothOrderModule(LanguageModel):
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
+        self._rank_sync: RankSync | None = None
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update.num_states)
 
@@ -178,6 +209,20 @@ class ZerothOrderModule(LanguageModel):
     # -- insertion of the adapters
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the callbacks of the trainer before one of them prunes the model, which takes long."""
+        if is_fitting(self.trainer):
+            refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
+            callbacks: list[Callback] = self.trainer.callbacks
+            for callback in callbacks:
+                if isinstance(callback, WeightAveraging) and not averages_buffers(callback):
+                    raise ValueError(
+                        f"Expected argument `use_buffers` of {type(callback).__name__} to be True for "
+                        f"{type(self).__name__}, but got False: adapters are buffers, and nothing would be averaged"
+                    )
+        return []
+
+    @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
         trainer = attached_trainer(self)
@@ -191,6 +236,8 @@ class ZerothOrderModule(LanguageModel):
             limit_gathered_weights(trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
+            if trainer is not None:
+                copy_module_again(trainer, self, stage)
 
     def _insert_adapters(self) -> None:
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
@@ -234,6 +281,10 @@ class ZerothOrderModule(LanguageModel):
 
     @override
     def on_fit_start(self) -> None:
+        self._prepare_fit()
+
+    def _prepare_fit(self) -> None:
+        """Choose what depends on the trainer, before the first forward."""
         assert self.adapters is not None
         # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
         sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
@@ -257,6 +308,9 @@ class ZerothOrderModule(LanguageModel):
 
     @override
     def on_train_start(self) -> None:
+        if self._rank_sync is None:
+            # BatchSizeFinder trains before the hook `on_fit_start` of the module
+            self._prepare_fit()
         step = self.trainer.global_step
         self._updates = int(self.progress[0])
         if self._updates not in (step, step + 1):
@@ -278,6 +332,31 @@ class ZerothOrderModule(LanguageModel):
         optimizer.step()
         self._advance_scheduler(step + 1)
         self.trainer.should_stop |= self._exceeds_budget(step + 1)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # after the callbacks: an average of counters and moments is none
+        for averaged in averaged_modules(self.trainer):
+            for name in _STATES:
+                averaged.get_buffer(name).copy_(self.get_buffer(name))
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._expect_swapped_adapters()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        self._expect_swapped_adapters()
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        self._expect_swapped_adapters()
+
+    def _expect_swapped_adapters(self) -> None:
+        if isinstance(self.adapters, AdapterVector):
+            self.adapters.clear_cache()
 
     def _advance_scheduler(self, step: int) -> None:
         scheduler = self.lr_schedulers()
@@ -307,6 +386,7 @@ class ZerothOrderModule(LanguageModel):
         slopes = projected_gradients(self._estimator.slopes(values))
         grad = self.estimator.gradient(theta, slopes, directions)
         if head is not None:
+            assert self._rank_sync is not None
             head_grad = self._rank_sync.average_base(*head.observed(theta), len(batch["input_ids"]))
             if slopes.values:
                 # the head is updated even if the slopes have no deviation, as those of adapters below a head of zeros
@@ -366,6 +446,7 @@ class ZerothOrderModule(LanguageModel):
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
+            assert self._rank_sync is not None
             points = self._rank_sync.local_points(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
@@ -415,8 +496,10 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen backbone from the checkpoint, and add what identifies the run."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
+        for key, state in model_states(checkpoint):
+            checkpoint[key] = {name: state[name] for name in state if self._is_trained(name)}
+        if "current_model_state" in checkpoint:
+            checkpoint["state_dict"] |= {name: checkpoint["current_model_state"][name] for name in _STATES}
         checkpoint["zeroth_order"] = {
             "trainable": type(self.trainable).__name__,
             **self._description(),
@@ -447,6 +530,10 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
         self.query_chunk_size = saved["query_chunk_size"]
         self._nonfinite_steps = saved["nonfinite_steps"]
+        if "current_model_state" in checkpoint:
+            # WeightAveraging loads both states, and expects the frozen weights in them
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {**self.state_dict(), **state}
 
     def save_adapters(self, directory: str | Path) -> None:
         """Save the adapters (LoRA in the format of peft), their description (`adapters.json`) and a model card.

@@ -10,13 +10,17 @@ from subprocess import Popen
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = [
     "attached_trainer",
+    "averaged_modules",
+    "averages_buffers",
     "checkpoint_path",
+    "copies_module",
     "default_store",
     "exclude_from_ddp",
     "is_accumulating",
@@ -38,6 +42,40 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
     """
     trainer: Trainer | None = module._trainer
     return trainer
+
+
+def averaged_modules(trainer: Trainer) -> list[LightningModule]:
+    """Return the copies of the trained module that WeightAveraging callbacks hold averages in.
+
+    Uses `WeightAveraging._average_model` (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer, inside `fit`.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaged = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    modules = (model.module for model in averaged if model is not None)
+    return [module for module in modules if isinstance(module, LightningModule)]
+
+
+def averages_buffers(callback: WeightAveraging) -> bool:
+    """Return whether a callback averages buffers, in which zeroth-order adapters are.
+
+    Uses `WeightAveraging._use_buffers` (lightning 2.6.6).
+
+    Args:
+        callback: The callback.
+    """
+    return callback._use_buffers
+
+
+def copies_module(callback: Callback) -> bool:
+    """Return whether a callback copies the module in its `setup`, before that of the module.
+
+    Args:
+        callback: The callback.
+    """
+    return isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
 
 
 def checkpoint_path(trainer: Trainer, name: str) -> str | None:

@@ -228,6 +228,13 @@ class AdapterVector(TrainedVector):
             self._cache = (ref(theta), state, self.layout.merge(theta))
         return self._cache[2][site]
 
+    def clear_cache(self) -> None:
+        """Merge the adapters again at their next use, after changes of `theta` that torch does not count.
+
+        Changes through `theta.data` are of that kind, by which callbacks swap weights with their averages.
+        """
+        self._cache = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterVector":
         buffers = dict(self._buffers)
         theta = self.theta.detach()
