@@ -146,9 +146,9 @@ def _of_text_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[
 
 
 def _no_list(model: nn.Module) -> ValueError:
-    lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n and len(m)]
+    lists = {n: list(m) for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n}
     # a list whose modules have no Linears cannot be pruned, so its name is not offered
-    usable = [n for n in lists if all(map(_is_block, model.get_submodule(n)))]
+    usable = [name for name, modules in lists.items() if modules and all(map(_is_block, modules))]
     return ValueError(
         "Expected a model with a list of blocks that run one after another, but found none; "
         + (
