@@ -141,7 +141,7 @@ def _of_text_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[
     """Of several lists, return those of the text decoder of a transformers model that also has a vision tower."""
     if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
         return lists
-    inside = set(model.get_decoder().modules())
+    inside = set(model.get_decoder().modules())  # type: ignore[operator]
     return {name: blocks for name, blocks in lists.items() if all(block in inside for block in blocks)} or lists
 
 
