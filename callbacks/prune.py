@@ -27,7 +27,7 @@ from wandazeta.callbacks.keep_sparsity import (
     shards_gradients,
     trains_copies,
 )
-from wandazeta.lightning_compat import copies_module, requeue_signal
+from wandazeta.lightning_compat import copies_module, fast_dev_run, requeue_signal
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
@@ -189,7 +189,7 @@ class WandaPPPruneCallback(Callback):
         self._checkpoint_has_weights = self._checkpoint_must_be_sparse = True
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
-            if self._is_partial and not trainer.fast_dev_run:
+            if self._is_partial and not fast_dev_run(trainer):
                 raise ValueError(
                     f"Expected a dense {type(pl_module).__name__}, but a trainer with `fast_dev_run` has pruned a part "
                     "of it; build the module anew."
@@ -441,7 +441,7 @@ class WandaPPPruneCallback(Callback):
         """
         # may be set by an interrupted fit in the same process
         self._exit_code = None
-        if trainer.fast_dev_run:
+        if fast_dev_run(trainer):
             return self._prune_a_little(trainer, pl_module)
         self._is_partial = False
         session = self._session(pl_module)
@@ -458,7 +458,7 @@ class WandaPPPruneCallback(Callback):
             report = session.load_finished()
             self._remember(trainer, pl_module, report, session)
             return report
-        number = int(trainer.fast_dev_run)
+        number = fast_dev_run(trainer)
         with tempfile.TemporaryDirectory() as directory:
             session.folder = ProgressFolder(directory)
             session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples)
@@ -546,7 +546,8 @@ class WandaPPPruneCallback(Callback):
                 nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if isinstance(pl_module, HasPrunedBackboneKey):
-            others = [c.key for c in trainer.callbacks if isinstance(c, WandaPPPruneCallback) and c is not self]
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            others = [c.key for c in callbacks if isinstance(c, WandaPPPruneCallback) and c is not self]
             keys = sorted(key for key in (*others, self.key) if key is not None)
             digest = hashlib.sha256(" ".join(keys).encode()).hexdigest()[: len(self.key)]
             pl_module.pruned_backbone_key = self.key if len(keys) == 1 else digest

@@ -23,6 +23,7 @@ __all__ = [
     "copies_module",
     "default_store",
     "exclude_from_ddp",
+    "fast_dev_run",
     "is_accumulating",
     "is_fitting",
     "is_logging_step",
@@ -94,6 +95,17 @@ def checkpoint_path(trainer: Trainer, name: str) -> str | None:
         TrainerFn.FITTING, name, model_provided=True, model_connected=False
     )
     return None if path is None else str(path)
+
+
+def fast_dev_run(trainer: Trainer) -> int:
+    """Return the number of batches that a trainer with `fast_dev_run` runs, 0 for any other.
+
+    Uses `Trainer.fast_dev_run`, which is public but unknown to type checkers (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer.
+    """
+    return int(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def requeue_signal(trainer: Trainer) -> signal.Signals | None:

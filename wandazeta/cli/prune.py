@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.lightning_compat import fast_dev_run
 from wandazeta.models.pretrained import find_pretrained, has_save_pretrained
 from wandazeta.pruning.export.pretrained import check_export_directory, check_exportable, export_pretrained
 from wandazeta.pruning.progress.folder import ProgressFolder
@@ -52,10 +53,10 @@ def prune_module(
             f"Expected one process to prune with, but got {trainer.world_size}; set `trainer.devices` and "
             "`trainer.num_nodes` to 1."
         )
-    if trainer.fast_dev_run:
+    if fast_dev_run(trainer):
         raise ValueError(
             "Expected argument `fast_dev_run` to be False to write a pruned model, but got "
-            f"{trainer.fast_dev_run}, with which only a part of it is pruned; leave it out."
+            f"{fast_dev_run(trainer)}, with which only a part of it is pruned; leave it out."
         )
     if target.is_relative_to(progress.directory) or progress.directory.is_relative_to(target):
         raise ValueError(

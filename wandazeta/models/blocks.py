@@ -141,14 +141,14 @@ def _of_text_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[
     """Of several lists, return those of the text decoder of a transformers model that also has a vision tower."""
     if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
         return lists
-    inside = set(model.get_decoder().modules())
+    inside = set(model.get_decoder().modules())  # type: ignore[operator]
     return {name: blocks for name, blocks in lists.items() if all(block in inside for block in blocks)} or lists
 
 
 def _no_list(model: nn.Module) -> ValueError:
-    lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n and len(m)]
+    lists = {n: list(m) for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n}
     # a list whose modules have no Linears cannot be pruned, so its name is not offered
-    usable = [n for n in lists if all(map(_is_block, model.get_submodule(n)))]
+    usable = [name for name, modules in lists.items() if modules and all(map(_is_block, modules))]
     return ValueError(
         "Expected a model with a list of blocks that run one after another, but found none; "
         + (

@@ -41,7 +41,7 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         for layer_name, layer in prunable_layers(block).items()
     }
     masks: dict[str, Tensor] = {}
-    seen: set[nn.Parameter] = set()
+    seen: set[Tensor] = set()
     for weight_name, layer in layers.items():
         # blocks may share a layer, which has one mask
         if layer.weight in seen:

@@ -80,8 +80,8 @@ class PruneOptions:
         optimisation = self.method.active_optimisation
         if optimisation is None:
             return self
-        optimisation = replace(optimisation, rounds=1, samples_per_round=None)
-        method = replace(self.method, optimisation=optimisation)  # type: ignore[call-arg]
+        changes: dict[str, Any] = {"optimisation": replace(optimisation, rounds=1, samples_per_round=None)}
+        method: PruningMethod = replace(self.method, **changes)  # type: ignore[type-var]
         return replace(self, method=method).for_samples(num_samples)
 
     def to_dict(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ class PruningSession:
         name = self.block_name or (found.options.get("blocks") if found is not None else None)
         name, blocks = find_blocks(self.module, name=name)
         # all names of a tensor: a block may have another one before that in its list
-        everything = dict(self.module.named_parameters(remove_duplicate=False))
+        everything: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         everything |= dict(self.module.named_buffers(remove_duplicate=False))
         wanted = found.model if found is not None else {}
         model = digest_model({key: everything[key] for key in wanted if key in everything})
