@@ -15,7 +15,13 @@ from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from wandazeta import presets
-from wandazeta.callbacks import AtomicCheckpointIO, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
+from wandazeta.callbacks import (
+    AtomicCheckpointIO,
+    PredictionWriter,
+    RankConsistencyCheck,
+    RankWatchdog,
+    WandaPPPruneCallback,
+)
 from wandazeta.callbacks.run_record import RunRecord, keep_metrics
 from wandazeta.utilities.arguments import check_at_least
 
@@ -40,6 +46,7 @@ class WandazetaCLI(LightningCLI):
     - `log/` has the metrics as CSV, the configuration, the environment and the log of every rank, and `log/COMMAND/`
       those of the commands other than `fit`;
     - `checkpoints/` has `last.ckpt`, which the run resumes from;
+    - `predictions.jsonl` has the result of `predict`;
     - `pruning/` has the progress and the result of the pruning that the `prune` group configures.
 
     Loggers, ModelCheckpoints and pruning callbacks in the trainer's arguments have folders of their own.
@@ -172,6 +179,8 @@ class WandazetaCLI(LightningCLI):
                 *callbacks,
                 ModelCheckpoint(run_dir / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
             ]
+        if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in given):
+            callbacks = [*callbacks, PredictionWriter(config.get("default_root_dir") or ".")]
         return super()._instantiate_trainer(config, callbacks)
 
     def _pruning(self, run_dir: Path) -> list[Callback]:
