@@ -21,6 +21,7 @@ __all__ = [
     "exclude_from_ddp",
     "is_accumulating",
     "launched_processes",
+    "requeue_checkpoint",
     "requeue_signal",
     "training_data",
 ]
@@ -54,6 +55,20 @@ def checkpoint_path(trainer: Trainer, name: str) -> str | None:
         TrainerFn.FITTING, name, model_provided=True, model_connected=False
     )
     return None if path is None else str(path)
+
+
+def requeue_checkpoint(trainer: Trainer) -> str | None:
+    """Return the checkpoint that a requeued SLURM job left in the folder of the run; it is loaded before any other.
+
+    Uses `Trainer._checkpoint_connector._hpc_resume_path` (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The path, or None if there is none.
+    """
+    return trainer._checkpoint_connector._hpc_resume_path
 
 
 def requeue_signal(trainer: Trainer) -> signal.Signals | None:
