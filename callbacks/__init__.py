@@ -6,12 +6,14 @@ from wandazeta.callbacks.cluster.requeue import SLURMRequeue
 from wandazeta.callbacks.cluster.watchdog import RankWatchdog
 from wandazeta.callbacks.keep_sparsity import KeepSparsity
 from wandazeta.callbacks.monitors import PeakMemoryMonitor
+from wandazeta.callbacks.predictions import PredictionWriter
 from wandazeta.callbacks.prune import WandaPPPruneCallback
 
 __all__ = [
     "AtomicCheckpointIO",
     "KeepSparsity",
     "PeakMemoryMonitor",
+    "PredictionWriter",
     "RankConsistencyCheck",
     "RankWatchdog",
     "SLURMRequeue",

@@ -183,6 +183,8 @@ def _show_errors_only() -> None:
 class RunRecord(SaveConfigCallback):
     """Writes `config.yaml`, `environment.json` and the log of every rank into the folder of the run's first logger.
 
+    It also reports the step at which a fit starts, or goes on from a checkpoint.
+
     Args:
         parser: Parser of the command.
         config: The parsed configuration.
@@ -196,6 +198,7 @@ class RunRecord(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self._log = log
         self._folder = folder
+        self._has_trained = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -205,6 +208,24 @@ class RunRecord(SaveConfigCallback):
         if self._log is not None:
             self._log.open(self._folder, trainer.global_rank, trainer.world_size)
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_trained = True
+        step, num_steps = trainer.global_step, trainer.estimated_stepping_batches
+        of = f" of {num_steps:,.0f}" if 0 < num_steps < float("inf") else ""
+        if trainer.ckpt_path is None:
+            rank_zero_info(f"The training starts at step {step:,}{of}.")
+        else:
+            rank_zero_info(f"The training goes on at step {step:,}{of}, from '{trainer.ckpt_path}'.")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._has_trained and trainer.ckpt_path is not None:
+            rank_zero_info(
+                f"The training has nothing left to do after step {trainer.global_step:,} in '{trainer.ckpt_path}'; "
+                "give more `trainer.max_steps` or `trainer.max_epochs` to go on, or `--ckpt_path null` to start anew."
+            )
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

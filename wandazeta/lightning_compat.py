@@ -28,6 +28,7 @@ __all__ = [
     "is_fitting",
     "is_logging_step",
     "launched_processes",
+    "requeue_checkpoint",
     "requeue_signal",
     "training_data",
 ]
@@ -106,6 +107,20 @@ def fast_dev_run(trainer: Trainer) -> int:
         trainer: The trainer.
     """
     return int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def requeue_checkpoint(trainer: Trainer) -> str | None:
+    """Return the checkpoint that a requeued SLURM job left in the folder of the run; it is loaded before any other.
+
+    Uses `Trainer._checkpoint_connector._hpc_resume_path` (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The path, or None if there is none.
+    """
+    return trainer._checkpoint_connector._hpc_resume_path
 
 
 def requeue_signal(trainer: Trainer) -> signal.Signals | None:

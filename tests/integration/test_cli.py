@@ -1,11 +1,12 @@
 import csv
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.fit_config import wandazeta, write_fit_config
+from helpers.fit_config import wandazeta, write_fit_config, write_inputs
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from wandazeta.callbacks.run_record import RankLog, RunRecord
@@ -31,7 +32,7 @@ def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_fit_goes_on_where_it_stopped_and_the_rest_of_the_commands_follow(config, tmp_path, capsys):
+def test_fit_goes_on_where_it_stopped_and_the_rest_of_the_commands_follow(config, tmp_path, capsys, caplog):
     main(["fit", "-c", str(config)])
     last = tmp_path / "run/checkpoints/last.ckpt"
     first = theta(last)
@@ -58,6 +59,10 @@ def test_fit_goes_on_where_it_stopped_and_the_rest_of_the_commands_follow(config
         main([command, "-c", str(config)])
         shown = capsys.readouterr().out
         assert command == "predict" or "accuracy" in shown
+    predictions = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in predictions] == list(range(8))
+    assert all(line["text"].endswith(" is") and line["answer"] in (" bad", " good") for line in predictions)
+    assert f"Predictions of 8 examples: {tmp_path}/run/predictions.jsonl" in caplog.text
     for folder in ("", "validate", "test", "predict"):
         assert (tmp_path / "run/log" / folder / "config.yaml").exists()
     # what the other commands wrote there is no obstacle to going on
@@ -83,6 +88,31 @@ def test_diagnose_leaves_the_checkpoints_of_a_training_as_they_are(config, tmp_p
     assert loaded == (["last.ckpt"] if given else [])
     assert times(folder) == before
     assert not list(tmp_path.glob("run/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_several_ranks_write_the_predictions_of_one(tmp_path):
+    write_inputs(tmp_path)
+    settings = {
+        "model": {"class_path": "LanguageModel", "init_args": {"model_name_or_path": "model"}},
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {"source": "text.txt", "sequence_length": 16, "batch_size": 2, "eval_windows": 7},
+        },
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    (tmp_path / "predict.yaml").write_text(yaml.safe_dump(settings))
+    found = []
+    for name, options in (("one", ()), ("two", ("--trainer.devices", "2", "--trainer.strategy", "ddp"))):
+        result = wandazeta(tmp_path, "predict", "-c", "predict.yaml", "--run_dir", name, *options)
+        assert result.returncode == 0, result.stderr
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    one, two = found
+    assert [line["index"] for line in two] == list(range(7))
+    for first, second in zip(one, two, strict=True):
+        assert first["text"] == second["text"]
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 
 
 def test_evaluation_refuses_a_model_that_was_not_pruned(config, capsys):

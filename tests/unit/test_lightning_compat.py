@@ -71,6 +71,14 @@ def test_logging_steps_are_those_of_the_interval(interval, steps):
     assert not lightning_compat.is_fitting(trainer)
 
 
+def test_the_checkpoint_of_a_requeued_job_is_in_the_folder_of_the_run(tmp_path):
+    trainer = quiet_trainer(default_root_dir=tmp_path)
+    assert lightning_compat.requeue_checkpoint(trainer) is None
+    path = tmp_path / "hpc_ckpt_1.ckpt"
+    path.touch()
+    assert lightning_compat.requeue_checkpoint(trainer) == str(path)
+
+
 def test_the_requeue_signal_is_that_of_the_slurm_environment(monkeypatch):
     assert lightning_compat.requeue_signal(quiet_trainer()) is None
     for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}.items():

@@ -12,11 +12,19 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from wandazeta import presets
-from wandazeta.callbacks import AtomicCheckpointIO, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
+from wandazeta.callbacks import (
+    AtomicCheckpointIO,
+    PredictionWriter,
+    RankConsistencyCheck,
+    RankWatchdog,
+    WandaPPPruneCallback,
+)
 from wandazeta.callbacks.run_record import RunRecord, keep_metrics
+from wandazeta.lightning_compat import checkpoint_path, requeue_checkpoint
 from wandazeta.utilities.arguments import check_at_least
 
 _PRESET = "preset:"
@@ -39,10 +47,15 @@ class WandazetaCLI(LightningCLI):
 
     - `log/` has the metrics as CSV, the configuration, the environment and the log of every rank, and `log/COMMAND/`
       those of the commands other than `fit`;
-    - `checkpoints/` has `last.ckpt`, which the run resumes from;
+    - `checkpoints/` has `last.ckpt`, which `fit` goes on from and the other commands load;
+    - `predictions.jsonl` has the result of `predict`;
     - `pruning/` has the progress and the result of the pruning that the `prune` group configures.
 
-    Loggers, ModelCheckpoints and pruning callbacks in the trainer's arguments have folders of their own.
+    Loggers, ModelCheckpoints and pruning callbacks in the trainer's arguments have folders of their own. Where none of
+    the ModelCheckpoints has `save_last`, one more writes `last.ckpt`.
+
+    `validate`, `test` and `predict` refuse a module that is trained where there is no checkpoint, unless `ckpt_path` is
+    null.
     """
 
     @staticmethod
@@ -76,7 +89,8 @@ class WandazetaCLI(LightningCLI):
             "--checkpoint_every",
             type=int,
             default=50,
-            help="Training steps between two checkpoints, unless `trainer.callbacks` has a ModelCheckpoint.",
+            help="Training steps between two checkpoints, unless `trainer.callbacks` has a ModelCheckpoint with "
+            "`save_last`.",
         )
 
     @override
@@ -149,6 +163,7 @@ class WandazetaCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(run_dir, name="log", version=command)
         self.save_config_kwargs = self.save_config_kwargs | {"folder": run_dir / "log" / command}
         trainer = super().instantiate_trainer(**kwargs)
+        self._require_checkpoint(trainer, run_dir)
         keep_metrics(trainer.loggers)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         records = [callback for callback in callbacks if isinstance(callback, RunRecord)]
@@ -164,15 +179,36 @@ class WandazetaCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        has_checkpoint = any(isinstance(callback, ModelCheckpoint) for callback in given)
-        if self.subcommand != "prune" and not has_checkpoint and config.get("enable_checkpointing") is not False:
-            run_dir = Path(config.get("default_root_dir") or ".")
+        checkpoints = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+        run_dir = Path(config.get("default_root_dir") or ".")
+        for checkpoint in checkpoints:
+            if checkpoint.dirpath is None:
+                # the folder of the logger differs between the commands, or even between two runs
+                checkpoint.dirpath = str((run_dir / "checkpoints").absolute())
+        has_last = any(checkpoint.save_last for checkpoint in checkpoints)
+        if self.subcommand != "prune" and not has_last and config.get("enable_checkpointing") is not False:
             every = self._get_config_init().checkpoint_every
             callbacks = [
                 *callbacks,
                 ModelCheckpoint(run_dir / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
             ]
+        if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in given):
+            callbacks = [*callbacks, PredictionWriter(config.get("default_root_dir") or ".")]
         return super()._instantiate_trainer(config, callbacks)
+
+    def _require_checkpoint(self, trainer: Trainer, run_dir: Path) -> None:
+        """Refuse to evaluate an untrained module by mistake, before the model is loaded."""
+        if self.subcommand not in ("validate", "test", "predict") or self._config.get("ckpt_path") != "last":
+            return
+        class_path = str(self._config.model.get("class_path", ""))
+        if not is_overridden("configure_optimizers", resolve_name(class_path), parent=LightningModule):
+            return
+        if checkpoint_path(trainer, "last") is None and requeue_checkpoint(trainer) is None:
+            raise ValueError(
+                f"Expected a checkpoint of {class_path.rpartition('.')[2]} in '{run_dir / 'checkpoints'}', but there "
+                "is none; run `fit` first, name the `run_dir` of an earlier run, or give `--ckpt_path null` to "
+                f"{self.subcommand} the untrained module"
+            )
 
     def _pruning(self, run_dir: Path) -> list[Callback]:
         callback: WandaPPPruneCallback | None = self._get_config_init().get("prune")

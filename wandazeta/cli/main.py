@@ -10,6 +10,7 @@ from lightning.pytorch.cli import ArgsType
 from wandazeta.callbacks import (
     KeepSparsity,
     PeakMemoryMonitor,
+    PredictionWriter,
     RankConsistencyCheck,
     RankWatchdog,
     SLURMRequeue,
@@ -29,6 +30,7 @@ __all__ = [
     "KeepSparsity",
     "LanguageModel",
     "PeakMemoryMonitor",
+    "PredictionWriter",
     "PromptedClassificationDataModule",
     "PruningTrainer",
     "RankConsistencyCheck",

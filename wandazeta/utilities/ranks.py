@@ -92,6 +92,21 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, device=self._device)
         return values[0]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Collect an object from every rank, on every rank.
+
+        Args:
+            value: Anything that can be pickled.
+
+        Returns:
+            The objects in the order of the ranks.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def run_on_all(self, work: Callable[[], T]) -> T:
         """Run `work`; raise on every rank if it fails on any.
 

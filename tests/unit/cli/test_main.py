@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.fit_config import write_fit_config
+from helpers.fit_config import write_inputs
 from helpers.tiny_model import save_tiny_llama
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -147,14 +147,76 @@ def test_prune_wants_its_callback_before_the_model_is_loaded(capsys):
     assert "Expected a `prune:` group or a WandaPPPruneCallback" in failing(capsys, "prune", *MODEL, *DATA)
 
 
-def test_a_missing_checkpoint_is_told_where_something_untrained_would_be_tested(tmp_path):
-    config = write_fit_config(tmp_path)
-    for command, said in (("fit", 0), ("test", 0), ("test", 1)):
-        main([command, "-c", str(config)])
-        log = (tmp_path / "run/log" / ("" if command == "fit" else command) / "logs/rank-0.log").read_text()
-        assert log.count("no last checkpoint available") == said
-        if command == "test":
-            (tmp_path / "run/checkpoints/last.ckpt").unlink(missing_ok=True)
+PLAIN = """
+model:
+  class_path: {module}
+  init_args:
+    model_name_or_path: model
+data:
+  class_path: PromptedClassificationDataModule
+  init_args: {{source: reviews.jsonl, template: "{{text}} is", batch_size: 4, num_train: 40, num_val: 8, num_test: 8}}
+trainer:
+  accelerator: cpu
+  max_steps: 6
+  enable_progress_bar: false
+"""
+EVALUATIONS = ("validate", "test", "predict")
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Writes a config of nothing but model, data and steps; the folder of the run is the working directory."""
+    write_inputs(tmp_path)
+
+    def write(module):
+        (tmp_path / "plain.yaml").write_text(PLAIN.format(module=module))
+        return ["-c", "plain.yaml"]
+
+    return write
+
+
+def test_a_plain_config_goes_on_where_it_stopped_and_says_so(tmp_path, plain, caplog):
+    config = plain("FirstOrderModule")
+
+    def fit(*arguments):
+        caplog.clear()
+        main(["fit", *arguments])
+        return next(message for message in caplog.messages if message.startswith("The training "))
+
+    last = f"'{tmp_path}/checkpoints/last.ckpt'"
+    assert fit(*config) == "The training starts at step 0 of 6."
+    assert fit(*config, "--trainer.max_steps", "10") == f"The training goes on at step 6 of 10, from {last}."
+    # the configuration that the run has written
+    assert fit("-c", "log/config.yaml", "--trainer.max_steps", "12") == (
+        f"The training goes on at step 10 of 12, from {last}."
+    )
+    assert f"nothing left to do after step 12 in {last}" in fit("-c", "log/config.yaml")
+    assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+    assert fit(*config, "--ckpt_path", "null") == "The training starts at step 0 of 6."
+
+
+@pytest.mark.parametrize("command", EVALUATIONS)
+@pytest.mark.parametrize("module", ["FirstOrderModule", "ZerothOrderModule", "LanguageModel"])
+def test_an_untrained_module_is_evaluated_only_if_asked_for(tmp_path, plain, capsys, module, command):
+    config = plain(module)
+    if module != "LanguageModel":
+        last = failing(capsys, command, *config).strip().splitlines()[-1]
+        assert last.startswith(f"error: Expected a checkpoint of {module} in 'checkpoints', but there is none")
+        assert "`--ckpt_path null`" in last
+    main([command, *config, *(() if module == "LanguageModel" else ("--ckpt_path", "null"))])
+
+
+def test_the_newest_checkpoint_is_found_beside_callbacks_that_keep_the_best(tmp_path, plain, caplog):
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "train/loss", "every_n_train_steps": 2}}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [best]}}))
+    config = [*plain("FirstOrderModule"), "-c", "best.yaml"]
+    main(["fit", *config])
+    assert len(list(tmp_path.glob("checkpoints/*.ckpt"))) == 2
+    caplog.clear()
+    main(["fit", *config, "--trainer.max_steps", "10"])
+    assert "goes on at step 6 of 10" in caplog.text
+    main(["test", *config])
+    assert "last.ckpt" in caplog.text
 
 
 def test_without_running_it_gives_model_data_module_and_trainer(tmp_path):
@@ -280,6 +342,18 @@ def test_callbacks_and_loggers_of_the_trainer_keep_their_folders(built, tmp_path
     checkpoint = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", "there")
     logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
     cli = built("--run_dir", "here", *checkpoint, *logger, "--prune.output_dir", "progress")
+    # none of the given ones has `save_last`
+    assert [Path(callback.dirpath).name for callback in found(cli, ModelCheckpoint)] == ["there", "checkpoints"]
+    cli = built(
+        "--run_dir",
+        "here",
+        *checkpoint,
+        "--trainer.callbacks.save_last",
+        "true",
+        *logger,
+        "--prune.output_dir",
+        "progress",
+    )
     assert [Path(callback.dirpath).name for callback in found(cli, ModelCheckpoint)] == ["there"]
     assert cli.trainer.logger.save_dir == "logs"
     assert found(cli, WandaPPPruneCallback)[0].output_dir == "progress"
