@@ -112,7 +112,7 @@ def _inputs(batch: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict
         return found
     ids, mask, options = (batch.get(name) for name in ("input_ids", "attention_mask", "option_ids"))
     has_tokens = tokenizer is not None and isinstance(ids, Tensor) and len(ids) == len(rows)
-    if has_tokens:
+    if has_tokens and isinstance(ids, Tensor):
         for row, line in enumerate(found):
             tokens = ids[row] if mask is None else ids[row][mask[row].bool()]
             line["text"] = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)

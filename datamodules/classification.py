@@ -119,6 +119,7 @@ class ClassificationDataModule(LightningDataModule):
         self._examples: dict[Split, list[Example]] = {}
         self._limit = max_length
         self._spare = 0
+        self._length = 0
 
     @override
     def prepare_data(self) -> None:

@@ -111,7 +111,7 @@ class StepSampler(DistributedSampler[list[int]], SequentialSampler):
             return None
         return min(limit, len(self)) if isinstance(limit, int) else max(1, int(limit * len(self)))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # batches of row numbers
         first, repeated = self.first_step, self.num_overfit_batches
         length = repeated or len(self)
         for step in range(first, (first // length + 1) * length):

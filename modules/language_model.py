@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from wandazeta.adapters.files import backbone_fingerprint
@@ -55,7 +55,7 @@ class LanguageModel(LightningModule):
         self.tokenizer = load_tokenizer(model_name_or_path, self.loading.trust_remote_code, self.loading.pad_token)
         if not self.loading.shard_on_load:
             self._build()
-        self._metrics: list[dict[str, MeanMetric]] = []
+        self._metrics: list[dict[str, Metric]] = []
 
     def _build(self) -> None:
         """Load the model and make its scorer."""
@@ -165,7 +165,7 @@ class LanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
-    def _new_metrics(self, num_loaders: int) -> list[dict[str, MeanMetric]]:
+    def _new_metrics(self, num_loaders: int) -> list[dict[str, Metric]]:
         """Make the metrics of every loader.
 
         They are made anew in every epoch and are no submodules: `fit` cannot change tensors that `validate` made in

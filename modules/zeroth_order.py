@@ -115,6 +115,7 @@ class ZerothOrderModule(LanguageModel):
 
     progress: Tensor
     """Numbers of steps, forward passes and updates (steps that had an estimate), shape `(3,)`."""
+    objective: Objective | None
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class ZerothOrderModule(LanguageModel):
         """Check the callbacks of the trainer before one of them prunes the model, which takes long."""
         if is_fitting(self.trainer):
             refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
-            callbacks: list[Callback] = self.trainer.callbacks
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             for callback in callbacks:
                 if isinstance(callback, WeightAveraging) and not averages_buffers(callback):
                     raise ValueError(

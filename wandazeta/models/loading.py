@@ -156,7 +156,8 @@ def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None
         config = load_config(model_name_or_path, loading.trust_remote_code)
         if num_classes is not None:
             _require_encoder(config)
-        model, info = (AutoModelForCausalLM if num_classes is None else AutoModel).from_pretrained(
+        auto_class: Any = AutoModelForCausalLM if num_classes is None else AutoModel
+        model, info = auto_class.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=loading.torch_dtype,
