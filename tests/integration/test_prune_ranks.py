@@ -18,7 +18,7 @@ SCRIPT = """
 
     sys.path.insert(0, sys.argv[1])
     sys.path.insert(0, sys.argv[1] + "/../benchmarks")
-    from collectives import CountBytes
+    from scaling import CountBytes
     from helpers.processes import leave_process_group
     from lightning.pytorch import Callback
     from helpers.pruning import Tiny, callback, loader, trainer
