@@ -61,8 +61,9 @@ class WandaPPPruneCallback(Callback):
     Override `forward_batch` and `token_mask` for a module that has to be called differently.
 
     Args:
-        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
-        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`; `"auto"` is
+            `"unstructured"` if `sparsity` or `sparsity_slope` is given, else `"2:4"`.
+        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only; by default 0.5.
         sparsity_slope: Sparsity of the last block minus that of the first, for `"unstructured"` only.
         method: Pruning method: a name (`magnitude`, `wanda`, `rgs`, `ro`, `wanda++` or `sparsegpt`), or an object with
             options such as `WandaPP(alpha="auto", optimisation=RegionalOptimisation(rounds=12))`.
@@ -90,7 +91,7 @@ class WandaPPPruneCallback(Callback):
 
     def __init__(
         self,
-        sparsity_pattern: str = "2:4",
+        sparsity_pattern: str = "auto",
         sparsity: float | None = None,
         sparsity_slope: float = 0.0,
         method: PruningMethod | str = "wanda++",

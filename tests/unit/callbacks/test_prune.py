@@ -344,7 +344,7 @@ def test_padding_is_found_in_the_attention_mask():
     ("arguments", "message"),
     [
         ({"sparsity_pattern": "4:2"}, "`sparsity_pattern`"),
-        ({"sparsity_pattern": "unstructured"}, "`sparsity`"),
+        ({"sparsity_pattern": "2:4", "sparsity": 0.6}, "`sparsity`"),
         ({"method": "sparse"}, "`method`"),
         ({"num_calibration_samples": 0}, "`num_calibration_samples` to be an integer larger than 0"),
         (
