@@ -74,7 +74,7 @@ class KeepSparsity(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the first hook at which DeepSpeed has loaded the checkpoint and the optimizers are the final ones
-        parameters = dict(pl_module.named_parameters())
+        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
         self.hold(trainer, HeldMasks(parameters, self._find_masks(pl_module, parameters)))
         self._masks_from_file = self._packed_masks_from_checkpoint = None
 

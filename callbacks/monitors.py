@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from wandazeta.lightning_compat import is_logging_step
 from wandazeta.utilities.memory import peak_memory
 
 
@@ -22,8 +23,7 @@ class PeakMemoryMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.peak_bytes = max(self.peak_bytes, peak_memory(pl_module.device))
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (batch_idx + 1) % interval == 0:
+        if is_logging_step(trainer, batch_idx):
             pl_module.log("peak_memory_gib", self.peak_bytes / 2**30)
 
     @override

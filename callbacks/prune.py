@@ -1,6 +1,8 @@
 """Lightning callback that prunes a module before it is fitted."""
 
+import hashlib
 import os
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from wandazeta.callbacks.keep_sparsity import (
     shards_gradients,
     trains_copies,
 )
-from wandazeta.lightning_compat import requeue_signal
+from wandazeta.lightning_compat import copies_module, fast_dev_run, requeue_signal
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
@@ -52,7 +54,9 @@ class WandaPPPruneCallback(Callback):
     Every finished block is written to `output_dir`: a run that was stopped, even killed, continues at the next block,
     and a run that finds a complete pruning loads it. `validate`, `test` and `predict` load it, too, or raise an error
     if there is none. With several ranks, each processes a part of the calibration samples, and only rank 0 uses the
-    folder. Embeddings, norms and the head are not pruned.
+    folder. With `fast_dev_run` of the trainer, only the first blocks are pruned, with few samples and without the
+    folder, unless it holds a complete pruning. One trainer can have several of these callbacks, with a list of blocks
+    and a folder each. Embeddings, norms and the head are not pruned.
 
     Pruned weights stay zero while they are trained, as with the callback `KeepSparsity`, by the masks of the pruning.
     Nothing is masked as long as none of them is trained, as with adapters on a frozen model. The sparsity at the end of
@@ -133,8 +137,12 @@ class WandaPPPruneCallback(Callback):
         """Hash that identifies the pruning, once it was made or loaded."""
         self._exit_code: int | None = None
         self._was_pruned = False
+        # whether `fast_dev_run` pruned only a part of the module
+        self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
+        # of the blocks that `fast_dev_run` pruned, whose folder is gone
+        self._trial_masks: dict[str, Tensor] | None = None
         # holds the masks while pruned weights are trained
         self._keeper: KeepSparsity | None = None
         # whether the checkpoint may have other values in pruned weights, and whether these are to be zero
@@ -184,7 +192,20 @@ class WandaPPPruneCallback(Callback):
         self._checkpoint_has_weights = self._checkpoint_must_be_sparse = True
         self._was_pruned = self._is_pruned(pl_module)
         if self._was_pruned:
+            if self._is_partial and not fast_dev_run(trainer):
+                raise ValueError(
+                    f"Expected a dense {type(pl_module).__name__}, but a trainer with `fast_dev_run` has pruned a part "
+                    "of it; build the module anew."
+                )
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)] if self in callbacks else ():
+            if copies_module(callback):
+                name, other = type(self).__name__, type(callback).__name__
+                raise ValueError(
+                    f"Expected {name} before {other} in argument `callbacks`, but got it after: {other} has copied "
+                    f"weights that are not pruned yet; put {name} first"
+                )
         if is_overridden("configure_model", pl_module):
             # Lightning calls it again after this hook; `on_fit_start` checks that this changes nothing
             pl_module.configure_model()
@@ -192,12 +213,12 @@ class WandaPPPruneCallback(Callback):
             self.prune_module(trainer, pl_module)
         else:
             session = self._session(pl_module)
-            self._remember(pl_module, session.load_finished(), session)
+            self._remember(trainer, pl_module, session.load_finished(), session)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         present = {id(parameter) for parameter in pl_module.parameters()}
-        by_name = dict(pl_module.named_parameters())
+        by_name = dict(pl_module.named_parameters(remove_duplicate=False))
         for name, (reference, nonzero) in self._pruned.items():
             kept = reference()
             rebuilt = kept is None or id(kept) not in present
@@ -278,33 +299,37 @@ class WandaPPPruneCallback(Callback):
         self._release(trainer, pl_module)
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = {id(weight) for weight in self._pruned_weights(pl_module).values()}
-        names = {name for name, weight in pl_module.named_parameters() if id(weight) in weights}
-        # there is no `state_dict` under DeepSpeed, which has files of its own
-        self._checkpoint_has_weights = "state_dict" not in checkpoint or bool(names & checkpoint["state_dict"].keys())
-        # without `keep_sparsity`, the checkpoints of a run become dense
-        is_own = self.state_key in checkpoint.get("callbacks", {})
-        self._checkpoint_must_be_sparse = self.keep_sparsity or not is_own
-
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._exit_code is not None:
             # a callback that saves on every exception must not write a half-pruned model
             raise SystemExit(self._exit_code)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # one trainer may prune several lists of blocks, or other modules of the same blocks
+        return self._generate_state_key(blocks=self.blocks, output_dir=str(self.output_dir))
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"key": self.key}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        restored = state_dict.get("key")
-        if None not in (restored, self.key) and restored != self.key:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # of all prunings in the checkpoint, as the state of this one has another name if its folder was moved
+        states = checkpoint.get("callbacks", {}).items()
+        restored = {state.get("key") for name, state in states if name.startswith(f"{type(self).__qualname__}{{")}
+        if self.key is not None and restored - {None} and self.key not in restored:
             raise ValueError(
                 f"Expected a checkpoint that was trained on the pruning in '{self.output_dir}', but this one was "
                 "trained on another; give it the `output_dir` it was trained with, or start without it."
             )
+        weights = {id(weight) for weight in self._pruned_weights(pl_module).values()}
+        names = {name for name, weight in pl_module.named_parameters() if id(weight) in weights}
+        # there is no `state_dict` under DeepSpeed, which has files of its own
+        self._checkpoint_has_weights = "state_dict" not in checkpoint or bool(names & checkpoint["state_dict"].keys())
+        # without `keep_sparsity`, the checkpoints of a run become dense
+        self._checkpoint_must_be_sparse = self.keep_sparsity or not restored
 
     # -- sparsity during and after training -------------------------------------------------------------------------
 
@@ -367,6 +392,8 @@ class WandaPPPruneCallback(Callback):
 
     def _stored_masks(self) -> dict[str, Tensor]:
         assert self.report is not None
+        if self._trial_masks is not None:
+            return self._trial_masks
         folder = ProgressFolder(Path(self.output_dir).absolute())
         folder.open_existing()
         if folder.key_digest != self.key:
@@ -374,8 +401,7 @@ class WandaPPPruneCallback(Callback):
                 f"Expected '{self.output_dir}' to hold the pruning that this run started with, but it holds another one"
                 " by now; give every run an `output_dir` of its own."
             )
-        results = zip(self.report.blocks, folder.results(len(self.report.blocks)), strict=True)
-        return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
+        return _masks_in(folder, self.report)
 
     def _report_sparsity(self, pl_module: LightningModule) -> None:
         """Report the zeros of the pruned weights, with a warning if there are fewer than after the pruning."""
@@ -417,9 +443,39 @@ class WandaPPPruneCallback(Callback):
             ValueError: If the model, the data, the options or the folder do not fit, before any long work.
             SystemExit: If a signal asked to stop; all finished blocks are on disk.
         """
-        # may be set by an interrupted fit in the same process
-        self._exit_code = None
+        # may be set by an earlier fit in the same process
+        self._exit_code = self._trial_masks = None
+        if fast_dev_run(trainer):
+            return self._prune_a_little(trainer, pl_module)
+        self._is_partial = False
         session = self._session(pl_module)
+        report = self._prune(session, trainer, pl_module)
+        if session.was_complete:
+            rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
+        return report
+
+    def _prune_a_little(self, trainer: Trainer, pl_module: LightningModule) -> PruneReport:
+        """Prune as many blocks as `fast_dev_run` runs batches, with as many samples, or load a complete pruning."""
+        session = self._session(pl_module)
+        self._is_partial = not session.folder.is_complete
+        if not self._is_partial:
+            report = session.load_finished()
+            self._remember(trainer, pl_module, report, session)
+            return report
+        number = fast_dev_run(trainer)
+        with tempfile.TemporaryDirectory() as directory:
+            session.folder = ProgressFolder(directory)
+            session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples)
+            session.options = self.options.for_trial(session.num_samples)
+            report = self._prune(session, trainer, pl_module)
+            self._trial_masks = _masks_in(session.folder, report) if trainer.is_global_zero else {}
+        rank_zero_info(
+            f"Running with `fast_dev_run`: pruned only the first {len(report.blocks)} block(s), with "
+            f"{session.num_samples} samples and at most one round; nothing is written to '{self.output_dir}'."
+        )
+        return report
+
+    def _prune(self, session: PruningSession, trainer: Trainer, pl_module: LightningModule) -> PruneReport:
         stop_signals = STOP_SIGNALS | {found for found in (requeue_signal(trainer),) if found is not None}
         with DeferredSignals(stop_signals, deliver=False) as signals, _without_logging(pl_module):
             report = self._run(session, trainer, pl_module, signals)
@@ -428,10 +484,8 @@ class WandaPPPruneCallback(Callback):
         if signals.received is not None:
             # it came after the last block: deliver it now
             os.kill(os.getpid(), signals.received)
-        self._remember(pl_module, report, session)
-        if session.was_complete:
-            rank_zero_info(f"Loaded the pruning in '{self.output_dir}'; it was complete.")
-        elif trainer.is_global_zero and trainer.progress_bar_callback is not None:
+        self._remember(trainer, pl_module, report, session)
+        if not session.was_complete and trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
             console.print(report_table(report), width=console.width if console.is_terminal else 120)
         return report
@@ -483,11 +537,13 @@ class WandaPPPruneCallback(Callback):
         )
         raise SystemExit(self._exit_code)
 
-    def _remember(self, pl_module: LightningModule, report: PruneReport, session: PruningSession) -> None:
+    def _remember(
+        self, trainer: Trainer, pl_module: LightningModule, report: PruneReport, session: PruningSession
+    ) -> None:
         """Keep the result, and what `on_fit_start` needs to detect weights that were replaced."""
         self.report, self.key = report, session.key_digest
         self._pruned.clear()
-        parameters = dict(pl_module.named_parameters())
+        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
         for block in report.blocks:
             for layer in block.layers:
                 name = f"{block.name}.{layer.name}"
@@ -495,13 +551,23 @@ class WandaPPPruneCallback(Callback):
                 nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
         if isinstance(pl_module, HasPrunedBackboneKey):
-            pl_module.pruned_backbone_key = self.key
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            others = [c.key for c in callbacks if isinstance(c, WandaPPPruneCallback) and c is not self]
+            keys = sorted(key for key in (*others, self.key) if key is not None)
+            digest = hashlib.sha256(" ".join(keys).encode()).hexdigest()[: len(self.key)]
+            pl_module.pruned_backbone_key = self.key if len(keys) == 1 else digest
 
     def _is_pruned(self, pl_module: LightningModule) -> bool:
         """Whether this callback pruned or loaded this module object in this process."""
         present = {id(parameter) for parameter in pl_module.parameters()}
         references = [reference() for reference, _ in self._pruned.values()]
         return bool(references) and all(weight is not None and id(weight) in present for weight in references)
+
+
+def _masks_in(folder: ProgressFolder, report: PruneReport) -> dict[str, Tensor]:
+    """Return the masks of a pruning by the names of the weights."""
+    results = zip(report.blocks, folder.results(len(report.blocks)), strict=True)
+    return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
 
 
 def _existing_device(name: str) -> torch.device:

@@ -53,6 +53,9 @@ class RankLog:
     Records are held in memory until `open` is called, because the folder of a run is known late. An exception that
     ends the context is written with its traceback. The terminal shows what rank 0 would show without this context, and
     only errors of the other ranks.
+
+    A process that gets a pickled log, as those of the strategy `ddp_spawn` do, has a log of its own, which ends with
+    the process.
     """
 
     def __init__(self) -> None:
@@ -70,6 +73,10 @@ class RankLog:
         logging.getLogger().addHandler(self._terminal)
         self._attach(getattr(rank_zero_only, "rank", None) or 0)
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # handlers cannot be pickled, and belong to the loggers of one process
+        return _entered_log, ()
 
     def open(self, folder: Path, rank: int, world_size: int) -> None:
         """Write the records held so far, and all later ones immediately, to `logs/rank-<rank>.log`.
@@ -114,6 +121,10 @@ class RankLog:
             logger.addHandler(self._records)
         if rank > 0:
             _show_errors_only()
+
+
+def _entered_log() -> RankLog:
+    return RankLog().__enter__()
 
 
 class _LossyFileHandler(logging.FileHandler):

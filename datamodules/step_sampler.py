@@ -99,7 +99,7 @@ class StepSampler(DistributedSampler[list[int]], SequentialSampler):
         epoch, step_in_epoch = divmod(step, len(self))
         # one generator per epoch; with the large stride no two seeds have an epoch in common
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(self.num_rows, generator=generator)
+        order = torch.randperm(self.num_rows, generator=generator, device="cpu")
         start = (step_in_epoch * num_replicas + rank) * self.batch_size
         return order[start : start + self.batch_size].tolist()
 

@@ -1,10 +1,12 @@
 """Fine-tuning by back-propagation as a LightningModule, the baseline of `ZerothOrderModule` on the same batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -14,15 +16,19 @@ from typing_extensions import override
 from wandazeta.adapters import AdapterVector, PeftLoRA, TensorTrainAdapters, Weights
 from wandazeta.adapters.files import describe_backbone, require_same
 from wandazeta.adapters.gradient_training import GradientTrainable
-from wandazeta.lightning_compat import attached_trainer
+from wandazeta.lightning_compat import attached_trainer, is_fitting
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered
 from wandazeta.modules.checkpoints import require_checkpoint_of
-from wandazeta.modules.language_model import LanguageModel
-from wandazeta.modules.strategies import configure_deepspeed
+from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
+from wandazeta.modules.strategies import configure_deepspeed, refuse_float16_training
+from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, describe_rates, stepped
+
+_NO_FINETUNING = "it freezes all that the optimizer could train; choose the trained part by `trainable`"
+_NO_PRUNING = "it masks frozen weights under trained adapters; use WandaPPPruneCallback"
 
 
 class FirstOrderModule(LanguageModel):
@@ -100,15 +106,31 @@ class FirstOrderModule(LanguageModel):
         return str(self._backbone_description.get("backbone_key", ""))
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the trainer before a callback prunes the model, which takes long."""
+        if is_fitting(self.trainer):
+            trains_weights = not self._training.has_adapters
+            trained = {p.dtype for p in self.backbone.parameters()} if trains_weights else set()
+            refuse_float16_training(self.trainer, trained)
+            refuse_callbacks(self.trainer, type(self).__name__, {BaseFinetuning: _NO_FINETUNING})
+            if self._training.has_adapters:
+                refuse_callbacks(self.trainer, self._training.trainable, {ModelPruning: _NO_PRUNING})
+        return []
+
+    @override
     def setup(self, stage: str) -> None:
         """Insert the adapters into the backbone, which has been pruned by now if a callback does that."""
         if not self._backbone_description:
             self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
         if self._training.has_adapters and not self.adapter_names:
             self._insert_adapters()
+            if attached_trainer(self) is not None:
+                copy_module_again(self.trainer, self, stage)
         if stage == "fit":
             if self._training.has_adapters:
                 self._training.require_adapters("train")
+            if attached_trainer(self) is not None:
+                refuse_float16_training(self.trainer, {p.dtype for p in self.parameters() if p.requires_grad})
             # transformers loads models in evaluation mode, without dropout
             self.backbone.train()
         if attached_trainer(self) is not None:
@@ -122,11 +144,30 @@ class FirstOrderModule(LanguageModel):
         rank_zero_info(f"{sum(trained.values()):,} trainable values ({self._training.trainable})")
 
     @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state; adapters in it are inserted first, as the main process of `ddp_spawn` has not run `setup`."""
+        holds_adapters = any(name == "adapters.theta" or ".lora_A." in name for name in state_dict)
+        if holds_adapters and self._training.has_adapters and not self.adapter_names:
+            self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
+            self._insert_adapters()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = objective_losses(None, self.scorer, self.scorer.prepare(batch))[0]
+        self._require_finite(loss.detach())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Raise an error on every rank before a loss that is not finite on any rank reaches the weights."""
+        num_bad = (~loss.isfinite()).to(torch.float32)
+        if float(self.trainer.strategy.reduce(num_bad, reduce_op="sum")) > 0:
+            raise NonFiniteLossError(
+                f"Expected finite losses, but the loss of step {self.trainer.global_step} is nan or infinite; lower "
+                "`learning_rate`, and check the data and the precision"
+            )
 
     @override
     def configure_optimizers(self) -> Any:
@@ -143,8 +184,8 @@ class FirstOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._training.has_adapters:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: state[name] for name in state if name in self.adapter_names}
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {name: state[name] for name in state if name in self.adapter_names}
         checkpoint["first_order"] = self._description() | self._rates()
 
     @override
@@ -162,6 +203,10 @@ class FirstOrderModule(LanguageModel):
                 f"{len(difference)} parameters differ, first `{min(difference)}`; use the same `target_modules`, or "
                 "start a new run"
             )
+        if "current_model_state" in checkpoint:
+            # WeightAveraging loads both states, and expects the frozen weights in them
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {**self.state_dict(), **state}
 
     def save_adapters(self, directory: str | Path) -> None:
         """Write the adapters: PeftLoRA as peft does, tensor trains as `ZerothOrderModule.save_adapters` does.

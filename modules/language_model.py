@@ -20,8 +20,13 @@ from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
-# what a perplexity was measured with, logged beside it
+# settings that a perplexity was measured with, logged beside it
 _SETTINGS = ("sequence_length", "bos")
+_METRICS = ("loss", "option_loss", "accuracy", *_SETTINGS)
+
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged, or its data or precision give losses that are not finite."""
 
 
 class LanguageModel(LightningModule):
@@ -31,7 +36,8 @@ class LanguageModel(LightningModule):
     measured by `val/accuracy` and `val/option_loss`. All others are running text, measured by `val/loss`, the mean
     negative log-likelihood of a token in nats, and `val/perplexity`. A perplexity depends on how long the texts are and
     how they start: `val/sequence_length` is their mean number of tokens, and `val/bos` the fraction of them that starts
-    with the beginning-of-sequence token.
+    with the beginning-of-sequence token. `test` measures the same under `test/`. With several dataloaders each has its
+    own values, such as `val/loss/dataloader_idx_0`.
 
     Args:
         model_name_or_path: Hugging Face name or local directory of a causal language model, or of an encoder.
@@ -49,7 +55,7 @@ class LanguageModel(LightningModule):
         self.tokenizer = load_tokenizer(model_name_or_path, self.loading.trust_remote_code, self.loading.pad_token)
         if not self.loading.shard_on_load:
             self._build()
-        self.metrics = nn.ModuleDict({stage: _metrics() for stage in ("val", "test")})
+        self._metrics: list[dict[str, MeanMetric]] = []
 
     def _build(self) -> None:
         """Load the model and make its scorer."""
@@ -126,11 +132,11 @@ class LanguageModel(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, dataloader_idx)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, dataloader_idx)
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -144,6 +150,14 @@ class LanguageModel(LightningModule):
         return result | ({"example_id": batch["example_id"]} if "example_id" in batch else {})
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._metrics = self._new_metrics(len(self.trainer.num_val_batches))
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._metrics = self._new_metrics(len(self.trainer.num_test_batches))
+
+    @override
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
 
@@ -151,36 +165,41 @@ class LanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        """Update the metrics of a stage by a batch."""
-        metrics: Any = self.metrics[stage]
+    def _new_metrics(self, num_loaders: int) -> list[dict[str, MeanMetric]]:
+        """Make the metrics of every loader.
+
+        They are made anew in every epoch and are no submodules: `fit` cannot change tensors that `validate` made in
+        inference mode, and precision plugins cast the states of submodules. In float64, because a perplexity is a sum
+        over millions of tokens.
+        """
+        return [
+            {name: MeanMetric().set_dtype(torch.float64).to(self.device) for name in _METRICS}
+            for _ in range(num_loaders)
+        ]
+
+    def _evaluate(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        """Update the metrics of a loader with a batch."""
+        metrics = self._metrics[dataloader_idx]
         prepared = self.scorer.prepare(batch)
         if is_classification(batch):
             scores = self.scorer.option_scores(prepared).values[0]
             losses = nn.functional.cross_entropy(scores, batch["label"], reduction="none")
             metrics["option_loss"].update(losses)
             metrics["accuracy"].update((scores.argmax(1) == batch["label"]).double())
-        else:
-            num_tokens = batch["attention_mask"][:, 1:].sum()
-            metrics["loss"].update(self.scorer.token_nll(prepared)[0].double().sum() / num_tokens, weight=num_tokens)
-            metrics["sequence_length"].update(batch["attention_mask"].sum(1).double())
-            bos = getattr(self.tokenizer, "bos_token_id", None)
-            starts = batch["input_ids"][:, 0] == (-1 if bos is None else bos)
-            metrics["bos"].update(starts.double())
+            return
+        num_tokens = batch["attention_mask"][:, 1:].sum()
+        metrics["loss"].update(self.scorer.token_nll(prepared)[0].double().sum() / num_tokens, weight=num_tokens)
+        metrics["sequence_length"].update(batch["attention_mask"].sum(1).double())
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        metrics["bos"].update((batch["input_ids"][:, 0] == (-1 if bos is None else bos)).double())
 
     def _log_metrics(self, stage: str) -> None:
-        """Log the metrics of a stage and reset them."""
-        metrics: Any = self.metrics[stage]
-        for name, metric in metrics.items():
-            if metric.update_called:
-                value = metric.compute()
-                self.log(f"{stage}/{name}", value, prog_bar=name not in _SETTINGS)
-                if name == "loss":
-                    self.log(f"{stage}/perplexity", value.exp(), prog_bar=True)
-            metric.reset()
-
-
-def _metrics() -> nn.ModuleDict:
-    # float64: a perplexity is a sum over millions of tokens
-    names = ("loss", "option_loss", "accuracy", *_SETTINGS)
-    return nn.ModuleDict({name: MeanMetric().set_dtype(torch.float64) for name in names})
+        """Log the metrics of all ranks, for several loaders under the names that Lightning gives their metrics."""
+        for index, metrics in enumerate(self._metrics):
+            suffix = f"/dataloader_idx_{index}" if len(self._metrics) > 1 else ""
+            measured = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
+            if "loss" in measured:
+                measured["perplexity"] = measured["loss"].exp()
+            for name, value in measured.items():
+                # Lightning would not accept the suffix, which it adds only to what a step logs
+                self.log(f"{stage}/{name}{suffix}", value, prog_bar=name not in _SETTINGS, add_dataloader_idx=False)

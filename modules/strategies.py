@@ -1,9 +1,11 @@
 """Settings of Lightning's strategies that the modules depend on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -66,6 +68,32 @@ def configure_deepspeed(strategy: Any, save_frozen: bool = False) -> None:
         strategy.exclude_frozen_parameters |= not save_frozen
         # only logged; Lightning would read it from the loader's batch sampler, which loaders of whole batches lack
         (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+
+
+def refuse_float16_training(trainer: Trainer, trained_dtypes: Iterable[torch.dtype]) -> None:
+    """Raise an error for back-propagation that float16 cannot represent; DeepSpeed has master weights and loss scaling.
+
+    Without them small gradients are zero, and AdamW, whose epsilon of 1e-8 is zero in float16, divides by zero.
+
+    Args:
+        trainer: The trainer.
+        trained_dtypes: Precisions of the trained parameters.
+
+    Raises:
+        ValueError: If the trainer or a trained parameter is in float16.
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return
+    if str(trainer.precision) == "16-true":
+        raise ValueError(
+            "Expected argument `precision` to be 32-true, bf16-true, bf16-mixed or 16-mixed for back-propagation, but "
+            "got '16-true', whose gradients are lost in float16; use 16-mixed, which scales the loss"
+        )
+    if torch.float16 in trained_dtypes:
+        raise ValueError(
+            "Expected trained weights in float32 or bfloat16 for back-propagation, but got float16, in which the "
+            "updates of AdamW are not finite; set `loading.dtype: float32`, and `precision: 16-mixed` for speed"
+        )
 
 
 def refuse_sharded_weights(strategy: Any) -> None:

@@ -1,27 +1,45 @@
 """Fine-tuning with forward passes alone, as a LightningModule for stock strategies (AdaZeta, arXiv 2406.18060)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from wandazeta.adapters import TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
+from wandazeta.adapters import AdapterVector, TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
 from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
-from wandazeta.lightning_compat import attached_trainer, exclude_from_ddp
+from wandazeta.lightning_compat import (
+    attached_trainer,
+    averaged_modules,
+    averages_buffers,
+    exclude_from_ddp,
+    is_fitting,
+    is_logging_step,
+)
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import require_checkpoint_of
-from wandazeta.modules.language_model import LanguageModel
+from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
 from wandazeta.scoring.scorer import Prepared, Scores
@@ -45,13 +63,20 @@ from wandazeta.zeroth_order import (
 
 # of a step function, whose value the default for a smooth loss would not change
 _OBJECTIVE_EPSILON = 0.1
+_STATES = ("progress", "adapters.update_states", "adapters.schedule_states")
+"""Buffers that are states of the training instead of trained values."""
+
+_REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    BaseFinetuning: "it trains frozen weights by gradients; choose the trained part by `trainable`",
+    GradientAccumulationScheduler: "every step is an update; set the batch size and the number of queries",
+    LearningRateFinder: "it needs automatic optimization; set `learning_rate`",
+    ModelPruning: "it masks frozen weights under trained adapters; use WandaPPPruneCallback",
+    SpikeDetection: "it reads losses of automatic optimization; losses that are not finite end the run by themselves",
+    StochasticWeightAveraging: "it averages parameters, and adapters are buffers; use WeightAveraging",
+}
 
 MAX_NONFINITE_STEPS = 10
 """Steps in a row without any finite query after which a run stops."""
-
-
-class NonFiniteLossError(ValueError):
-    """Training has diverged, or its data or precision lead to losses that are not finite."""
 
 
 class ZerothOrderModule(LanguageModel):
@@ -142,7 +167,8 @@ class ZerothOrderModule(LanguageModel):
         self.strict_loading = False
         self.trainable = trainable
         self.head = head or TrainedHead()
-        self.objective = objective
+        # not as a submodule: precision plugins would cast the states of a metric
+        self.__dict__["objective"] = objective
         self.estimator = estimator
         self.schedule = schedule
         self.update = update or SGDUpdate()
@@ -159,10 +185,12 @@ class ZerothOrderModule(LanguageModel):
         self.pruned_backbone_key: str | None = None
         """Key of the backbone's pruning, set by the callback that prunes it."""
         self._backbone_description: dict[str, Any] = {}
-        self.anchor = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a tensor without dimensions
+        # not a scalar, which DeepSpeed cannot broadcast
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
+        self._rank_sync: RankSync | None = None
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update.num_states)
 
@@ -188,6 +216,20 @@ class ZerothOrderModule(LanguageModel):
     # -- insertion of the adapters
 
     @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the callbacks of the trainer before one of them prunes the model, which takes long."""
+        if is_fitting(self.trainer):
+            refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
+            callbacks: list[Callback] = self.trainer.callbacks
+            for callback in callbacks:
+                if isinstance(callback, WeightAveraging) and not averages_buffers(callback):
+                    raise ValueError(
+                        f"Expected argument `use_buffers` of {type(callback).__name__} to be True for "
+                        f"{type(self).__name__}, but got False: adapters are buffers, and nothing would be averaged"
+                    )
+        return []
+
+    @override
     def setup(self, stage: str) -> None:
         """Freeze the backbone, which a callback may have pruned by now, and insert the adapters."""
         trainer = attached_trainer(self)
@@ -201,6 +243,8 @@ class ZerothOrderModule(LanguageModel):
             limit_gathered_weights(trainer.strategy, self.backbone)
         if self.adapters is None:
             self._insert_adapters()
+            if trainer is not None:
+                copy_module_again(trainer, self, stage)
 
     def _insert_adapters(self) -> None:
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
@@ -212,8 +256,10 @@ class ZerothOrderModule(LanguageModel):
             width = config.get_text_config().hidden_size
             self.scorer.adapt(answers=adapters.append_linear("answers", width, self.head.num_answers))
         # buffers of the vector, which keeps its precision whatever the strategy casts to
-        adapters.register_buffer("update_states", torch.zeros(self.update.num_states, len(adapters.theta)))
-        adapters.register_buffer("schedule_states", torch.zeros(self.schedule.num_states, dtype=torch.float64))
+        update_states = adapters.theta.new_zeros((self.update.num_states, len(adapters.theta)), dtype=torch.float32)
+        adapters.register_buffer("update_states", update_states)
+        schedule_states = adapters.theta.new_zeros(self.schedule.num_states, dtype=torch.float64)
+        adapters.register_buffer("schedule_states", schedule_states)
         self.scorer.adapt(head_rows=adapters.rows)
         sites = adapted_modules(self.backbone)
         if adapters.supports_prefix and self.prefix_cache_gib > 0 and not isinstance(self.objective, GeneratedText):
@@ -231,10 +277,21 @@ class ZerothOrderModule(LanguageModel):
     def _new_optimizer(self) -> SGD:
         return SGD([self.anchor], lr=self.learning_rate)
 
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state; adapters in it are inserted first, as the main process of `ddp_spawn` has not run `setup`."""
+        if self.adapters is None and "adapters.update_states" in state_dict:
+            self._insert_adapters()
+        return super().load_state_dict(state_dict, strict, assign)
+
     # -- training
 
     @override
     def on_fit_start(self) -> None:
+        self._prepare_fit()
+
+    def _prepare_fit(self) -> None:
+        """Choose what depends on the trainer, before the first forward."""
         assert self.adapters is not None
         # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
         sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
@@ -258,6 +315,9 @@ class ZerothOrderModule(LanguageModel):
 
     @override
     def on_train_start(self) -> None:
+        if self._rank_sync is None:
+            # BatchSizeFinder trains before the hook `on_fit_start` of the module
+            self._prepare_fit()
         step = self.trainer.global_step
         self._updates = int(self.progress[0])
         if self._updates not in (step, step + 1):
@@ -279,6 +339,31 @@ class ZerothOrderModule(LanguageModel):
         optimizer.step()
         self._advance_scheduler(step + 1)
         self.trainer.should_stop |= self._exceeds_budget(step + 1)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # after the callbacks: an average of counters and moments is none
+        for averaged in averaged_modules(self.trainer):
+            for name in _STATES:
+                averaged.get_buffer(name).copy_(self.get_buffer(name))
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._expect_swapped_adapters()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        self._expect_swapped_adapters()
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        self._expect_swapped_adapters()
+
+    def _expect_swapped_adapters(self) -> None:
+        if isinstance(self.adapters, AdapterVector):
+            self.adapters.clear_cache()
 
     def _advance_scheduler(self, step: int) -> None:
         scheduler = self.lr_schedulers()
@@ -308,6 +393,7 @@ class ZerothOrderModule(LanguageModel):
         slopes = projected_gradients(self._estimator.slopes(values))
         grad = self.estimator.gradient(theta, slopes, directions)
         if head is not None:
+            assert self._rank_sync is not None
             head_grad = self._rank_sync.average_base(*head.observed(theta), len(batch["input_ids"]))
             if slopes.values:
                 # the head is updated even if the slopes have no deviation, as those of adapters below a head of zeros
@@ -329,8 +415,8 @@ class ZerothOrderModule(LanguageModel):
 
         self.log("train/loss", self._estimator.loss(values), prog_bar=True)
         # logging takes up to a millisecond for each value, as long as the arithmetic of a fast step
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (step + 1) % interval == 0 or step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1):
+        is_end = step + 1 in (1, self.trainer.max_steps) or self._exceeds_budget(step + 1)
+        if is_end or is_logging_step(self.trainer, step):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
@@ -367,6 +453,7 @@ class ZerothOrderModule(LanguageModel):
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluation_mode(self._backbone_modules):
             prepared = self.scorer.prepare(batch)
+            assert self._rank_sync is not None
             points = self._rank_sync.local_points(num_points)
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
@@ -416,8 +503,10 @@ class ZerothOrderModule(LanguageModel):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen backbone from the checkpoint, and add what identifies the run."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if self._is_trained(name)}
+        for key, state in model_states(checkpoint):
+            checkpoint[key] = {name: state[name] for name in state if self._is_trained(name)}
+        if "current_model_state" in checkpoint:
+            checkpoint["state_dict"] |= {name: checkpoint["current_model_state"][name] for name in _STATES}
         checkpoint["zeroth_order"] = {
             "trainable": type(self.trainable).__name__,
             **self._description(),
@@ -448,6 +537,10 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
         self.query_chunk_size = saved["query_chunk_size"]
         self._nonfinite_steps = saved["nonfinite_steps"]
+        if "current_model_state" in checkpoint:
+            # WeightAveraging loads both states, and expects the frozen weights in them
+            for key, state in model_states(checkpoint):
+                checkpoint[key] = {**self.state_dict(), **state}
 
     def save_adapters(self, directory: str | Path) -> None:
         """Save the adapters (LoRA in the format of peft), their description (`adapters.json`) and a model card.

@@ -10,16 +10,23 @@ from subprocess import Popen
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = [
     "attached_trainer",
+    "averaged_modules",
+    "averages_buffers",
     "checkpoint_path",
+    "copies_module",
     "default_store",
     "exclude_from_ddp",
+    "fast_dev_run",
     "is_accumulating",
+    "is_fitting",
+    "is_logging_step",
     "launched_processes",
     "requeue_checkpoint",
     "requeue_signal",
@@ -39,6 +46,40 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
     return trainer
 
 
+def averaged_modules(trainer: Trainer) -> list[LightningModule]:
+    """Return the copies of the trained module that WeightAveraging callbacks hold averages in.
+
+    Uses `WeightAveraging._average_model` (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer, inside `fit`.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaged = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    modules = (model.module for model in averaged if model is not None)
+    return [module for module in modules if isinstance(module, LightningModule)]
+
+
+def averages_buffers(callback: WeightAveraging) -> bool:
+    """Return whether a callback averages buffers, in which zeroth-order adapters are.
+
+    Uses `WeightAveraging._use_buffers` (lightning 2.6.6).
+
+    Args:
+        callback: The callback.
+    """
+    return callback._use_buffers
+
+
+def copies_module(callback: Callback) -> bool:
+    """Return whether a callback copies the module in its `setup`, before that of the module.
+
+    Args:
+        callback: The callback.
+    """
+    return isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+
+
 def checkpoint_path(trainer: Trainer, name: str) -> str | None:
     """Return the file that `last` or `best` stands for in a fit.
 
@@ -55,6 +96,17 @@ def checkpoint_path(trainer: Trainer, name: str) -> str | None:
         TrainerFn.FITTING, name, model_provided=True, model_connected=False
     )
     return None if path is None else str(path)
+
+
+def fast_dev_run(trainer: Trainer) -> int:
+    """Return the number of batches that a trainer with `fast_dev_run` runs, 0 for any other.
+
+    Uses `Trainer.fast_dev_run`, which is public but unknown to type checkers (lightning 2.6.6).
+
+    Args:
+        trainer: The trainer.
+    """
+    return int(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def requeue_checkpoint(trainer: Trainer) -> str | None:
@@ -106,6 +158,30 @@ def is_accumulating(trainer: Trainer) -> bool:
         trainer: The trainer, in its training loop.
     """
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return whether `fit` was called, also in its validation.
+
+    Uses `Trainer.state.fn` (lightning 2.6.6), which is public but not documented.
+
+    Args:
+        trainer: The trainer.
+    """
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def is_logging_step(trainer: Trainer, step: int) -> bool:
+    """Return whether `log_every_n_steps` asks for the metrics of a step; 0 asks for none, as in Lightning's own loop.
+
+    Uses `Trainer.log_every_n_steps` (lightning 2.6.6), which is public but not declared.
+
+    Args:
+        trainer: The trainer.
+        step: Index of the step or batch, from 0.
+    """
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return interval > 0 and (step + 1) % interval == 0
 
 
 def launched_processes(trainer: Trainer) -> list[Popen[bytes]]:

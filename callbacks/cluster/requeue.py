@@ -56,7 +56,7 @@ class SLURMRequeue(Callback):
         # checkpoints do not hold accumulated gradients
         if self._signal is None or is_accumulating(trainer):
             return
-        received = torch.tensor(float(self._received), device=pl_module.device)
+        received = torch.tensor(float(self._received), dtype=torch.float32, device=pl_module.device)
         if float(trainer.strategy.reduce(received, reduce_op="sum")) == 0:
             return
         # this rank's own signal may arrive later than that of another rank

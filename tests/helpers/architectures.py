@@ -127,7 +127,12 @@ _MODELS = {
 }
 ARCHITECTURES = tuple(_MODELS)
 # modules that keep matrices outside Linear layers and so cannot be pruned
-EXCLUDED = {"mixtral": ("gate", "experts"), "qwen2_moe": ("gate", "experts")}
+EXCLUDED = {
+    "mixtral": ("gate", "experts"),
+    "qwen2_moe": ("gate", "experts"),
+    "jamba": ("mamba.A_log", "mamba.dt_proj", "feed_forward.router", "feed_forward.experts"),
+    "mamba": ("mixer.A_log", "mixer.dt_proj"),
+}
 
 
 def build(name):

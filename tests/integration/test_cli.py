@@ -1,5 +1,6 @@
 import csv
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 from helpers.fit_config import wandazeta, write_fit_config, write_inputs
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from wandazeta.cli.main import main
+from wandazeta.callbacks.run_record import RankLog, RunRecord
+from wandazeta.cli.main import command_line, main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -181,3 +183,25 @@ def test_bad_input_ends_with_one_line(config, tmp_path, capsys):
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("error: "), last
         assert message in last
+
+
+def test_fit_in_spawned_processes(tmp_path):
+    write_fit_config(tmp_path, strategy="ddp_spawn", devices=2, max_steps=2)
+    done = wandazeta(tmp_path, "fit", "-c", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert theta(tmp_path / "run/checkpoints/last.ckpt")
+    for rank in range(2):
+        assert f"rank {rank} of 2" in (tmp_path / f"run/log/logs/rank-{rank}.log").read_text()
+
+
+def test_everything_that_the_command_line_adds_can_be_pickled(config):
+    with RankLog() as log:
+        run = command_line(["-c", str(config)], run=False, log=log).trainer
+    names = {type(callback).__name__ for callback in run.callbacks}
+    assert names >= {"RankWatchdog", "RunRecord", "RankConsistencyCheck", "SLURMRequeue", "WandaPPPruneCallback"}
+    for part in (*run.callbacks, *run.loggers, run.strategy.checkpoint_io):
+        assert pickle.dumps(part), part
+    copy = pickle.loads(pickle.dumps(run))
+    assert [type(callback) for callback in copy.callbacks] == [type(callback) for callback in run.callbacks]
+    (record,) = (callback for callback in copy.callbacks if isinstance(callback, RunRecord))
+    record._log.__exit__(None, None, None)

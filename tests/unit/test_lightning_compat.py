@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("callbacks", "datamodules", "modules", "wandazeta")
 PRIVATE = re.compile(
     r"_checkpoint_connector|_accelerator_connector|_data_source|_should_accumulate|\.procs\b|_get_default_store"
-    r"|\b_trainer\b|_ddp_params_and_buffers_to_ignore"
+    r"|\b_trainer\b|\._average_model|\._use_buffers|_ddp_params_and_buffers_to_ignore"
 )
 
 
@@ -49,6 +49,26 @@ def test_last_is_the_file_that_a_checkpoint_callback_wrote(tmp_path):
     assert lightning_compat.checkpoint_path(trainer, "last") is None
     trainer.fit(BoringModel())
     assert lightning_compat.checkpoint_path(trainer, "last") == str(tmp_path / "last.ckpt")
+
+
+def test_averages_and_their_options_are_found(tmp_path):
+    callback = EMAWeightAveraging()
+    trainer = quiet_trainer(max_steps=1, callbacks=[callback], limit_val_batches=0, default_root_dir=tmp_path)
+    assert lightning_compat.averaged_modules(trainer) == []
+    trainer.fit(BoringModel())
+    (copy,) = lightning_compat.averaged_modules(trainer)
+    assert isinstance(copy, BoringModel)
+    assert lightning_compat.averages_buffers(callback)
+    assert not lightning_compat.averages_buffers(EMAWeightAveraging(use_buffers=False))
+    assert lightning_compat.copies_module(callback)
+    assert not lightning_compat.copies_module(trainer.checkpoint_callback or ModelCheckpoint(tmp_path))
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(0, []), (1, [0, 1, 2, 3]), (2, [1, 3])])
+def test_logging_steps_are_those_of_the_interval(interval, steps):
+    trainer = quiet_trainer(log_every_n_steps=interval)
+    assert [step for step in range(4) if lightning_compat.is_logging_step(trainer, step)] == steps
+    assert not lightning_compat.is_fitting(trainer)
 
 
 def test_the_checkpoint_of_a_requeued_job_is_in_the_folder_of_the_run(tmp_path):

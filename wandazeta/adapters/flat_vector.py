@@ -142,7 +142,7 @@ class AdapterVector(TrainedVector):
     def decay_mask(self) -> Tensor:
         """Boolean vector that is true where weight decay applies: everywhere except in biases."""
         if self._decay_mask is None or self._decay_mask.device != self.theta.device:
-            mask = torch.ones(self.num_parameters, dtype=torch.bool)
+            mask = torch.ones(self.num_parameters, dtype=torch.bool, device="cpu")
             for where in self.layout.bias_slices():
                 mask[where] = False
             for name in self.linear_shapes:
@@ -227,6 +227,13 @@ class AdapterVector(TrainedVector):
         if self._cache is None or self._cache[0]() is not theta or self._cache[1] != state:
             self._cache = (ref(theta), state, self.layout.merge(theta))
         return self._cache[2][site]
+
+    def clear_cache(self) -> None:
+        """Merge the adapters again at their next use, after changes of `theta` that torch does not count.
+
+        Changes through `theta.data` are of that kind, by which callbacks swap weights with their averages.
+        """
+        self._cache = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterVector":
         buffers = dict(self._buffers)

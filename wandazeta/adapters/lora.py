@@ -84,7 +84,7 @@ class LoRALayout:
 
     def initial(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Return an initial vector as peft's: A uniform within `±1 / sqrt(in)` (Kaiming with a = sqrt(5)), B zero."""
-        theta = torch.zeros(self.num_parameters, dtype=dtype)
+        theta = torch.zeros(self.num_parameters, dtype=dtype, device="cpu")
         for site in range(len(self.shapes)):
             nn.init.kaiming_uniform_(self.merge_site(theta, site).A, a=sqrt(5), generator=generator)
         return theta

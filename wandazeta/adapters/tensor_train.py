@@ -7,6 +7,7 @@ the output width, so the left and the right half contract independently to `A (i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -97,10 +98,8 @@ def tt_matrices(cores: Sequence[Tensor], num_in: int) -> tuple[Tensor, Tensor]:
 def init_cores(shape: TTShape, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Draw cores as the AdaZeta reference does: `randn / sqrt(r_{k+1}) · σ^(1/order)`, `σ = sqrt(1 / (in + out))`."""
     scale = (1 / (shape.in_features + shape.out_features)) ** (0.5 / len(shape.core_shapes))
-    return [
-        torch.randn(core_shape, generator=generator).to(dtype) * (scale / core_shape[2] ** 0.5)
-        for core_shape in shape.core_shapes
-    ]
+    draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    return [draw(core_shape).to(dtype) * (scale / core_shape[2] ** 0.5) for core_shape in shape.core_shapes]
 
 
 def dense_matrix(cores: Sequence[Tensor]) -> Tensor:
@@ -137,7 +136,7 @@ class TTLinear(nn.Module):
         self.shape = TTShape.balanced(in_features, out_features, rank, num_factors)
         generator = generator or torch.Generator().manual_seed(0)
         self.cores = nn.ParameterList(init_cores(self.shape, generator))
-        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer without forming its matrix."""

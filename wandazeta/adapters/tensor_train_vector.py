@@ -124,7 +124,7 @@ class AdapterLayout:
 
     def initial(self, identity_start: bool, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Return an initial vector; with `identity_start` the last core of every `up` is zero."""
-        theta = torch.zeros(self.num_parameters, dtype=dtype)
+        theta = torch.zeros(self.num_parameters, dtype=dtype, device="cpu")
         for group in self.groups:
             for layer, (shape, slices) in enumerate(group.layers):
                 views = [theta[where].view(size) for where, size in slices]

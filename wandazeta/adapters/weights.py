@@ -119,8 +119,8 @@ class InPlaceWeights(TrainedVector):
         """
         assert draw is direction
         self._seed, self._step = seed, step
-        self.theta = torch.zeros(num_queries, device=self.weights()[0].device)
-        return torch.eye(num_queries, device=self.theta.device).__getitem__
+        self.theta = torch.zeros(num_queries, dtype=torch.float32, device=self.weights()[0].device)
+        return torch.eye(num_queries, dtype=torch.float32, device=self.theta.device).__getitem__
 
     @override
     @contextmanager

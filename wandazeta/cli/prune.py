@@ -6,8 +6,9 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.lightning_compat import fast_dev_run
 from wandazeta.models.pretrained import find_pretrained, has_save_pretrained
-from wandazeta.pruning.export.pretrained import check_export_directory, export_pretrained
+from wandazeta.pruning.export.pretrained import check_export_directory, check_exportable, export_pretrained
 from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
 from wandazeta.utilities.files import check_writable
@@ -52,6 +53,11 @@ def prune_module(
             f"Expected one process to prune with, but got {trainer.world_size}; set `trainer.devices` and "
             "`trainer.num_nodes` to 1."
         )
+    if fast_dev_run(trainer):
+        raise ValueError(
+            "Expected argument `fast_dev_run` to be False to write a pruned model, but got "
+            f"{fast_dev_run(trainer)}, with which only a part of it is pruned; leave it out."
+        )
     if target.is_relative_to(progress.directory) or progress.directory.is_relative_to(target):
         raise ValueError(
             "Expected argument `output_dir` to be a folder outside the callback's `output_dir`, which keeps the "
@@ -66,12 +72,13 @@ def prune_module(
     if datamodule is not None:
         datamodule.prepare_data()
         datamodule.setup("fit")
+    tokenizers = (getattr(owner, "tokenizer", None) for owner in (module, datamodule))
+    tokenizer = next(filter(has_save_pretrained, tokenizers), None)
+    check_exportable(model, tokenizer)
     callback.setup(trainer, module, "fit")
     assert callback.report is not None
     progress.open_existing()
     masks = {name.removeprefix(prefix): mask for name, mask in progress.stored_masks(callback.report).items()}
-    tokenizers = (getattr(owner, "tokenizer", None) for owner in (module, datamodule))
-    tokenizer = next(filter(has_save_pretrained, tokenizers), None)
     export_pretrained(model, tokenizer, target, callback.report, masks, key=callback.key, pack=pack)
     return callback.report
 

@@ -61,7 +61,7 @@ def shuffle_windows(windows: Sequence[Tensor], seed: int) -> list[Tensor]:
         windows: The windows.
         seed: Seed of the order; the global generators are neither used nor changed.
     """
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return [windows[index] for index in order]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wandazeta.models.zero3 import full_shape
 from wandazeta.utilities.arguments import closest_names
@@ -19,6 +20,7 @@ from wandazeta.utilities.arguments import closest_names
 __all__ = [
     "BlockCall",
     "CallCapture",
+    "ReadTensors",
     "StopForward",
     "block_lists",
     "call_block",
@@ -139,14 +141,14 @@ def _of_text_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[
     """Of several lists, return those of the text decoder of a transformers model that also has a vision tower."""
     if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
         return lists
-    inside = set(model.get_decoder().modules())
+    inside = set(model.get_decoder().modules())  # type: ignore[operator]
     return {name: blocks for name, blocks in lists.items() if all(block in inside for block in blocks)} or lists
 
 
 def _no_list(model: nn.Module) -> ValueError:
-    lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n and len(m)]
+    lists = {n: list(m) for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and n}
     # a list whose modules have no Linears cannot be pruned, so its name is not offered
-    usable = [n for n in lists if all(map(_is_block, model.get_submodule(n)))]
+    usable = [name for name, modules in lists.items() if modules and all(map(_is_block, modules))]
     return ValueError(
         "Expected a model with a list of blocks that run one after another, but found none; "
         + (
@@ -235,6 +237,23 @@ def override_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+class ReadTensors(TorchFunctionMode):
+    """Records the ids of all tensors that operations are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, Tensor):
+                    self.read.add(id(item))
+        return func(*args, **(kwargs or {}))
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

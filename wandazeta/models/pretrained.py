@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wandazeta.models.peft_layers import without_adapters
 from wandazeta.models.streaming import is_file_backed, materialize
 from wandazeta.models.zero3 import full_shape
 
@@ -34,7 +35,9 @@ def find_pretrained(module: nn.Module) -> tuple[str, nn.Module]:
         ValueError: If there is none.
     """
     for name, child in module.named_modules():
-        if has_save_pretrained(child) and hasattr(child, "config"):
+        # wrappers of peft hold the model that they seem to be
+        is_wrapper = any(hasattr(type(child), name) for name in ("get_base_model", "inject_adapter"))
+        if has_save_pretrained(child) and hasattr(child, "config") and not is_wrapper:
             return f"{name}." if name else "", child
     raise ValueError(
         f"Expected {type(module).__name__} to hold a transformers model, which can be written as a Hugging Face "
@@ -45,7 +48,8 @@ def find_pretrained(module: nn.Module) -> tuple[str, nn.Module]:
 def names_on_disk(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors from the parameter names in memory to the names in the model's files.
 
-    The two differ where transformers has changed the structure of a model and keeps the original names in files.
+    The two differ where transformers has changed the structure of a model and keeps the original names in files, and
+    where peft has put adapters around layers. Tensors of adapters are left out.
 
     Args:
         model: The model.
@@ -57,6 +61,7 @@ def names_on_disk(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
+    tensors = without_adapters(model, tensors)
     # the names of a streamed model are those of its files
     if isinstance(model, PreTrainedModel) and not is_streamed(model):
         tensors = revert_weight_conversion(model, {name: materialize(tensor) for name, tensor in tensors.items()})
@@ -73,7 +78,10 @@ def names_in_memory(module: nn.Module) -> dict[str, str]:
         prefix, model = find_pretrained(module)
     except ValueError:
         return {}
-    names = [name for name, parameter in model.named_parameters() if len(full_shape(parameter)) == 2]
+    parameters = model.named_parameters(remove_duplicate=False)
+    matrices = {name: None for name, parameter in parameters if len(full_shape(parameter)) == 2}
+    own = without_adapters(model, {name: name for name in matrices})
+    names = list(own.values())
     # the numbers show under which name each one comes out
     numbered = {name: torch.tensor([index]) for index, name in enumerate(names)}
     return {on_disk: f"{prefix}{names[int(number)]}" for on_disk, number in names_on_disk(model, numbered).items()}

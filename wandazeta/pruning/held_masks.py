@@ -40,8 +40,13 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         for index, block in enumerate(blocks)
         for layer_name, layer in prunable_layers(block).items()
     }
-    masks = {}
+    masks: dict[str, Tensor] = {}
+    seen: set[Tensor] = set()
     for weight_name, layer in layers.items():
+        # blocks may share a layer, which has one mask
+        if layer.weight in seen:
+            continue
+        seen.add(layer.weight)
         with gathered([layer.weight]):
             weight = layer.weight.detach()
             _check_plain(weight_name, weight)
@@ -49,9 +54,10 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         if not bool(kept.all()) and bool(kept.any()):
             masks[weight_name] = kept
     if not masks:
+        where = ", ".join(f"`{name}`" for name in lists)
         raise ValueError(
-            f"Expected weights that were pruned in {', '.join(f'`{name}`' for name in lists)}, but none of {len(layers)} "
-            "holds both zeros and other values; prune first, load a pruned model, or pass a mask file"
+            f"Expected weights that were pruned in {where}, but none of {len(layers)} holds both zeros and other "
+            "values; prune first, load a pruned model, or pass a mask file"
         )
     return masks
 

@@ -15,7 +15,7 @@ from wandazeta.models.blocks import call_block
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.streaming import parameters_loaded
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.layers import prunable_layers
+from wandazeta.pruning.method.layers import prunable_layers, require_finite
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, PruneReport
 from wandazeta.pruning.samples import Batches, Samples, capture_samples
@@ -261,6 +261,8 @@ class _BlockSequence:
             else:
                 kept, loss_after = self._prune_calibrated(index, block, self.samples)
             weights = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+            for name, weight in weights.items():
+                require_finite("pruned weights", name, index, weight)
             record = BlockRecord(
                 index,
                 f"{self.name}.{index}",

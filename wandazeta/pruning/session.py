@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.pruning.calibration import check_lengths, collect_rows, split_rows
-from wandazeta.pruning.method.layers import validate_layers
+from wandazeta.pruning.method.layers import check_layers_run, validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.progress.key import PruneKey, digest_batches, digest_model
@@ -100,10 +99,14 @@ def prune_model(
 
 
 def _find_and_check_blocks(
-    model: nn.Module, options: PruneOptions, forward: Callable[[], object] | None, name: str | None
+    model: nn.Module,
+    options: PruneOptions,
+    forward: Callable[[], object] | None,
+    name: str | None,
+    try_forward: Callable[[], object] | None = None,
 ) -> tuple[str, nn.ModuleList]:
     name, blocks = find_blocks(model, forward, name)
-    validate_layers(blocks, options, model=model, block_name=name)
+    validate_layers(blocks, options, model=model, block_name=name, forward=forward or try_forward)
     return name, blocks
 
 
@@ -120,6 +123,7 @@ class PruningSession:
             are.
         num_samples: Number of calibration samples.
         block_name: Dotted name of the list of blocks in `module`; found by default.
+        num_blocks: Number of blocks to prune, from the first on; all by default. All are checked.
     """
 
     module: nn.Module
@@ -129,6 +133,7 @@ class PruningSession:
     token_mask: Callable[[Any], Tensor | None]
     num_samples: int
     block_name: str | None = None
+    num_blocks: int | None = None
     was_complete: bool = field(default=False, init=False)
     """Whether `run` loaded a complete pruning."""
     key_digest: str = field(default="", init=False)
@@ -207,7 +212,7 @@ class PruningSession:
         lists = block_lists(self.module, self.block_name)
         uses_calibration = self.options.method.uses_calibration
         # of several lists, such as those of a teacher and of the model, a forward tells which one runs
-        found = self._find_blocks(None) if len(lists) <= 1 else None
+        found = self._find_blocks(None, loader) if len(lists) <= 1 else None
         if found is None and not uses_calibration:
             raise ValueError(
                 f"Expected argument `blocks` to name one of {', '.join(f'`{name}`' for name in lists)}, as without "
@@ -220,14 +225,22 @@ class PruningSession:
         rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
         check_lengths(self.module, rows)
         with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
-            name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]))
+            name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]), loader)
+            blocks = nn.ModuleList(list(blocks)[: self.num_blocks])
             prepared = PreparedPruning(self.module, name, blocks, self.options, rows, self.forward, self.token_mask)
             key = self._key(prepared, device, ranks)
         key.model[_ARCHITECTURE] = _architecture(blocks, settings)
         return prepared, key
 
-    def _find_blocks(self, forward: Callable[[], object] | None) -> tuple[str, nn.ModuleList]:
-        return _find_and_check_blocks(self.module, self.options, forward, self.block_name)
+    def _find_blocks(
+        self, forward: Callable[[], object] | None, loader: Callable[[], Iterable[Any]]
+    ) -> tuple[str, nn.ModuleList]:
+        def try_forward() -> None:
+            (row,) = collect_rows(loader(), 1, self.options.seed)
+            with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()):
+                self.forward(row)
+
+        return _find_and_check_blocks(self.module, self.options, forward, self.block_name, try_forward)
 
     def load_finished(self) -> PruneReport:
         """Load a finished pruning into the dense module, without calibration data.
@@ -241,7 +254,9 @@ class PruningSession:
         found = self.folder.read_key()
         name = self.block_name or (found.options.get("blocks") if found is not None else None)
         name, blocks = find_blocks(self.module, name=name)
-        everything = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        # all names of a tensor: a block may have another one before that in its list
+        everything: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        everything |= dict(self.module.named_buffers(remove_duplicate=False))
         wanted = found.model if found is not None else {}
         model = digest_model({key: everything[key] for key in wanted if key in everything})
         model[_ARCHITECTURE] = _architecture(blocks, {module: _settings(module) for module in blocks.modules()})
@@ -269,12 +284,35 @@ class PruningSession:
             # of rows, so that the batch size does not matter
             contents = digest_batches(list(prepared.rows), self.token_mask)
             calibration = {"num_samples": self.num_samples, "contents": contents}
-            tensors |= _find_read_tensors(self.module, prepared.blocks[-1], lambda: prepared.forward(prepared.rows[0]))
+            tensors |= self._find_read_tensors(prepared)
         # sums over several ranks round differently
         environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}
         environment |= {"ranks": str(ranks.size)}
         options = {**self.options.to_dict(), "blocks": prepared.block_name}
         return PruneKey(options, digest_model(tensors), calibration, environment)
+
+    def _find_read_tensors(self, prepared: PreparedPruning) -> dict[str, Tensor]:
+        """Find the parameters and buffers that a forward reads up to the end of its last block.
+
+        These are embeddings, rotary tables and weights between the blocks. A head, which may be new and random at every
+        start, has no influence on the pruning and is not among them. The same forward shows whether the layers run.
+        """
+        token = object()
+
+        def stop(*_: Any) -> None:
+            raise StopForward(token)
+
+        handle = prepared.blocks[-1].register_forward_hook(stop)
+        try:
+            read = check_layers_run(
+                prepared.blocks,
+                self.options,
+                prepared.block_name,
+                lambda: run_until_stopped(lambda: prepared.forward(prepared.rows[0]), token),
+            )
+        finally:
+            handle.remove()
+        return {name: tensor for name, tensor in _tensors(self.module) if id(tensor) in read}
 
 
 def _require_same(key: PruneKey, expected: PruneKey) -> None:
@@ -284,43 +322,6 @@ def _require_same(key: PruneKey, expected: PruneKey) -> None:
             f"Expected every rank to prune the same model with the same data, but this one differs from rank 0 in "
             f"{difference}; seed what is random, and give all the same files and versions"
         )
-
-
-class _ReadTensors(TorchFunctionMode):
-    """Records the ids of all tensors that operations are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Tensor):
-                    self.read.add(id(item))
-        return func(*args, **(kwargs or {}))
-
-
-def _find_read_tensors(module: nn.Module, last_block: nn.Module, forward: Callable[[], object]) -> dict[str, Tensor]:
-    """Find the parameters and buffers that a forward reads up to the end of its last block.
-
-    These are embeddings, rotary tables and weights between the blocks. A head, which may be new and random at every
-    start, has no influence on the pruning and is not among them.
-    """
-    token = object()
-
-    def stop(*_: Any) -> None:
-        raise StopForward(token)
-
-    handle = last_block.register_forward_hook(stop)
-    try:
-        with torch.no_grad(), _ReadTensors() as mode:
-            run_until_stopped(forward, token)
-    finally:
-        handle.remove()
-    return {name: tensor for name, tensor in _tensors(module) if id(tensor) in mode.read}
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.scoring.scorer import Prepared, Scorer, Scores, option_losses, token_losses
+from wandazeta.utilities.precision import default_dtype
 
 __all__ = ["ExactText", "GeneratedText", "Objective", "check_objective", "metric_losses", "objective_losses"]
 
@@ -170,7 +171,11 @@ def metric_losses(metric: Metric, pairs: Iterable[tuple[Any, Any]]) -> Tensor:
     """
     losses = []
     for predicted, target in pairs:
-        value = metric(predicted, target)  # of this pair on this rank, not accumulated
+        if isinstance(predicted, Tensor):
+            metric.to(predicted.device)
+        # metrics divide counts in the default dtype, and 16 bits do not resolve one example of some hundred
+        with default_dtype(torch.float32):
+            value = metric(predicted, target)  # of this pair on this rank, not accumulated
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
                 f"Expected a metric with a single value, but {type(metric).__name__} returns {value}; "

@@ -37,7 +37,8 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
     """Draw the Gaussian direction of one query.
 
     A CPU generator of its own draws it, so the bits do not depend on the device, and the global RNG is neither read nor
-    advanced. The CPU generator uses only the low 32 bits of a seed, and 32-bit hashes would collide after some ten
+    advanced. Nor do they depend on the default dtype and device of torch, which Lightning sets around a step in half
+    precision. The CPU generator uses only the low 32 bits of a seed, and 32-bit hashes would collide after some ten
     thousand directions. So (step, query) is mapped by a permutation of the 32-bit integers that depends on `seed`, and
     all directions of the first 2**22 steps are different.
 
@@ -55,7 +56,7 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
         ValueError: If `query` is not below 1024 or `step` is negative.
     """
     generator = torch.Generator().manual_seed(stream(seed, step, query))
-    return torch.randn(numel, generator=generator).to(device)
+    return torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def rademacher(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
@@ -65,7 +66,8 @@ def rademacher(seed: int, step: int, query: int, numel: int, device: torch.devic
     those of `direction`; the result holds `numel` signs in fp32.
     """
     generator = torch.Generator().manual_seed(stream(seed, step, query))
-    return torch.randint(2, (numel,), generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(device)
+    signs = torch.randint(2, (numel,), generator=generator, dtype=torch.float32, device="cpu").mul_(2).sub_(1)
+    return signs.to(device)
 
 
 DISTRIBUTIONS: dict[str, Direction] = {"gaussian": direction, "rademacher": rademacher}

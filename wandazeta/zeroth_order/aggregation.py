@@ -27,7 +27,9 @@ class ProjectedGradients:
     @property
     def std(self) -> float:
         """Standard deviation over the queries (0 for fewer than two)."""
-        return float(torch.tensor(self.values, dtype=torch.float64).std()) if len(self.values) > 1 else 0.0
+        return (
+            float(torch.tensor(self.values, dtype=torch.float64, device="cpu").std()) if len(self.values) > 1 else 0.0
+        )
 
 
 def projected_gradients(slopes_Q: Tensor) -> ProjectedGradients:
@@ -78,7 +80,7 @@ def aligned_gradient(theta: Tensor, slopes: ProjectedGradients, directions: Dire
     eigenvalues, vectors = torch.linalg.eigh(_gram(slopes.query_ids, directions))
     kept = eigenvalues > _RANK_TOLERANCE * eigenvalues[-1]
     along = vectors[:, kept]
-    g = torch.tensor(slopes.values, dtype=torch.float64)
+    g = torch.tensor(slopes.values, dtype=torch.float64, device="cpu")
     coefficients = along @ (along.T @ g / eigenvalues[kept])
     scale = theta.numel() / int(kept.sum())
     return _combined(theta, slopes, (coefficients * scale).tolist(), directions)
@@ -118,7 +120,7 @@ def _combined(
 def _gram(query_ids: Sequence[int], directions: Directions) -> Tensor:
     """Return the inner products of the directions `(Q, Q)`, in fp64 on the CPU."""
     num_queries = len(query_ids)
-    gram = torch.empty(num_queries, num_queries, dtype=torch.float64)
+    gram = torch.empty(num_queries, num_queries, dtype=torch.float64, device="cpu")
     tile = max(1, _TILE_BYTES // (8 * directions(query_ids[0]).numel()))
     for start in range(0, num_queries, tile):
         held = torch.stack([directions(query).double() for query in query_ids[start : start + tile]])

@@ -14,7 +14,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from wandazeta.adapters import AdaptedModule, inject_adapters, remove_adapters
+from wandazeta.adapters import AdaptedModule, LoRAAdapters, TensorTrainAdapters, inject_adapters, remove_adapters
+from wandazeta.utilities.precision import default_dtype
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 67}
 GATED = ["before:mlp.gate_proj", "before:mlp.up_proj", "after:mlp.down_proj"]
@@ -237,3 +238,13 @@ def test_only_the_first_item_of_a_tuple_is_adapted():
     assert same is x
     assert torch.equal(adapted, vector.adapt(0, plain))
     assert not torch.equal(adapted, plain)
+
+
+@pytest.mark.parametrize("kind", [TensorTrainAdapters, LoRAAdapters])
+def test_defaults_of_torch_do_not_change_the_initial_values(kind):
+    models = [llama()[0], llama()[0]]
+    expected = kind(rank=2).insert(models[0], 0, []).theta
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        found = kind(rank=2).insert(models[1], 0, []).theta
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.float32

@@ -239,6 +239,41 @@ def saved(tmp_path, keep=None):
     return tmp_path / "first.ckpt"
 
 
+def share_a_layer(module):
+    module.layers[1].up = module.layers[0].up
+
+
+def share_a_block(module):
+    module.layers[2] = module.layers[0]
+
+
+def name_a_block_first(module):
+    layers = module.layers
+    del module.layers
+    module.first, module.layers = layers[0], layers
+
+
+@pytest.mark.parametrize("change", [share_a_layer, share_a_block, name_a_block_first])
+@pytest.mark.parametrize("source", ["zeros", "file", "checkpoint"])
+def test_a_layer_with_several_names_is_held(tmp_path, change, source):
+    module = sparse_tiny()
+    change(module)
+    sparse = {name: weight == 0 for name, weight in module.named_parameters(remove_duplicate=False) if weight.ndim == 2}
+    sparse = {name: zeros for name, zeros in sparse.items() if bool(zeros.any())}
+    assert len(sparse) > len({module.get_parameter(name) for name in sparse})
+    masks = None
+    if source == "file":
+        masks = str(tmp_path / "masks.safetensors")
+        save_file({name: ~zeros for name, zeros in sparse.items()}, masks)
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    fit(module, OPTIMIZERS["adamw"], saving, keep=KeepSparsity(masks=masks), enable_checkpointing=True)
+    if source == "checkpoint":
+        fit(module, OPTIMIZERS["adamw"], steps=9, ckpt_path=str(tmp_path / "last.ckpt"))
+    for name, zeros in sparse.items():
+        assert is_positive_zero(module.get_parameter(name)[zeros]), name
+        assert bool((module.get_parameter(name)[~zeros] != 0).all()), name
+
+
 def test_a_resumed_run_has_the_masks_of_the_first_and_no_other_state(tmp_path):
     path = saved(tmp_path)
     content = torch.load(path, weights_only=True)

@@ -55,3 +55,11 @@ def test_a_resumed_run_starts_from_the_larger_peak(tmp_path, peaks, later, expec
     run = fit(monitor, ckpt_path=tmp_path / "first.ckpt", max_epochs=2)
     assert monitor.peak_bytes == expected * GIB
     assert run.callback_metrics["peak_memory_gib"] == expected
+
+
+def test_no_logging_in_between():
+    monitor = PeakMemoryMonitor()
+    run = trainer(monitor, log_every_n_steps=0)
+    run.fit(Tiny(), loader())
+    assert monitor.peak_bytes > 0
+    assert "peak_memory_gib" not in run.callback_metrics

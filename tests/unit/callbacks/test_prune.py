@@ -151,6 +151,21 @@ def test_the_module_is_told_what_it_stands_on(folder):
     assert loaded.pruned_backbone_key == pruning.key
 
 
+def test_a_block_may_have_another_name_before_that_in_its_list(folder, forbid_pruning):
+    class Aliased(Tiny):
+        def __init__(self):
+            super().__init__()
+            layers = self.layers
+            del self.layers
+            self.first, self.layers = layers[0], layers
+
+    module = fit(callback(folder), Aliased())
+    loaded = Aliased()
+    forbid_pruning()
+    trainer(callback(folder)).validate(loaded, loader())
+    assert same(loaded, module)
+
+
 def test_training_goes_on_from_a_checkpoint_but_not_from_one_of_another_pruning(folder, tmp_path):
     saving = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     module = Tiny(learning_rate=0.1)
@@ -162,6 +177,104 @@ def test_training_goes_on_from_a_checkpoint_but_not_from_one_of_another_pruning(
     assert (resumed.layers[0].up.weight == 0).float().mean() == 0.5
     with pytest.raises(ValueError, match="this one was trained on another; give it the `output_dir`"):
         fit(callback(tmp_path / "other", alpha=1.0), Tiny(learning_rate=0.1), ckpt_path=last, max_epochs=2)
+
+
+class Pair(Tiny):
+    """Holds two lists of blocks that run one after another."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.upper = Tiny(seed=1, num_blocks=2).layers
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in (*self.layers, *self.upper):
+            x = layer(x)
+        return self.head(self.dropout(x))
+
+
+def pair(tmp_path, **kwargs):
+    names = ("upper", "layers")
+    return [callback(tmp_path / name, blocks=name, **kwargs) for name in names]
+
+
+def test_of_two_lists_that_run_none_is_pruned_without_being_asked_for(folder):
+    with pytest.raises(ValueError, match=r"found 2: `layers` \(3 blocks\), `upper` \(2 blocks\); set `blocks`"):
+        fit(callback(folder), Pair())
+    assert not list(folder.glob("block_*"))
+
+
+def test_several_prunings_in_one_trainer_are_told_apart(tmp_path, forbid_pruning):
+    saving = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    module, prunings = Pair(learning_rate=0.0), pair(tmp_path)
+    trainer(*prunings, saving, enable_checkpointing=True).fit(module, loader())
+    for layer in (*module.layers, *module.upper):
+        assert ((layer.up.weight != 0).view(-1, 4).sum(1) == 2).all()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    states = torch.load(last, weights_only=True)["callbacks"]
+    assert {states[pruning.state_key]["key"] for pruning in prunings} == {pruning.key for pruning in prunings}
+    assert len({pruning.key for pruning in prunings}) == 2
+    forbid_pruning()
+    again = Pair()
+    trainer(*pair(tmp_path), max_epochs=2).fit(again, loader(), ckpt_path=str(last))
+    assert same(again, module)
+    validated = Pair()
+    trainer(*pair(tmp_path)).validate(validated, loader())
+    assert same(validated, module)
+
+
+def test_a_checkpoint_of_other_prunings_is_refused_whichever_callback_reads_it(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    trainer(*pair(tmp_path), saving, enable_checkpointing=True).fit(Pair(), loader())
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    changed = [pair(tmp_path)[0], callback(tmp_path / "other", blocks="layers", alpha=1.0)]
+    with pytest.raises(ValueError, match="this one was trained on another"):
+        trainer(*changed, max_epochs=2).fit(Pair(), loader(), ckpt_path=last)
+    moved = [pair(tmp_path)[0], callback(tmp_path / "moved", blocks="layers")]
+    (tmp_path / "layers").rename(tmp_path / "moved")
+    trainer(*moved, max_epochs=2).fit(Pair(), loader(), ckpt_path=last)
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+def test_the_module_is_told_of_all_prunings(tmp_path, keys):
+    class Told(Pair):
+        pruned_backbone_key = None
+
+    modules = [Told(), Told()]
+    for module in modules:
+        trainer(*(pair(tmp_path) if keys == 2 else pair(tmp_path)[:1])).fit(module, loader())
+    other = Told()
+    trainer(pair(tmp_path)[0]).validate(other, loader())
+    assert modules[0].pruned_backbone_key == modules[1].pruned_backbone_key
+    assert (other.pruned_backbone_key == modules[0].pruned_backbone_key) == (keys == 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "magnitude"}, {"method": "sparsegpt"}, {"rounds": 3}])
+@pytest.mark.parametrize("batches", [True, 2])
+def test_fast_dev_run_prunes_a_little_and_keeps_nothing(folder, caplog, batches, options):
+    module, dense, pruning = Tiny(), Tiny(), callback(folder, **options)
+    fit(pruning, module, fast_dev_run=batches)
+    num_blocks = int(batches)
+    assert f"Sparsity after the fit: 50.0% of {256 * num_blocks} weights" in caplog.text
+    for index, (layer, before) in enumerate(zip(module.layers, dense.layers, strict=True)):
+        assert bool((layer.up.weight == 0).any()) == (index < num_blocks)
+        assert index < num_blocks or torch.equal(layer.up.weight, before.up.weight)
+    assert len(pruning.report.blocks) == num_blocks
+    assert not folder.exists()
+    assert f"only the first {num_blocks} block" in caplog.text
+    with pytest.raises(ValueError, match="build the module anew"):
+        fit(pruning, module)
+    assert fit(callback(folder, **options)).layers[2].up.weight.count_nonzero() < dense.layers[2].up.weight.numel()
+
+
+def test_fast_dev_run_takes_a_complete_pruning_and_checks_the_options(folder, forbid_pruning):
+    with pytest.raises(ValueError, match="does not divide"):
+        fit(callback(folder, sparsity_pattern="5:10"), fast_dev_run=True)
+    module = fit(callback(folder))
+    forbid_pruning()
+    assert same(fit(callback(folder), fast_dev_run=True), module)
+    with pytest.raises(ValueError, match="differs in `sparsity_pattern`"):
+        fit(callback(folder, sparsity_pattern="1:4"), fast_dev_run=True)
 
 
 # -- how foreign modules are built and called -------------------------------------------------------------------------

@@ -168,6 +168,26 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path):
     assert not (tmp_path / "progress").exists()
 
 
+class Unwritable:
+    pad_token_id = 0
+
+    def save_pretrained(self, directory):
+        raise TypeError("no JSON")
+
+
+def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path):
+    module, pruning = Module(), callback(tmp_path / "progress")
+    module.backbone.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match=r"(?s)a model that can be saved.*temperature"):
+        prune_module(trainer(pruning), module, Data(), pruning, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"a tokenizer that can be saved.*no JSON"):
+        prune_module(trainer(pruning), Module(), Data(Unwritable()), pruning, tmp_path / "out")
+    with pytest.raises(ValueError, match="`fast_dev_run` to be False"):
+        prune_module(trainer(pruning, fast_dev_run=True), Module(), Data(), pruning, tmp_path / "out")
+    assert not list((tmp_path / "progress").glob("block_*"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_fitting_after_pruning_takes_what_was_pruned(tmp_path):
     module, pruning = export(tmp_path)
     fresh = Module()

@@ -57,7 +57,7 @@ def test_full_checkpoints_hold_everything(model_dir, tmp_path):
         ({"trainable": PeftLoRA(4)}, "`rank`"),
         ({"trainable": PeftLoRA(2, 4)}, "`alpha`"),
         ({"trainable": PeftLoRA(2, target_modules=["q_proj"])}, "`target_modules`"),
-        ({"directory": "pruned"}, "the backbone that training began from"),
+        ({"directory": "pruned"}, "the backbone that was trained on"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(model_dir, pruned_dir, tmp_path, change, message):
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_something_else_is_refused(model_dir, pruned_dir, tmp_pa
 
 def test_full_training_does_not_go_on_from_the_weights_of_another_model(model_dir, pruned_dir, tmp_path):
     fit(model_dir, tmp_path, steps=2, save=True, trainable=Weights())
-    with pytest.raises(ValueError, match="the backbone that training began from"):
+    with pytest.raises(ValueError, match="the backbone that was trained on"):
         fit(pruned_dir, tmp_path, steps=4, save=True, resume=True, trainable=Weights())
     # whose weights all come from the file
     loaded = FirstOrderModule.load_from_checkpoint(

@@ -59,8 +59,14 @@ def test_text_and_classification_side_by_side(model_dir):
     module = LanguageModel(str(model_dir))
     results = trainer().validate(module, [loader(text_batch(4)), loader(classification_batch(4))], verbose=False)
     names = set().union(*results)
-    perplexity = {"val/perplexity", "val/sequence_length", "val/bos"}
-    assert names == {"val/loss", "val/accuracy", "val/option_loss"} | perplexity
+    assert names == {
+        "val/loss/dataloader_idx_0",
+        "val/perplexity/dataloader_idx_0",
+        "val/sequence_length/dataloader_idx_0",
+        "val/bos/dataloader_idx_0",
+        "val/accuracy/dataloader_idx_1",
+        "val/option_loss/dataloader_idx_1",
+    }
 
 
 @pytest.mark.parametrize("bos", [True, False])

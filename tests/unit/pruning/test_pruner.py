@@ -9,6 +9,7 @@ from helpers.prune_options import make_options
 from helpers.pruning import Tiny
 
 from wandazeta.pruning import prune_model
+from wandazeta.pruning.method.block import BlockPruner
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -17,8 +18,12 @@ def test_every_architecture_is_pruned(name):
     options = {"target": "dense_stream", "exclude_modules": EXCLUDED.get(name, ())}
     _, blocks, report = tiny(name, batches=batches, token_mask=lambda b: b["attention_mask"], **options)
     for block, record in zip(blocks, report.blocks, strict=True):
-        assert len(record.layers) == len(linears(block)) > 0
-        for layer in linears(block):
+        excluded = [
+            m for n, m in block.named_modules() if any(f".{n}".endswith(f".{e}") for e in options["exclude_modules"])
+        ]
+        pruned = [layer for layer in linears(block) if layer not in excluded]
+        assert len(record.layers) == len(pruned) > 0
+        for layer in pruned:
             assert ((rows_of(layer) != 0).reshape(-1, 4).sum(1) == 2).all()
         assert record.loss_after < record.loss_before * 1.05
 
@@ -87,6 +92,35 @@ def test_wrong_requests_are_refused_before_any_change():
             prune(model, **options)
     assert equal(model, dense)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["self_attn.q_proj.weight", "input_layernorm.weight"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_weights_that_are_not_finite_are_refused_before_the_first_block(method, where):
+    model, blocks = build("llama")
+    with torch.no_grad():
+        model.get_submodule(blocks)[2].get_parameter(where).view(-1)[3] = float(
+            "inf" if method == "magnitude" else "nan"
+        )
+    first = model.get_submodule(blocks)[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(ValueError, match=f"Expected finite weights of `{where}` in block 2"):
+        prune(model, method=method)
+    assert torch.equal(model.get_submodule(blocks)[0].self_attn.q_proj.weight, first)
+    prune(model, method="magnitude", exclude_modules=(where,))
+
+
+def test_weights_that_pruning_makes_infinite_are_refused(monkeypatch):
+    model, _ = build("llama")
+    original = BlockPruner.mask_by_score
+
+    def overflow(self):
+        kept = original(self)
+        self.layers["mlp.up_proj.weight"].weight[0, 0] = float("inf")
+        return kept
+
+    monkeypatch.setattr(BlockPruner, "mask_by_score", overflow)
+    with pytest.raises(ValueError, match=r"finite pruned weights of `mlp.up_proj.weight` in block 0"):
+        prune(model, method="magnitude")
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "wanda++"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from wandazeta.utilities.precision import default_dtype
 from wandazeta.utilities.random_streams import MAX_QUERIES, stream
 from wandazeta.zeroth_order import direction, directions_of_step, rademacher
 
@@ -75,3 +76,13 @@ def test_directions_of_a_step_have_the_type_of_the_vector():
 def test_out_of_range(step, query, draw):
     with pytest.raises(ValueError, match="Expected argument"):
         draw(0, step, query, 4)
+
+
+@both
+def test_defaults_of_torch_do_not_change_the_directions(draw):
+    expected = draw(3, 1, 2, 50)
+    assert expected.dtype == torch.float32
+    with default_dtype(torch.bfloat16), torch.device("meta"):
+        found = draw(3, 1, 2, 50)
+    assert torch.equal(found, expected)
+    assert torch.get_default_dtype() == torch.float32

@@ -3,18 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from wandazeta.models.peft_layers import adapter_modules
 from wandazeta.pruning.export.masks import MASKS_FILE
 from wandazeta.pruning.export.packed import PACKED_FILE
 from wandazeta.pruning.records import PruneReport
 
-__all__ = ["PAGE_FILE", "REPORT_FILE", "hub_name", "model_card"]
+__all__ = ["ADAPTERS_FOLDER", "PAGE_FILE", "REPORT_FILE", "hub_name", "model_card"]
 
 REPORT_FILE = "prune_report.json"
 PAGE_FILE = "prune_report.html"
+ADAPTERS_FOLDER = "adapters"
 
 _PACKED_ENTRY = (
     f"- `{PACKED_FILE}`: the same weights in the 2:4 packed form; ship it in place of `model*.safetensors`, and "
     "`python -m wandazeta.pruning.export.packed SRC DST` restores the plain file bit for bit"
+)
+_ADAPTERS_ENTRY = (
+    f"- `{ADAPTERS_FOLDER}/`: the adapters that the model was pruned with, dense, one directory each; put them back by "
+    "`PeftModel.from_pretrained`"
 )
 
 
@@ -71,6 +77,7 @@ def model_card(
         "- `model*.safetensors`: the weights; pruned ones are zeros",
         f"- `{MASKS_FILE}`: masks, true where a weight is kept, one byte per weight; not needed to run the model",
         *([_PACKED_ENTRY] if is_packed else []),
+        *([_ADAPTERS_ENTRY] if adapter_modules(model) else []),
         f"- `{REPORT_FILE}`: what was done to every layer",
         *([f"- `{PAGE_FILE}`: the same report with charts, for a browser"] if has_page else []),
         "",

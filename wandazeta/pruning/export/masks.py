@@ -63,7 +63,7 @@ def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
     Raises:
         ValueError: If there is no parameter for a mask.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     if all(name in parameters for name in masks):
         return dict(masks)
     in_memory = names_in_memory(module)

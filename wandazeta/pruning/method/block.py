@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from wandazeta.pruning.method.layers import weight_view
+from wandazeta.pruning.method.layers import require_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.regional import (
     MasterWeights,
@@ -83,7 +83,7 @@ class BlockPruner:
             Dense outputs, from the first sample on.
 
         Raises:
-            ValueError: If weights, input norms or gradients are not finite.
+            ValueError: If input norms or gradients are not finite.
         """
         if self.method.uses_gradients:
             outputs = self._measure_gradients(hidden, keep_outputs)
@@ -121,18 +121,13 @@ class BlockPruner:
         return outputs
 
     def _require_finite(self) -> None:
-        """Refuse values that are not finite: comparisons with NaN would prune complete rows, or at random."""
-        for name, layer in self.layers.items():
-            values = {"weights": layer.weight, "inputs": self.statistics.norm(name)}
+        """Refuse statistics that are not finite; the weights were checked before the first block."""
+        for name in self.layers:
+            values = {"inputs": self.statistics.norm(name)}
             if name in self.gradients:
                 values["gradients"] = self.gradients[name]
             for what, tensor in values.items():
-                if not bool(tensor.detach().isfinite().all()):
-                    raise ValueError(
-                        f"Expected finite {what} of `{name}` in block {self.index}, but got infinities or NaN in "
-                        f"{str(layer.weight.dtype).removeprefix('torch.')}; check the model, and give one that "
-                        "overflows float16 in bfloat16 or float32"
-                    )
+                require_finite(what, name, self.index, tensor)
 
     def finish(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """Prune the block by its method, after `measure`.

@@ -87,7 +87,7 @@ class OneGroup:
         pairs = torch.arange(len(self._later), device=device)
         # a column beats all earlier ones except those that are larger
         self._beaten = torch.arange(group_size, dtype=torch.float32, device=device)[:, None]
-        self._change = torch.zeros(group_size, len(self._later), device=device)
+        self._change = torch.zeros(group_size, len(self._later), dtype=torch.float32, device=device)
         self._change[self._earlier, pairs] = 1.0
         self._change[self._later, pairs] = -1.0
 

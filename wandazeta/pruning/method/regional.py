@@ -223,7 +223,8 @@ def optimise_block(
     for number in range(optimisation.rounds):
         kept = start_round(number)
         statistics.reset()
-        drawn = torch.randperm(num_samples, generator=generator)[: optimisation.samples_per_round].tolist()
+        order = torch.randperm(num_samples, generator=generator, device="cpu")
+        drawn = order[: optimisation.samples_per_round].tolist()
         with statistics.collect():
             for sample in drawn:
                 # on one rank only; the others add zeros

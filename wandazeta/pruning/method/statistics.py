@@ -155,7 +155,8 @@ class InputStatistics:
             sums = self._sums.setdefault(name, torch.zeros(width, dtype=torch.float64, device=device))
             ranks.all_reduce_([sums])
             if self._with_gram:
-                ranks.all_reduce_([self._grams.setdefault(name, torch.zeros(width, width, device=device))])
+                zeros = torch.zeros(width, width, dtype=torch.float32, device=device)
+                ranks.all_reduce_([self._grams.setdefault(name, zeros)])
         self.num_samples = int(ranks.sum(self.num_samples))
 
     def _require(self, name: str) -> None:

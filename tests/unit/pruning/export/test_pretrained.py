@@ -7,7 +7,7 @@ from helpers.reports import made_up
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from wandazeta.pruning.export.pretrained import export_pretrained
+from wandazeta.pruning.export.pretrained import check_exportable, export_pretrained
 from wandazeta.pruning.records import PruneReport
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -62,3 +62,93 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path):
     with pytest.raises(ValueError, match="a pruned weight is not zero"):
         export_pretrained(tiny_lm(), None, tmp_path / "out", made_up(), masks)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def tied_by_hand(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def tied_inside(model):
+    model.model.layers[2].input_layernorm.weight = model.model.layers[0].input_layernorm.weight
+
+
+def tied_thrice(model):
+    tied_by_hand(model)
+    model.model.norm.weight = model.model.layers[0].input_layernorm.weight
+    tied_inside(model)
+
+
+def shared_block(model):
+    model.model.layers[2].self_attn.q_proj = model.model.layers[1].self_attn.q_proj
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("tie", [tied_by_hand, tied_inside, tied_thrice, shared_block, None])
+def test_every_name_of_a_tensor_that_is_tied_by_hand_is_written(tmp_path, tie, config):
+    model = tiny_lm(**config)
+    if tie is not None:
+        tie(model)
+    with torch.no_grad():
+        # the ties of `tiny_lm` are those of its configuration; values that differ from any initial ones
+        for parameter in model.parameters():
+            parameter.add_(0.125)
+    export_pretrained(model, None, tmp_path / "out", made_up(), {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert ("lm_head.weight" in names) == (not config)
+
+
+def test_a_head_that_is_untied_by_hand_is_written(tmp_path):
+    model = tiny_lm(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    export_pretrained(model, None, tmp_path / "out", made_up(), {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model.norm.weight"), r"they lack `model\.norm\.weight`"),
+        (lambda state: state["model.norm.weight"].add_(1), r"other values of `model\.norm\.weight`"),
+        (lambda state: state.update(extra=torch.zeros(1)), "they hold `extra`"),
+    ],
+    ids=["missing", "changed", "more"],
+)
+def test_files_that_are_not_the_model_are_refused(tmp_path, monkeypatch, change, message):
+    model = tiny_lm()
+    save = type(model).save_pretrained
+
+    def spoiled(self, directory, state_dict):
+        state_dict = {name: tensor.clone() for name, tensor in state_dict.items()}
+        change(state_dict)
+        save(self, directory, state_dict=state_dict)
+
+    monkeypatch.setattr(type(model), "save_pretrained", spoiled)
+    with pytest.raises(ValueError, match=message):
+        export_pretrained(model, None, tmp_path / "out", made_up(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unwritable:
+    def save_pretrained(self, directory):
+        raise TypeError("no JSON")
+
+
+def test_what_an_export_writes_is_tried():
+    check_exportable(tiny_lm(), None)
+    with pytest.raises(ValueError, match="a tokenizer that can be saved, but saving Unwritable fails: no JSON"):
+        check_exportable(tiny_lm(), Unwritable())
+    model = tiny_lm()
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match=r"(?s)a model that can be saved, but saving LlamaForCausalLM.*temperature"):
+        check_exportable(model, None)
+    model = tiny_lm()
+    model.config.note = torch.zeros(1)
+    with pytest.raises(ValueError, match="a model that can be saved"):
+        check_exportable(model, None)

@@ -1,8 +1,13 @@
+import copy
+import re
+
 import pytest
 import torch
-from helpers.architectures import build
+from helpers.architectures import build, token_batches
+from helpers.pruning import Tiny, callback, fit
 from torch import nn
 
+from wandazeta.pruning import prune_model
 from wandazeta.pruning.method.layers import prunable_layers, validate_layers, weight_view
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
@@ -100,6 +105,51 @@ def test_all_that_hold_matrices_of_their_own_are_named_at_once_by_the_names_to_e
         ValueError, match=r"`\S+0.mlp.gate` \(.*`\S+0.mlp.experts` \(.*; add `mlp.gate`, `mlp.experts` to"
     ):
         validate_layers(model.get_submodule(name), PruneOptions(), block_name=name)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("name", ["mamba", "jamba", "mixtral", "qwen2_moe"])
+def test_a_remedy_that_is_offered_works(name, method):
+    """What the message says to exclude is all that has to be excluded, and leaves layers to prune."""
+    model, blocks = build(name)
+
+    def pruned(*exclude):
+        forward, batches = (lambda batch: model(**batch)), token_batches(4) if method == "wanda" else []
+        options = PruneOptions(method, exclude_modules=exclude)
+        return prune_model(model, forward, batches, options, block_name=blocks)
+
+    with pytest.raises(ValueError, match=r"to `exclude_modules` to leave that dense$") as caught:
+        pruned()
+    offered = re.findall(r"`([^`]+)`", str(caught.value).rsplit("; add ", 1)[1])[:-1]
+    if name == "mamba":
+        assert offered == ["mixer.A_log", "mixer.dt_proj"][: 1 if method == "magnitude" else 2]
+    assert pruned(*offered).num_layers > 0
+
+
+@pytest.mark.parametrize("change", ["own", "width"])
+def test_no_remedy_is_offered_that_leaves_nothing_to_prune(change):
+    def own(block):
+        del block.up_proj, block.down_proj
+        block.attn = nn.MultiheadAttention(8, 2)
+
+    if change == "own":
+        message, blocks, options = "nothing else in these blocks can be pruned", make(change=own), PruneOptions()
+        blocks[1] = copy.deepcopy(blocks[0])
+    else:
+        message, blocks, options = "; choose another pattern$", make(), PruneOptions(pattern="5:16")
+    with pytest.raises(ValueError, match=message):
+        validate_layers(blocks, options)
+
+
+def test_a_layer_whose_weight_is_used_without_a_call_is_refused_before_any_work(tmp_path):
+    module = Tiny()
+    for layer in module.layers:
+        layer.extra = nn.Linear(8, 8)
+        layer.forward = lambda x, layer=layer: x + layer.up(x)[..., :8] @ layer.extra.weight + layer.down(layer.up(x))
+    with pytest.raises(ValueError, match=r"but `extra` are not, .* add `extra` to `exclude_modules`"):
+        fit(callback(tmp_path / "pruned"), module)
+    assert not list((tmp_path / "pruned").glob("block_*"))
+    fit(callback(tmp_path / "pruned", exclude_modules=["extra"]), module)
 
 
 def test_shared_and_tied_weights_are_refused():
