@@ -111,8 +111,7 @@ def _inputs(batch: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict
     if not isinstance(batch, Mapping):
         return found
     ids, mask, options = (batch.get(name) for name in ("input_ids", "attention_mask", "option_ids"))
-    has_tokens = tokenizer is not None and isinstance(ids, Tensor) and len(ids) == len(rows)
-    if has_tokens and isinstance(ids, Tensor):
+    if tokenizer is not None and isinstance(ids, Tensor) and len(ids) == len(rows):
         for row, line in enumerate(found):
             tokens = ids[row] if mask is None else ids[row][mask[row].bool()]
             line["text"] = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
@@ -120,7 +119,7 @@ def _inputs(batch: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict
     if isinstance(label, Tensor) and len(label) == len(rows):
         for line, value in zip(found, label.tolist(), strict=True):
             line["label"] = value
-    if has_tokens and isinstance(options, Tensor):
+    if tokenizer is not None and isinstance(options, Tensor):
         masks = batch.get("option_mask", torch.ones_like(options)).bool()
         answers = [tokenizer.decode(tokens[kept].tolist()) for tokens, kept in zip(options, masks, strict=True)]
         for line, values in zip(found, rows, strict=True):

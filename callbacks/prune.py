@@ -65,8 +65,9 @@ class WandaPPPruneCallback(Callback):
     Override `forward_batch` and `token_mask` for a module that has to be called differently.
 
     Args:
-        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
-        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`; `"auto"` is
+            `"unstructured"` if `sparsity` or `sparsity_slope` is given, else `"2:4"`.
+        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only; by default 0.5.
         sparsity_slope: Sparsity of the last block minus that of the first, for `"unstructured"` only.
         method: Pruning method: a name (`magnitude`, `wanda`, `rgs`, `ro`, `wanda++` or `sparsegpt`), or an object with
             options such as `WandaPP(alpha="auto", optimisation=RegionalOptimisation(rounds=12))`.
@@ -94,7 +95,7 @@ class WandaPPPruneCallback(Callback):
 
     def __init__(
         self,
-        sparsity_pattern: str = "2:4",
+        sparsity_pattern: str = "auto",
         sparsity: float | None = None,
         sparsity_slope: float = 0.0,
         method: PruningMethod | str = "wanda++",
@@ -140,6 +141,8 @@ class WandaPPPruneCallback(Callback):
         self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
+        # of the blocks that `fast_dev_run` pruned, whose folder is gone
+        self._trial_masks: dict[str, Tensor] | None = None
         # holds the masks while pruned weights are trained
         self._keeper: KeepSparsity | None = None
         # whether the checkpoint may have other values in pruned weights, and whether these are to be zero
@@ -389,6 +392,8 @@ class WandaPPPruneCallback(Callback):
 
     def _stored_masks(self) -> dict[str, Tensor]:
         assert self.report is not None
+        if self._trial_masks is not None:
+            return self._trial_masks
         folder = ProgressFolder(Path(self.output_dir).absolute())
         folder.open_existing()
         if folder.key_digest != self.key:
@@ -396,8 +401,7 @@ class WandaPPPruneCallback(Callback):
                 f"Expected '{self.output_dir}' to hold the pruning that this run started with, but it holds another one"
                 " by now; give every run an `output_dir` of its own."
             )
-        results = zip(self.report.blocks, folder.results(len(self.report.blocks)), strict=True)
-        return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
+        return _masks_in(folder, self.report)
 
     def _report_sparsity(self, pl_module: LightningModule) -> None:
         """Report the zeros of the pruned weights, with a warning if there are fewer than after the pruning."""
@@ -439,8 +443,8 @@ class WandaPPPruneCallback(Callback):
             ValueError: If the model, the data, the options or the folder do not fit, before any long work.
             SystemExit: If a signal asked to stop; all finished blocks are on disk.
         """
-        # may be set by an interrupted fit in the same process
-        self._exit_code = None
+        # may be set by an earlier fit in the same process
+        self._exit_code = self._trial_masks = None
         if fast_dev_run(trainer):
             return self._prune_a_little(trainer, pl_module)
         self._is_partial = False
@@ -464,6 +468,7 @@ class WandaPPPruneCallback(Callback):
             session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples)
             session.options = self.options.for_trial(session.num_samples)
             report = self._prune(session, trainer, pl_module)
+            self._trial_masks = _masks_in(session.folder, report) if trainer.is_global_zero else {}
         rank_zero_info(
             f"Running with `fast_dev_run`: pruned only the first {len(report.blocks)} block(s), with "
             f"{session.num_samples} samples and at most one round; nothing is written to '{self.output_dir}'."
@@ -557,6 +562,12 @@ class WandaPPPruneCallback(Callback):
         present = {id(parameter) for parameter in pl_module.parameters()}
         references = [reference() for reference, _ in self._pruned.values()]
         return bool(references) and all(weight is not None and id(weight) in present for weight in references)
+
+
+def _masks_in(folder: ProgressFolder, report: PruneReport) -> dict[str, Tensor]:
+    """Return the masks of a pruning by the names of the weights."""
+    results = zip(report.blocks, folder.results(len(report.blocks)), strict=True)
+    return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
 
 
 def _existing_device(name: str) -> torch.device:

@@ -40,6 +40,9 @@ class Example:
     example_id: int
 
 
+_AUTO_SIZES: dict[Split, int] = {"train": 1000, "val": 500, "test": 1000}
+
+
 class ClassificationDataModule(LightningDataModule):
     """Balanced splits of labelled text, for a model with a classification head.
 
@@ -49,13 +52,14 @@ class ClassificationDataModule(LightningDataModule):
     Args:
         source: Labelled text: "sample:rotten-tomatoes", "sample:imdb", "sample:bbc-news", "sample:brown-genres", a
             file, folder or glob of .jsonl, .json, .csv or .parquet files, or a hub dataset.
-        num_classes: Number of classes.
+        num_classes: Number of classes; by default that of `reading.label_names`, else 2.
         tokenizer: Model directory or hub name of the tokenizer; by default that of the module. It needs a pad token.
         batch_size: Examples per training batch.
         eval_batch_size: Examples per batch of validation and test.
-        num_train: Training examples, balanced over the classes; null for as many as can be balanced.
-        num_val: Validation examples, balanced; null for as many as can be balanced.
-        num_test: Test examples, balanced; null for as many as can be balanced.
+        num_train: Training examples, balanced over the classes; null for as many as can be balanced, and `auto` for at
+            most 1000.
+        num_val: Validation examples, balanced; null for as many as can be balanced, and `auto` for at most 500.
+        num_test: Test examples, balanced; null for as many as can be balanced, and `auto` for at most 1000.
         max_length: Maximum number of tokens of an example; by default that of the tokenizer's model, and of the
             positions that the module's model has learned.
         truncate: Shorten the text of longer examples; otherwise they are an error.
@@ -73,13 +77,13 @@ class ClassificationDataModule(LightningDataModule):
     def __init__(
         self,
         source: str = "sample:rotten-tomatoes",
-        num_classes: int = 2,
+        num_classes: int | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
-        num_train: int | None = 1000,
-        num_val: int | None = 500,
-        num_test: int | None = 1000,
+        num_train: int | Literal["auto"] | None = "auto",
+        num_val: int | Literal["auto"] | None = "auto",
+        num_test: int | Literal["auto"] | None = "auto",
         max_length: int | None = None,
         truncate: bool = False,
         padding: Literal["fixed", "batch"] = "fixed",
@@ -89,16 +93,18 @@ class ClassificationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_positive(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        check_range("num_classes", num_classes, num_classes >= 2, "at least 2")
         reading = reading or SourceOptions()
+        if num_classes is None:
+            num_classes = 2 if reading.label_names is None else len(reading.label_names)
+        check_range("num_classes", num_classes, num_classes >= 2, "at least 2")
         if reading.label_names is not None and len(reading.label_names) != num_classes:
             raise ValueError(
                 f"Expected argument `label_names` to have one name per class ({num_classes}), but got "
                 f"{reading.label_names}"
             )
-        self._sizes: dict[Split, int | None] = {"train": num_train, "val": num_val, "test": num_test}
+        self._sizes: dict[Split, int | Literal["auto"] | None] = {"train": num_train, "val": num_val, "test": num_test}
         for split, size in self._sizes.items():
-            if size is not None and (size < num_classes or size % num_classes):
+            if isinstance(size, int) and (size < num_classes or size % num_classes):
                 raise ValueError(
                     f"Expected argument `num_{split}` to be a multiple of the number of classes ({num_classes}), "
                     f"because the split is balanced, but got {size}"
@@ -262,7 +268,10 @@ class ClassificationDataModule(LightningDataModule):
     def _balanced(self, split: Split, pools: list[list[str]]) -> list[tuple[str, int]]:
         smallest = min(map(len, pools))
         size = self._sizes[split]
-        per_class = smallest if size is None else size // self.num_classes
+        if isinstance(size, int):
+            per_class = size // self.num_classes
+        else:
+            per_class = smallest if size is None else min(smallest, _AUTO_SIZES[split] // self.num_classes)
         if per_class > smallest or per_class == 0:
             raise ValueError(
                 f"Expected argument `num_{split}` to be at most {smallest * self.num_classes}, the balanced "

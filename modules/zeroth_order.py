@@ -51,6 +51,7 @@ from wandazeta.zeroth_order import (
     Estimator,
     HeadGradient,
     LossFn,
+    OneSided,
     QuerySchedule,
     RankSync,
     SGDUpdate,
@@ -60,6 +61,8 @@ from wandazeta.zeroth_order import (
     projected_gradients,
 )
 
+# of a step function, whose value the default for a smooth loss would not change
+_OBJECTIVE_EPSILON = 0.1
 _STATES = ("progress", "adapters.update_states", "adapters.schedule_states")
 """Buffers that are states of the training instead of trained values."""
 
@@ -92,10 +95,11 @@ class ZerothOrderModule(LanguageModel):
             `Weights`.
         head: Options of a head that is trained together with adapters; see `TrainedHead`.
         objective: What is minimised: one minus a metric of torchmetrics (of scores and labels) or of `GeneratedText`;
-            by default the cross-entropy. A metric is a step function, which needs large batches and an explicit
+            by default the cross-entropy. A metric is a step function, which needs large batches and a large
             `epsilon`.
         estimator: How the gradient is estimated: `TwoSided` differences (2 forwards for each query, the default),
-            `OneSided` differences (1 for each query and 1 more) or exact `ForwardMode` derivatives (counted as 2).
+            `OneSided` differences (1 for each query and 1 more, the default for a head with an exact gradient) or
+            exact `ForwardMode` derivatives (counted as 2). With an `objective`, the default has an `epsilon` of 0.1.
         schedule: Number of queries of a step: `ConstantSchedule` (8 by default), `AdaZetaSchedule` (by the epoch) or
             `VarianceSchedule` (more as the slopes become smaller).
         update: Rule that moves the adapters along the estimated gradient: `SGDUpdate` (AdaZeta's, the default) or
@@ -137,7 +141,10 @@ class ZerothOrderModule(LanguageModel):
     ) -> None:
         loading = loading or LoadingOptions()
         trainable = trainable or TensorTrainAdapters()
-        estimator = TwoSided() if estimator is None else estimator
+        if estimator is None:
+            epsilon = None if objective is None else _OBJECTIVE_EPSILON
+            is_exact = head is not None and head.gradient == "exact"
+            estimator = OneSided(epsilon) if is_exact else TwoSided(epsilon)
         schedule = schedule or ConstantSchedule(8)
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("query_chunk_size", query_chunk_size, query_chunk_size >= 1, "at least 1")

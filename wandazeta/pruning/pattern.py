@@ -12,8 +12,9 @@ class SparsityPattern:
     """Which fraction of the weights is set to zero, and in which groups.
 
     Args:
-        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
-        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
+        sparsity_pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`; `"auto"` is
+            `"unstructured"` if `sparsity` or `sparsity_slope` is given, else `"2:4"`.
+        sparsity: Fraction of each row that is set to zero, for `"unstructured"` only; by default 0.5.
         sparsity_slope: Sparsity of the last block minus that of the first; the blocks in between lie on a straight
             line around `sparsity`. For `"unstructured"` only.
 
@@ -25,13 +26,20 @@ class SparsityPattern:
         (2, 4)
         >>> SparsityPattern("unstructured", sparsity=0.6).label
         '60%'
+        >>> SparsityPattern(sparsity=0.6).sparsity_pattern
+        'unstructured'
     """
 
-    sparsity_pattern: str = "2:4"
+    sparsity_pattern: str = "auto"
     sparsity: float | None = None
     sparsity_slope: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.sparsity_pattern == "auto":
+            is_free = self.sparsity is not None or self.sparsity_slope != 0
+            object.__setattr__(self, "sparsity_pattern", UNSTRUCTURED if is_free else "2:4")
+        if self.sparsity_pattern == UNSTRUCTURED and self.sparsity is None:
+            object.__setattr__(self, "sparsity", 0.5)
         if self.sparsity_pattern == UNSTRUCTURED:
             self._check_unstructured()
         else:

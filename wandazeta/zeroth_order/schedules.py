@@ -154,8 +154,8 @@ class VarianceSchedule(QuerySchedule):
     steps, in which the mean is not yet reliable, Q is `min_queries`.
 
     Args:
-        min_queries: Queries while the slopes are largest.
-        max_queries: Upper bound of the queries of a step.
+        min_queries: Queries while the slopes are largest; by default 4, or `max_queries` if that is smaller.
+        max_queries: Upper bound of the queries of a step; by default 16, or `min_queries` if that is larger.
         window: Number of steps that the running mean covers.
 
     Raises:
@@ -174,7 +174,11 @@ class VarianceSchedule(QuerySchedule):
 
     num_states = 3  # number of steps, running mean before its bias correction, largest corrected mean
 
-    def __init__(self, min_queries: int = 4, max_queries: int = 16, window: int = 100) -> None:
+    def __init__(self, min_queries: int | None = None, max_queries: int | None = None, window: int = 100) -> None:
+        if min_queries is None:
+            min_queries = 4 if max_queries is None else min(4, max_queries)
+        if max_queries is None:
+            max_queries = max(16, min_queries)
         check_at_least("min_queries", min_queries, 1)
         check_at_least("max_queries", max_queries, min_queries)
         check_at_least("window", window, 1)

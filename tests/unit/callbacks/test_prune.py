@@ -255,6 +255,7 @@ def test_fast_dev_run_prunes_a_little_and_keeps_nothing(folder, caplog, batches,
     module, dense, pruning = Tiny(), Tiny(), callback(folder, **options)
     fit(pruning, module, fast_dev_run=batches)
     num_blocks = int(batches)
+    assert f"Sparsity after the fit: 50.0% of {256 * num_blocks} weights" in caplog.text
     for index, (layer, before) in enumerate(zip(module.layers, dense.layers, strict=True)):
         assert bool((layer.up.weight == 0).any()) == (index < num_blocks)
         assert index < num_blocks or torch.equal(layer.up.weight, before.up.weight)
@@ -456,7 +457,7 @@ def test_padding_is_found_in_the_attention_mask():
     ("arguments", "message"),
     [
         ({"sparsity_pattern": "4:2"}, "`sparsity_pattern`"),
-        ({"sparsity_pattern": "unstructured"}, "`sparsity`"),
+        ({"sparsity_pattern": "2:4", "sparsity": 0.6}, "`sparsity`"),
         ({"method": "sparse"}, "`method`"),
         ({"num_calibration_samples": 0}, "`num_calibration_samples` to be an integer larger than 0"),
         (
