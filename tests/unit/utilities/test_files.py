@@ -57,7 +57,7 @@ def test_a_file_is_replaced_only_once_it_is_complete(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"first")
     with pytest.raises(TypeError), open_atomically(path) as file:
-        file.writelines([b"seco", "nd"])
+        file.writelines([b"half", "text"])
     assert path.read_bytes() == b"first"
     with open_atomically(path) as file:
         file.write(b"second")
