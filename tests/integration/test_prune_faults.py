@@ -85,7 +85,7 @@ def assert_as_undisturbed(folder, prepared):
 
 
 def files_of(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and "lightning_logs" not in path.parts)
+    files = (path for path in folder.rglob("*") if path.is_file() and "log" not in path.parts)
     return {path: path.read_bytes() for path in files}
 
 
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_while_exporting_leaves_nothing_half_written(
         line = refused(PRUNE, capsys)
     assert "No space left on device" in line or "of room" in line
     assert str(small_disk) in line
-    assert {path.name for path in small_disk.iterdir()} == {"progress", "ballast", "lightning_logs"}
+    assert {path.name for path in small_disk.iterdir()} == {"progress", "ballast", "log"}
     (small_disk / "ballast").unlink()
     main(PRUNE)
     assert_as_undisturbed(small_disk, prepared)
