@@ -124,6 +124,8 @@ def test_every_loader_of_a_fit_has_its_own_metrics(model_dir, tmp_path):
     assert {name for name in run.callback_metrics if name.startswith("val/")} == {
         "val/loss/dataloader_idx_0",
         "val/perplexity/dataloader_idx_0",
+        "val/sequence_length/dataloader_idx_0",
+        "val/bos/dataloader_idx_0",
         "val/accuracy/dataloader_idx_1",
         "val/option_loss/dataloader_idx_1",
     }
