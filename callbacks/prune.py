@@ -40,7 +40,7 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report.table import report_table
 from wandazeta.pruning.session import PruningSession
-from wandazeta.utilities.arguments import check_at_least
+from wandazeta.utilities.arguments import check_at_least, existing_device
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
 
@@ -509,7 +509,7 @@ class WandaPPPruneCallback(Callback):
         try:
             report = session.run(
                 lambda: calibration_loader(trainer, pl_module, self.calibration),
-                device=trainer.strategy.root_device if self.device == "auto" else _existing_device(self.device),
+                device=trainer.strategy.root_device if self.device == "auto" else existing_device(self.device),
                 ranks=ranks,
                 should_stop=lambda: signals.received is not None,
                 show_progress=trainer.progress_bar_callback is not None,
@@ -568,15 +568,6 @@ def _masks_in(folder: ProgressFolder, report: PruneReport) -> dict[str, Tensor]:
     """Return the masks of a pruning by the names of the weights."""
     results = zip(report.blocks, folder.results(len(report.blocks)), strict=True)
     return {f"{record.name}.{name}": mask for record, result in results for name, mask in result.masks.items()}
-
-
-def _existing_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(
-            f"Expected argument `device` to be one of this machine, but got {name!r} ({str(error).splitlines()[0]})."
-        ) from error
 
 
 def _explain_unbuilt(pl_module: LightningModule) -> ValueError | None:

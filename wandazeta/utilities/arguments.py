@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -146,3 +147,21 @@ def describe_rates(optimizer: Optimizer, lr_scheduler: Callable[[Optimizer], LRS
     names = [name for name in inspect.signature(type(scheduler)).parameters if name in state and name != "last_epoch"]
     arguments = ", ".join(f"{name}={state[name]}" for name in names)
     return {"learning_rate": learning_rate, "lr_scheduler": f"{type(scheduler).__name__}({arguments})"}
+
+
+def existing_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index, if this machine has it.
+
+    Args:
+        device: Name of the device, such as `cpu` or `cuda:0`.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
+        raise ValueError(
+            f"Expected argument `device` to be one of this machine, but got {str(device)!r} "
+            f"({str(error).splitlines()[0]})."
+        ) from error
