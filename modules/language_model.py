@@ -195,9 +195,17 @@ class LanguageModel(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         """Log the metrics of all ranks, for several loaders under the names that Lightning gives their metrics."""
+        updated = torch.tensor(
+            [[metric.update_called for metric in metrics.values()] for metrics in self._metrics],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        # `compute` exchanges values: also a rank without a batch of a loader has to take part
+        anywhere = self.trainer.strategy.reduce(updated, reduce_op="sum") > 0
         for index, metrics in enumerate(self._metrics):
             suffix = f"/dataloader_idx_{index}" if len(self._metrics) > 1 else ""
-            measured = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
+            used = zip(metrics.items(), anywhere[index].tolist(), strict=True)
+            measured = {name: metric.compute() for (name, metric), was_updated in used if was_updated}
             if "loss" in measured:
                 measured["perplexity"] = measured["loss"].exp()
             for name, value in measured.items():

@@ -56,7 +56,7 @@ def test_all_ranks_end_and_the_next_run_goes_on(prepared, small_disk, middle):
     assert "Traceback" not in output
     assert not [path for path in small_disk.rglob(".*") if path.is_file()]
     if middle.startswith("checkpoints"):
-        assert "error: rank 0 ended with an error" in output
+        assert "error: rank 0 failed, see its own error" in output
         trained(small_disk)
     else:
         assert "error: Failed on rank 0: [Errno 28]" in output

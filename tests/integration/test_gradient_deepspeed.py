@@ -239,4 +239,4 @@ def test_the_configs_fit_together(tmp_path, repository, recovery, stage):
     # each rank its own file
     optimizers = list(tmp_path.glob("runs/recovery/*/checkpoints/last.ckpt/**/*optim_states.pt"))
     assert len(optimizers) == 2
-    assert "Holding" in result.stderr or recovery == "lora"
+    assert "Keeping" in result.stderr or recovery == "lora"
