@@ -77,12 +77,7 @@ class PruneOptions:
         Args:
             num_samples: Number of calibration samples.
         """
-        optimisation = self.method.active_optimisation
-        if optimisation is None:
-            return self
-        changes: dict[str, Any] = {"optimisation": replace(optimisation, rounds=1, samples_per_round=None)}
-        method: PruningMethod = replace(self.method, **changes)  # type: ignore[type-var]
-        return replace(self, method=method).for_samples(num_samples)
+        return replace(self, method=self.method.for_trial()).for_samples(num_samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as one flat dictionary of plain values, for JSON and for keys."""

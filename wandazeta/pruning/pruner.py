@@ -152,7 +152,7 @@ def prune_blocks(
             record = ranks.broadcast_object(found.record if found is not None else None) if loading else None
             loading = record is not None
             if record is not None:
-                sequence.replay(index, found)
+                sequence.replay(index, record, found)
             else:
                 result = sequence.prune(index)
                 # if the disk of rank 0 is full, no rank may wait for it at the next block
@@ -198,21 +198,24 @@ class _BlockSequence:
         self.samples = samples
         self.device = device
         self.ranks = ranks
-        optimisation = self.options.method.active_optimisation
-        keeps_stream = optimisation is not None and optimisation.target == "dense_stream"
+        keeps_stream = self.options.method.target == "dense_stream"
         self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        # of the blocks that the tuned optimisation improved
+        self.rates: list[float] = []
         self._is_batchable: dict[Hashable, bool] = {}
 
-    def replay(self, index: int, result: BlockResult | None) -> None:
+    def replay(self, index: int, record: BlockRecord, result: BlockResult | None) -> None:
         """Load a finished block and move the hidden states on, exactly as when it was pruned.
 
         Args:
             index: Position of the block.
+            record: Its record.
             result: The block; None on ranks other than 0.
 
         Raises:
             ValueError: If it is a block of another model.
         """
+        self._note_rate(record)
         with self._block(index) as layers:
             self.ranks.run_on_all(partial(self._check_result, index, layers, result))
             feeds_next = self.samples is not None and index < len(self.blocks) - 1
@@ -227,6 +230,10 @@ class _BlockSequence:
             self.ranks.broadcast_([layer.weight for layer in layers.values()])
             if self.samples is not None and feeds_next:
                 self._forward(index, self.samples.hidden, batches)
+
+    def _note_rate(self, record: BlockRecord) -> None:
+        if record.tuning is not None and record.tuning.rounds:
+            self.rates.append(record.tuning.rate)
 
     def _check_result(self, index: int, layers: dict[str, nn.Linear], result: BlockResult | None) -> None:
         shapes = {name: layer.weight.shape for name, layer in layers.items()}
@@ -255,6 +262,7 @@ class _BlockSequence:
                 self._batches(index),
                 self.samples.masks if self.samples is not None else (),
                 self.ranks,
+                self.rates,
             )
             if self.samples is None:
                 kept, loss_after = block.mask_by_score(), None
@@ -273,7 +281,9 @@ class _BlockSequence:
                 peak_memory=peak_memory(self.device),
                 num_samples=int(self.ranks.sum(len(self.samples))) if self.samples is not None else 0,
                 num_tokens=int(self.ranks.sum(self.samples.num_tokens)) if self.samples is not None else 0,
+                tuning=block.tuning,
             )
+        self._note_rate(record)
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
 
     def _prune_calibrated(
@@ -288,7 +298,7 @@ class _BlockSequence:
             return {}, None
         # at the first block, pruned and dense model have the same hidden states
         one_stream = self.dense_stream is None or index == 0
-        targets = block.measure(samples.hidden, keep_outputs=one_stream and block.optimisation is not None)
+        targets = block.measure(samples.hidden, keep_outputs=one_stream and block.method.target is not None)
         if self.dense_stream is not None:
             if not one_stream:
                 self._forward(index, self.dense_stream, block.batches)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["BlockRecord", "LayerRecord", "PruneReport"]
+__all__ = ["BlockRecord", "LayerRecord", "PruneReport", "TuningRecord"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,25 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class TuningRecord:
+    """What the tuned regional optimisation of one block chose, and its error on held-out samples.
+
+    Args:
+        rate: Step of the optimizer as a fraction of the root mean square of each layer's weights.
+        rounds: Rounds that were kept; 0 if the block stayed as it was before the optimisation.
+        num_held_out: Number of held-out samples.
+        error_before: Mean error of their tokens before the optimisation, relative to the size of each token.
+        error_after: The same error of the finished block.
+    """
+
+    rate: float
+    rounds: int
+    num_held_out: int
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """One pruned block.
 
@@ -43,6 +62,7 @@ class BlockRecord:
         peak_memory: Peak memory in bytes: of the device, or of the process where the device is the CPU.
         num_samples: Number of calibration samples.
         num_tokens: Number of calibration tokens without padding.
+        tuning: Record of the optimisation, of methods that tune it.
     """
 
     index: int
@@ -54,6 +74,7 @@ class BlockRecord:
     peak_memory: int = 0
     num_samples: int = 0
     num_tokens: int = 0
+    tuning: TuningRecord | None = None
 
     @property
     def num_weights(self) -> int:
@@ -70,7 +91,8 @@ class BlockRecord:
     def from_dict(cls, values: dict[str, Any]) -> "BlockRecord":
         """Build a record from the dictionary that `to_dict` returned."""
         layers = tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
-        return cls(**{**values, "layers": layers})
+        tuning = TuningRecord(**values["tuning"]) if values.get("tuning") else None
+        return cls(**{**values, "layers": layers, "tuning": tuning})
 
     def to_dict(self) -> dict[str, Any]:
         """The record as nested dictionaries of plain values."""

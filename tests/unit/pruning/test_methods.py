@@ -42,6 +42,7 @@ def test_methods_say_what_they_need():
         "ro": (True, False, True, False),
         "wanda++": (True, True, True, False),
         "sparsegpt": (True, False, False, True),
+        "tuned-ro": (True, False, False, True),
     }
     assert not WandaPP(alpha=0.0).uses_gradients
     assert WandaPP(alpha="auto").uses_gradients

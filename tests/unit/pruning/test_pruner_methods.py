@@ -62,7 +62,7 @@ def test_a_slope_makes_the_last_block_sparser_than_the_first(method):
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "unstructured"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt", "tuned-ro"])
 def test_every_row_and_group_has_its_exact_count(method, pattern):
     sparsity = 0.5 if pattern == "unstructured" else None
     model, blocks, report = tiny(method=method, sparsity_pattern=pattern, sparsity=sparsity)
@@ -70,7 +70,7 @@ def test_every_row_and_group_has_its_exact_count(method, pattern):
     for block in blocks:
         for layer in linears(block):
             zeros = layer.weight == 0
-            if method == "sparsegpt" and sparsity is not None:
+            if method in ("sparsegpt", "tuned-ro") and sparsity is not None:
                 assert zeros.sum() == int(zeros.numel() * sparsity)  # rows share the zeros of a block of columns
             elif sparsity is not None:
                 assert (zeros.sum(1) == int(zeros.shape[1] * sparsity)).all()

@@ -18,8 +18,9 @@ from wandazeta.pruning.method.regional import (
 )
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.method.tuning import BlockTuner
 from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.records import LayerRecord
+from wandazeta.pruning.records import LayerRecord, TuningRecord
 from wandazeta.pruning.samples import Batches
 from wandazeta.utilities.ranks import Ranks
 
@@ -39,6 +40,7 @@ class BlockPruner:
         batches: Groups samples that can run through the block together.
         masks: For each sample, which positions are no padding; None if all are.
         ranks: The ranks, among which the samples are distributed; all samples here belong to this rank.
+        rates: Rates of the earlier blocks that the tuned optimisation improved.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class BlockPruner:
         batches: Batches,
         masks: Sequence[Tensor | None],
         ranks: Ranks,
+        rates: Sequence[float] = (),
     ) -> None:
         self.index = index
         self.layers = dict(layers)
@@ -62,6 +65,7 @@ class BlockPruner:
         self.batches = batches
         self.masks = masks
         self.ranks = ranks
+        self.rates = rates
         self.num_probes = len(ranks.local_indices(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=self.method.uses_gram)
         keeps_pruned = self.optimisation is not None and self.optimisation.mask_mode == "straight_through"
@@ -71,6 +75,7 @@ class BlockPruner:
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
         self.score_moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.loss_before: float | None = None
+        self.tuning: TuningRecord | None = None
 
     def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
         """Run the dense block to collect input statistics and, if the score uses them, regional gradients.
@@ -141,6 +146,8 @@ class BlockPruner:
         """
         if self.optimisation is not None:
             return self._optimise(hidden, targets)
+        if self.method.tuning_rounds:
+            return self._tune(hidden, targets)
         return self._solve() if self.method.uses_gram else self.mask_by_score()
 
     def mask_by_score(self) -> dict[str, Tensor]:
@@ -197,6 +204,23 @@ class BlockPruner:
         # the last steps moved pruned weights away from zero
         self._measure_inputs(hidden)
         return self.mask_by_score()
+
+    def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        kept = self._solve()
+        self.loss_before = self._probe_loss(hidden, targets)
+        with self._trainable():
+            self.tuning = BlockTuner(
+                self.run,
+                self.constant_weights,
+                self.master,
+                kept,
+                hidden,
+                targets,
+                self.masks,
+                self.generator,
+                self.ranks,
+            ).tune(self.method.tuning_rounds, self.rates)
+        return kept
 
     def _probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         probes = range(min(self.num_probes, len(hidden)))
