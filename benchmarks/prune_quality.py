@@ -1,19 +1,20 @@
-"""Perplexity after pruning SmolLM2-135M: by method, pattern and seed; and with products in bfloat16.
+"""Perplexity after pruning: by model, method, pattern and seed; and with products in bfloat16.
 
-    python -m wandazeta.data.samples wikipedia brown smollm2-135m
+    python -m wandazeta.data.samples wikipedia brown smollm2-135m qwen2.5-coder-0.5b
     python benchmarks/prune_quality.py methods
+    python benchmarks/prune_quality.py methods --model Qwen2.5-Coder-0.5B --num-samples 32 --sequence-length 256
     python benchmarks/prune_quality.py bf16
     python benchmarks/prune_quality.py bf16 --num-blocks 4 --num-samples 16 --sequence-length 64 --eval-windows 4
 
 A setting whose record is in the result file is not measured again.
 
-`methods`: every record is a `wandazeta prune` of its own, calibrated on 64 windows of 512 tokens of Wikipedia's
-training documents and evaluated on test documents of two genres. `paper` and `best` have the settings of the presets of
-these names; the other methods have no settings. Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` have
-the settings of `best` at the commits that they name: a learning rate of 1e-3, three generated windows beside each real
-one, and that learning rate with half the rounds. A pruning that was stopped resumes at its next block. The seconds are
-those of the pruning without loading and evaluation. `OMP_NUM_THREADS` sets the number of threads; two processes with
-one thread each use two cores best.
+`methods`: every record is a `wandazeta prune` of its own, calibrated on windows of Wikipedia's training documents (64
+of 512 tokens by default) and evaluated on test documents of two genres. `paper` and `best` have the settings of the
+presets of these names; the other methods have no settings. The settings of `best` have changed: those of a record are
+in its `options`. Records of `best_12_rounds`, `best_3_copies` and `best_6_rounds` have the settings of `best` at the
+commits that they name. A pruning that was stopped resumes at its next block. The seconds are those of the pruning
+without loading and evaluation. `OMP_NUM_THREADS` sets the number of threads; two processes with one thread each use two
+cores best.
 
 `bf16`: prunes with products in float32 and in bfloat16 and compares masks and perplexities. The settings are those of
 the preset `best` except for the method and the size of the calibration. Blocks after the first `--num-blocks`
@@ -69,6 +70,7 @@ SOURCE = "sample:wikipedia"
 TEXTS = ("wikipedia", "brown")
 WINDOW = 512
 NUM_SAMPLES = 64
+MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": ".cache/wandazeta/qwen2.5-coder-0.5b"}
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "paper", "best")
 # `best` sets it for unstructured patterns only, as its file says
 SPARSITY_SLOPE = 0.2
@@ -102,31 +104,51 @@ def options_of(method: str, pattern: str, seed: int) -> dict[str, Any]:
     return options
 
 
-def config_of(method: str, pattern: str, seed: int, folder: Path) -> dict[str, Any]:
+def config_of(
+    method: str,
+    pattern: str,
+    seed: int,
+    folder: Path,
+    model: str = SMOLLM2,
+    num_samples: int = NUM_SAMPLES,
+    sequence_length: int = WINDOW,
+) -> dict[str, Any]:
     """Return the config of one pruning."""
     options = callback_arguments(options_of(method, pattern, seed))
-    options |= {"num_calibration_samples": NUM_SAMPLES, "output_dir": str(folder / "progress")}
+    options |= {"num_calibration_samples": num_samples, "output_dir": str(folder / "progress")}
     callback = {"class_path": "wandazeta.callbacks.WandaPPPruneCallback", "init_args": options}
-    text = {"source": SOURCE, "sequence_length": WINDOW, "num_calibration_samples": NUM_SAMPLES}
+    text = {"source": SOURCE, "sequence_length": sequence_length, "num_calibration_samples": num_samples}
     return {
         "seed_everything": seed,
-        "model": {"class_path": "wandazeta.modules.LanguageModel", "init_args": {"model_name_or_path": SMOLLM2}},
+        "model": {"class_path": "wandazeta.modules.LanguageModel", "init_args": {"model_name_or_path": model}},
         "data": {"class_path": "wandazeta.datamodules.TextDataModule", "init_args": text | {"seed": seed}},
         "trainer": {"accelerator": "auto", "devices": 1, "logger": False, "callbacks": [callback]},
     }
 
 
-def pruned(method: str, pattern: str, seed: int) -> tuple[Path, dict[str, Any]]:
+def pruned(method: str, pattern: str, seed: int, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Prune, or resume a pruning that was stopped; returns the directory of the model and its report."""
-    folder = FOLDER / f"{method}-{pattern.replace(':', 'of').replace('%', 'pc')}-{seed}"
+    size = (arguments.num_samples, arguments.sequence_length)
+    name = f"{method}-{pattern.replace(':', 'of').replace('%', 'pc')}-{size[0]}x{size[1]}-{seed}"
+    folder = FOLDER / arguments.model / name
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(config_of(method, pattern, seed, folder.relative_to(ROOT)), sort_keys=False))
+    values = config_of(method, pattern, seed, folder.relative_to(ROOT), MODELS[arguments.model], *size)
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
     model = folder / "model"
     if not (model / "prune_report.json").exists():
         shutil.rmtree(model, ignore_errors=True)
         run_wandazeta("prune", "-c", config, "--output_dir", model)
     return model, json.loads((model / "prune_report.json").read_text())
+
+
+def tuning_fields(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the rounds that were kept, in the mean over the blocks, and the number of held-out windows."""
+    found = [block["tuning"] for block in report.get("blocks", []) if block.get("tuning")]
+    if not found:
+        return {}
+    rounds = sum(tuning["rounds"] for tuning in found) / len(found)
+    return {"rounds": rounds, "windows_held_out": found[0]["num_held_out"]}
 
 
 def perplexities(model: Path, eval_windows: int) -> dict[str, dict[str, float | bool]]:
@@ -154,22 +176,29 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 def run_methods(arguments: argparse.Namespace) -> None:
     """Measure what is missing; the result file is written after each pruning."""
+    size = (arguments.num_samples, arguments.sequence_length)
     for method, pattern, seed in wanted(arguments):
-        key = {"model": "SmolLM2-135M", "method": method, "pattern": pattern, "window": WINDOW, "seed": seed}
+        key = {"model": arguments.model, "method": method, "pattern": pattern, "window": WINDOW, "seed": seed}
         key |= {"eval_windows": arguments.eval_windows}
+        if method != "dense" and size != (NUM_SAMPLES, WINDOW):
+            # records without it have the calibration of the file
+            key["calibration"] = f"{size[0]} x {size[1]} tokens"
         # `best` changes over time: records with other settings do not count
         chosen = {} if method == "dense" else options_of(method, pattern, seed)
-        if any(is_finished(chosen, [r["options"]]) for r in finished(RESULT) if is_finished(key, [r])):
+        same = [r for r in finished(RESULT) if is_finished(key, [r]) and r.get("calibration") == key.get("calibration")]
+        if any(is_finished(chosen, [r["options"]]) for r in same):
             continue
-        directory, report = (ROOT / SMOLLM2, {}) if method == "dense" else pruned(method, pattern, seed)
-        seconds = report.get("seconds", 0.0)
-        extra = {"seconds": seconds, "threads": torch.get_num_threads()}
+        dense = ROOT / MODELS[arguments.model]
+        directory, report = (dense, {}) if method == "dense" else pruned(method, pattern, seed, arguments)
+        extra = {"seconds": report.get("seconds", 0.0), "threads": torch.get_num_threads()}
+        extra |= {"tokens": report.get("num_tokens", 0)} | tuning_fields(report)
         extra |= {"options": report.get("options", {}), "commit": commit()}
         found = perplexities(directory, arguments.eval_windows)
         # read the file again: other seeds may be running beside this one
         records = finished(RESULT) + [key | {"text": text} | values | extra for text, values in found.items()]
-        write(RESULT, describe("prune_quality", records, split="test", calibration=f"{NUM_SAMPLES} x {WINDOW} tokens"))
-        print(f"{method} {pattern} seed {seed}: {found}", flush=True)
+        calibration = f"{NUM_SAMPLES} x {WINDOW} tokens"
+        write(RESULT, describe("prune_quality", records, split="test", calibration=calibration))
+        print(f"{arguments.model} {method} {pattern} seed {seed}: {found}", flush=True)
         if method != "dense" and not arguments.keep:
             shutil.rmtree(directory.parent)
 
@@ -193,10 +222,8 @@ class Masks:
 
 
 def bf16_options(method: str, seed: int, arguments: argparse.Namespace) -> PruneOptions:
-    """Return the settings of `best.yaml` with another method, and at most as many samples per round as there are."""
-    found = prune_settings("best")
-    per_round = min(found["samples_per_round"], arguments.num_samples)
-    return used_options(found | {"method": method, "samples_per_round": per_round, "seed": seed})
+    """Return the settings of `best.yaml` with another method."""
+    return used_options(prune_settings("best") | {"method": method, "seed": seed})
 
 
 def bf16_settings(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -317,6 +344,9 @@ def main() -> None:
     methods.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     methods.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "50%", "60%", "70%"])
     methods.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and draws")
+    methods.add_argument("--model", choices=MODELS, default="SmolLM2-135M")
+    methods.add_argument("--num-samples", type=int, default=NUM_SAMPLES, help="calibration windows")
+    methods.add_argument("--sequence-length", type=int, default=WINDOW, help="tokens of a calibration window")
     methods.add_argument("--eval-windows", type=int, default=32, help="test windows of each text")
     methods.add_argument("--keep", action="store_true", help="keep the pruned models under runs/prune_quality")
     bf16 = commands.add_parser("bf16", help="products in bfloat16 against float32")

@@ -34,6 +34,7 @@ OLD_NAMES = {
     "RO": "ro",
     "WandaPP": "wanda++",
     "SparseGPT": "sparsegpt",
+    "TunedRO": "tuned-ro",
     # estimators
     "TwoSided": "two_sided",
     "OneSided": "one_sided",

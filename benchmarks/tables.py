@@ -24,7 +24,8 @@ ACCURACIES = {
 }
 # the preset `best` today, and at earlier commits
 BEST = {
-    "best": "Wanda++ (preset `best`)",
+    "best": "tuned RO (preset `best`)",
+    "best_straight_through": "Wanda++, straight-through, learning rate 6e-4",
     "best_12_rounds": "Wanda++, learning rate 1e-3",
     "best_3_copies": "Wanda++, learning rate 1e-3, 3 generated windows per real one",
     "best_6_rounds": "Wanda++, learning rate 1e-3, 6 rounds",
@@ -68,14 +69,34 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean(values) - margin, mean(values) + margin
 
 
+def settings_of(record: dict[str, Any]) -> str:
+    """Name of the settings of a record of `prune_quality`; `best` had others before it tuned itself."""
+    is_old = record["method"] == "best" and record["options"]["method"] == "wanda++"
+    return "best_straight_through" if is_old else str(record["method"])
+
+
+def quality_groups(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Group the records of `prune_quality` by model and calibration; the dense model is in all groups of its model."""
+    records = result["records"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record["method"] != "dense":
+            groups.setdefault((record["model"], record.get("calibration", result["calibration"])), []).append(record)
+    for (model, _), found in groups.items():
+        found[:0] = [r for r in records if (r["model"], r["method"]) == (model, "dense")]
+    return groups
+
+
 def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     """The table of README: perplexity of 2:4 prunings, and accuracy before and after fine-tuning."""
     texts = {"wikipedia": "Wikipedia", "brown": "Brown"}
-    patterns = {"dense": "dense", "wanda": "2:4, Wanda", "sparsegpt": "2:4, SparseGPT", "best": "2:4, **Wanda++**"}
+    patterns = {"dense": "dense", "wanda": "2:4, Wanda", "sparsegpt": "2:4, SparseGPT", "best": "2:4, **tuned RO**"}
     final = [r for r in finetune["records"] if (r["phase"], r["model"]) == ("final", "smollm2-135m")]
 
+    records = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
+
     def perplexities(method: str) -> list[str]:
-        found = [r for r in quality["records"] if r["method"] == method and r["pattern"] in ("dense", "2:4")]
+        found = [r for r in records if settings_of(r) == method and r["pattern"] in ("dense", "2:4")]
         return [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
 
     def accuracy(method: str, pattern: str) -> str:
@@ -104,7 +125,8 @@ def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, A
     runs = demo["records"]
     minutes = mean(r["minutes"]["total"] for r in runs)
     gib = max(max(r["peak_memory_gib"].values()) for r in runs)
-    best = [r for r in quality["records"] if (r["method"], r["pattern"], r["text"]) == ("best", "2:4", "wikipedia")]
+    records = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
+    best = [r for r in records if (settings_of(r), r["pattern"], r["text"]) == ("best", "2:4", "wikipedia")]
     threads = sorted({r["threads"] for r in best})
     streamed = max(memory["records"], key=lambda r: r["model_gib"])
     return (
@@ -152,12 +174,19 @@ def prompt_table(result: dict[str, Any]) -> str:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    """Perplexity after pruning: mean over the seeds with the range, one row per pattern and method."""
-    records = result["records"]
+    """Perplexity after pruning by model and calibration: mean over the seeds with the range, by pattern and method."""
+    parts = []
+    for (model, calibration), records in quality_groups(result).items():
+        parts.append(f"### {model}, calibrated on {calibration}\n\n{quality_section(records)}")
+    return "\n\n".join(parts)
+
+
+def quality_section(records: list[dict[str, Any]]) -> str:
+    """Table and ratios of one model and calibration."""
     texts = list(dict.fromkeys(r["text"] for r in records))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["pattern"], record["method"]), []).append(record)
+        groups.setdefault((record["pattern"], settings_of(record)), []).append(record)
     patterns = ["dense", *dict.fromkeys(pattern for pattern, _ in groups if pattern != "dense")]
     methods = ["dense", "magnitude", "wanda", "sparsegpt", "paper", *BEST]
     body = []
@@ -174,8 +203,8 @@ def quality_table(result: dict[str, Any]) -> str:
 
 
 def quality_ratios(records: list[dict[str, Any]], texts: list[str], patterns: list[str]) -> list[str]:
-    """Ratios of the perplexity of Wanda++ to that of other methods with the same seed, one line per setting."""
-    known = {(r["pattern"], r["method"], r["text"], r["seed"]): r["perplexity"] for r in records}
+    """Ratios of the perplexity of the best settings to that of other methods with the same seed, a line per setting."""
+    known = {(r["pattern"], settings_of(r), r["text"], r["seed"]): r["perplexity"] for r in records}
     seeds = sorted({r["seed"] for r in records})
     lines = []
     for pattern, kind in ((pattern, kind) for pattern in patterns for kind in BEST):

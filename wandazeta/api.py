@@ -34,7 +34,7 @@ def prune(
     *,
     pattern: str = "2:4",
     sparsity: float | None = None,
-    method: PruningMethod | str = "wanda++",
+    method: PruningMethod | str = "tuned-ro",
     compute_dtype: ComputeDtype = "model",
     exclude_modules: Iterable[str] = (),
     num_samples: int = 128,
@@ -54,7 +54,7 @@ def prune(
         texts: Calibration texts.
         pattern: `"N:M"`, of every M consecutive inputs of a row N are kept, or `"unstructured"`.
         sparsity: Fraction of each row that is set to zero, for `"unstructured"` only.
-        method: Pruning method, a name such as `wanda` or an object such as `WandaPP(alpha="auto")`.
+        method: Pruning method, a name such as `wanda++` or an object such as `TunedRO(rounds=2)`.
         compute_dtype: Precision of matrix products: the `model`'s, or `bfloat16` by autocast.
         exclude_modules: Names of modules inside the blocks that stay dense, or regular expressions.
         num_samples: Calibration windows to use; all if the texts fill fewer.

@@ -17,7 +17,7 @@ from wandazeta.data.sources import SourceOptions
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
-from wandazeta.pruning import RGS, RO, RegionalOptimisation, SparseGPT, WandaPP
+from wandazeta.pruning import RGS, RO, RegionalOptimisation, SparseGPT, TunedRO, WandaPP
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.pattern import SparsityPattern
 from wandazeta.zeroth_order import (
@@ -38,7 +38,7 @@ SLOPES = {"directions": ["rademacher"], "aggregation": ["align", "fzoo"]}
 VALUES = {
     WandaPPPruneCallback: PATTERN
     | {
-        "method": ["magnitude", "wanda", "rgs", "ro", "sparsegpt", RO(), WandaPP(alpha="auto")],
+        "method": ["magnitude", "wanda", "rgs", "ro", "wanda++", "sparsegpt", RO(), WandaPP(alpha="auto"), TunedRO(2)],
         "compute_dtype": ["bfloat16"],
         "exclude_modules": [["down"]],
         "num_calibration_samples": [1, 8, 1000],
@@ -70,6 +70,7 @@ VALUES = {
     },
     RGS: {"alpha": [0.0, "auto"]},
     RO: {"optimisation": [RegionalOptimisation(rounds=1)]},
+    TunedRO: {"rounds": [1, 12]},
     WandaPP: {"alpha": [0.0, "auto"], "optimisation": [RegionalOptimisation(rounds=1)]},
     LoadingOptions: {
         "dtype": ["bfloat16", "float16"],

@@ -363,7 +363,7 @@ def make_method(method: PruningMethod | str) -> PruningMethod:
     """Return a method as given, or one with its default options by name.
 
     Args:
-        method: A method, or a name such as `wanda++`.
+        method: A method, or a name such as `wanda`.
 
     Raises:
         ValueError: If the name is unknown.
@@ -386,7 +386,7 @@ def method_from_dict(values: Mapping[str, Any]) -> PruningMethod:
     Raises:
         ValueError: If the method is unknown, or has no such option.
     """
-    method = make_method(values.get("method", WandaPP.name))
+    method = make_method(values.get("method", TunedRO.name))
     options = {name: value for name, value in values.items() if name != "method"}
     known = {field.name: field for field in fields(method)}  # type: ignore[arg-type]
     if "optimisation" in known:

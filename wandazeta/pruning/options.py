@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from wandazeta.pruning.methods import PruningMethod, WandaPP, make_method, method_from_dict
+from wandazeta.pruning.methods import PruningMethod, TunedRO, make_method, method_from_dict
 from wandazeta.pruning.pattern import SparsityPattern
 from wandazeta.utilities.arguments import check_at_least, check_choice
 
@@ -35,7 +35,7 @@ class PruneOptions:
         '4:8'
     """
 
-    method: PruningMethod = field(default_factory=WandaPP)
+    method: PruningMethod = field(default_factory=TunedRO)
     pattern: SparsityPattern = field(default_factory=SparsityPattern)
     exclude_modules: tuple[str, ...] = ()
     compute_dtype: ComputeDtype = "model"

@@ -1,6 +1,6 @@
 import pytest
 
-from wandazeta.pruning import METHODS, RGS, PruneOptions, SparsityPattern, WandaPP, make_method
+from wandazeta.pruning import METHODS, RGS, PruneOptions, SparsityPattern, TunedRO, make_method
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_wrong_options_are_named(change, message):
 
 
 def test_defaults():
-    assert PruneOptions() == PruneOptions(WandaPP(), SparsityPattern("2:4"), (), "model", 0)
+    assert PruneOptions() == PruneOptions(TunedRO(), SparsityPattern("2:4"), (), "model", 0)
 
 
 def test_names_are_converted():

@@ -26,6 +26,7 @@ _METHODS = {
     "ro": "RO (Wanda's score and regional optimisation)",
     "wanda++": "Wanda++ (regional gradients and regional optimisation)",
     "sparsegpt": "SparseGPT",
+    "tuned-ro": "Tuned RO (SparseGPT and regional optimisation that tunes itself)",
 }
 
 

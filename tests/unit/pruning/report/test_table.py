@@ -20,7 +20,7 @@ def test_table_has_a_line_for_each_block_and_says_what_it_buys():
     assert [row[0] for row in rows] == ["0", "1", "2", "all"]
     assert rows[0] == ["0", "640", "2:4", "15.00%", "0.5", "0.25", "1.5", "1.00 GiB"]
     assert rows[3] == ["all", "1,920", "", "25.00%", "", "", "4.5", "1.00 GiB"]
-    assert "Pruned by wanda++: model.layers" in text
+    assert "Pruned by tuned-ro: model.layers" in text
     assert report.gain in " ".join(text.split())
 
 
