@@ -81,9 +81,10 @@ def run(repository, folder, case="prune", size=2, **options):
     [
         (2, {"method": "wanda++", "rounds": 2, "target": "dense_stream", "learning_rate": 1e-3}),
         (2, {"method": "sparsegpt"}),
+        (2, {"method": "tuned-ro", "rounds": 2, "num_calibration_samples": 16}),
         (4, {"method": "wanda", "num_calibration_samples": 6}),
     ],
-    ids=["a step by one rank", "gram matrices", "uneven shares"],
+    ids=["a step by one rank", "gram matrices", "held-out errors", "uneven shares"],
 )
 def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_path, size, options):
     codes, errors = run(repository, tmp_path, size=size, **options)

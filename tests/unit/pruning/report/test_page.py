@@ -67,7 +67,7 @@ def test_every_block_and_layer_is_there(tmp_path):
     for words in (
         "org/model",
         f"{report.sparsity:.1%} of the weights in 24 layers are zero",
-        "Wanda++ (regional gradients and regional optimisation)",
+        "Tuned RO (SparseGPT and regional optimisation that tunes itself)",
         "calibrated on 4 samples with 40 tokens",
         f"{round(report.sparsity * 7680):,} of 7,680 weights",
         "2 of every 4 consecutive inputs are kept",
