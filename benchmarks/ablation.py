@@ -1,6 +1,7 @@
-"""Ablation of pruning options: variants of one setting, on the first blocks of SmolLM2-135M only.
+"""Ablation of pruning options: variants of one setting, on the first blocks of a model only.
 
     python benchmarks/ablation.py --workers 2
+    python benchmarks/ablation.py --model Qwen2.5-Coder-0.5B "tuned-ro"
 
 The variants are in `benchmarks/ablation.yaml`. The measure is the perplexity of the whole model on validation text with
 the other blocks dense. Each variant runs in a process of its own with one thread and takes minutes; a finished variant
@@ -14,13 +15,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 from records import (
+    MODELS,
     RESULTS,
     ROOT,
-    SMOLLM2,
     commit,
     describe,
     finished,
@@ -34,8 +36,10 @@ RESULT = RESULTS / "ablation.json"
 VARIANTS = ROOT / "benchmarks" / "ablation.yaml"
 SOURCE = "sample:wikipedia"
 EVAL_WINDOW = 512
+# model of records that name none
+OLDEST = {"model": "SmolLM2-135M"}
 # settings that decide a record, beside the options
-SETTINGS = ("pattern", "blocks", "samples", "tokens", "eval_windows", "seed")
+SETTINGS = ("model", "pattern", "blocks", "samples", "tokens", "eval_windows", "seed")
 
 
 def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     from wandazeta.modules import LanguageModel
     from wandazeta.pruning import BlockRecord, PruningInterrupted, prune_model
 
-    module = LanguageModel(str(ROOT / SMOLLM2)).eval()
+    module = LanguageModel(str(ROOT / MODELS[arguments.model])).eval()
     calibration = TextDataModule(
         SOURCE,
         tokenizer=module.tokenizer,
@@ -81,6 +85,7 @@ def measure(options: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
         "perplexity_bos": text.starts_with_bos,
         "seconds": seconds,
         "block_losses": [record.loss_after for record in records],
+        "tuning": [asdict(record.tuning) for record in records if record.tuning is not None],
     }
 
 
@@ -98,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="names of variants; by default all")
     parser.add_argument("--workers", type=int, default=1, help="number of processes, each with one thread")
+    parser.add_argument("--model", choices=MODELS, default="SmolLM2-135M")
     parser.add_argument("--pattern", default="2:4", help='"N:M", or a sparsity such as "0.6"')
     parser.add_argument("--blocks", type=int, default=6, help="number of blocks to prune, from the first")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -127,7 +133,7 @@ def main() -> None:
         key = settings | {"name": name, "options": base | changes}
         if arguments.blocks == 0:
             key["options"] = {}
-        if is_finished(key, records):
+        if is_finished(key, [OLDEST | record for record in records]):
             return
         made_at = commit()
         record = key | {"changes": changes, "commit": made_at}

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 import yaml
 from records import (
+    MODELS,
     RESULTS,
     ROOT,
     SMOLLM2,
@@ -70,7 +71,6 @@ SOURCE = "sample:wikipedia"
 TEXTS = ("wikipedia", "brown")
 WINDOW = 512
 NUM_SAMPLES = 64
-MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": ".cache/wandazeta/qwen2.5-coder-0.5b"}
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "paper", "best")
 # `best` sets it for unstructured patterns only, as its file says
 SPARSITY_SLOPE = 0.2

@@ -20,6 +20,8 @@ from wandazeta.utilities.environment import command, commit, hardware, versions
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SMOLLM2 = ".cache/wandazeta/smollm2-135m"
+# decoders of the offline samples: name in records -> directory
+MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-Coder-0.5B": ".cache/wandazeta/qwen2.5-coder-0.5b"}
 
 # Names in the code -> names in records made before the package was restructured (commit b27f25d and earlier).
 OLD_CLASS_PATHS = {

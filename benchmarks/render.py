@@ -28,19 +28,15 @@ from tables import (
     quality_table,
     readme_table,
     recovery_table,
+    replication_table,
     scaling_table,
     speed_table,
     zo_memory_table,
     zo_step_table,
 )
 
-PAGES = (
-    "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("ablation", "estimators", "finetune", "recovery", "results", "scaling", "trainables")
-    ),
-)
+DOCS = ("ablation", "estimators", "finetune", "recovery", "replication", "results", "scaling", "trainables")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 PLAIN, OURS = "#9aa0a6", "#1a73e8"
 
 # marker in the pages -> names of its result files, and the function that makes the text of them
@@ -56,6 +52,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "speed_amx": (("prune_speed_amx",), speed_table),
     "ablation": (("ablation",), ablation_table),
     "recovery": (("recovery",), recovery_table),
+    "replication": (("prune_quality", "recovery", "finetune", "zo_memory"), replication_table),
     "finetune": (("finetune",), finetune_table),
     "epsilon": (("epsilon",), epsilon_table),
     "zo_memory": (("zo_memory",), zo_memory_table),

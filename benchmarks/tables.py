@@ -225,9 +225,10 @@ def ablation_table(result: dict[str, Any]) -> str:
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in result["records"]:
         key = tuple(record[name] for name in ("pattern", "blocks", "samples", "tokens", "eval_windows"))
-        settings.setdefault(key, []).append(record)
+        # the first records name no model
+        settings.setdefault((record.get("model", "SmolLM2-135M"), *key), []).append(record)
     parts = []
-    for (pattern, blocks, samples, tokens, windows), records in settings.items():
+    for (model, pattern, blocks, samples, tokens, windows), records in settings.items():
         records.sort(key=lambda r: r.get("perplexity", float("inf")))
         body = [
             [
@@ -239,7 +240,9 @@ def ablation_table(result: dict[str, Any]) -> str:
             ]
             for r in records
         ]
-        title = f"### {pattern}: first {blocks} blocks, {samples} x {tokens} tokens, {windows} validation windows"
+        title = (
+            f"### {model}, {pattern}: first {blocks} blocks, {samples} x {tokens} tokens, {windows} validation windows"
+        )
         heading = ["variant", "changes to the base", "perplexity", "CPU seconds", "commit"]
         parts.append(f"{title}\n\n{rows(heading, body)}")
     return "\n\n".join(parts)
@@ -495,3 +498,79 @@ def memory_rows() -> list[list[str]]:
         ]
         found.append([name, *(f"{part / 2**30:.2f}" for part in (*parts, sum(parts)))])
     return found
+
+
+def replication_table(
+    quality: dict[str, Any], recovery: dict[str, Any], finetune: dict[str, Any], zo_memory: dict[str, Any]
+) -> str:
+    """The claims of both abstracts, each with what was run here and what would be needed to say more."""
+    small = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
+    full_size = "a GPU, LLaMA weights and C4"
+
+    def perplexities(method: str, text: str) -> list[float]:
+        return [r["perplexity"] for r in small if (settings_of(r), r["pattern"], r["text"]) == (method, "2:4", text)]
+
+    def ratios(method: str, other: str) -> str:
+        pairs = zip(perplexities(method, "wikipedia"), perplexities(other, "wikipedia"), strict=False)
+        return spread([a / b for a, b in pairs], ".2f")
+
+    def accuracies(method: str, model: str) -> str:
+        final = [r for r in finetune["records"] if (r["phase"], r["model"], r["task"]) == ("final", model, "topics")]
+        return spread([r["accuracy"] for r in final if (r["method"], r["pattern"]) == (method, "dense")], ".3f")
+
+    def trained(pruned_by: str) -> str:
+        (record,) = (r for r in recovery["records"] if (r["pruned_by"], r["method"]) == (pruned_by, "lora"))
+        return f"{record['perplexity_before']['test']:.1f} to {record['perplexity_after']['test']:.1f}"
+
+    memory = {r["method"]: r["peak_gib"] / r["inference_gib"] for r in zo_memory["records"]}
+    forwards = {r["model"]: r["forwards"] for r in finetune["records"] if r["method"] == "adazeta"}
+    body = [
+        [
+            "Wanda++: perplexity up to 32% below Wanda's",
+            "LLaMA-1 7B at 2:4: 9.43 against 11.53",
+            "SmolLM2-135M at 2:4, the paper's settings: "
+            f"{ratios('paper', 'wanda')} times Wanda's; `best`: {ratios('best', 'wanda')} times",
+            "not with the paper's settings at this width; with settings that are tuned, yes",
+            full_size,
+        ],
+        [
+            "Wanda++: orthogonal to sparsity-aware fine-tuning (LoRA)",
+            "LLaMA-1 7B at 2:4 with LoRA: 9.43 to 6.88, after Wanda 11.59 to 8.23",
+            f"SmolLM2-135M at 2:4, 100 steps of LoRA: Wanda++ {trained('wanda++')}, Wanda {trained('wanda')}",
+            "yes: the better pruning stays better",
+            "the paper's 30,000 samples",
+        ],
+        [
+            "Wanda++: a 7B in under ten minutes on one H100",
+            "290 s",
+            "random weights of LLaMA-7B's shape on one H100: see [results.md](results.md)",
+            "yes",
+            "trained weights of this size",
+        ],
+        [
+            "AdaZeta: more accurate than MeZO-LoRA",
+            "Llama-2-7B and RoBERTa-large, ten tasks",
+            f"MiniLM-L6, topics, {forwards['minilm-l6']:,} forward passes: AdaZeta "
+            f"{accuracies('adazeta', 'minilm-l6')}, MeZO-LoRA {accuracies('mezo_lora', 'minilm-l6')}; SmolLM2-135M, "
+            f"{forwards['smollm2-135m']:,}: {accuracies('adazeta', 'smollm2-135m')} and "
+            f"{accuracies('mezo_lora', 'smollm2-135m')}",
+            "no, at these budgets",
+            "the paper's budget, about 220,000 forward passes",
+        ],
+        [
+            "AdaZeta: memory far below back-propagation, about that of inference",
+            "8 times less than full fine-tuning",
+            f"SmolLM2-135M, batches of 4 x 64 tokens: tensor trains {memory['tensor_train']:.2f} times inference, "
+            f"back-propagation of all weights {memory['full_backprop']:.2f} times",
+            "yes",
+            "larger batches, where the difference grows",
+        ],
+        [
+            "AdaZeta: converges faster, and where MeZO-LoRA diverges",
+            "Llama-2-7B, SST-2: MeZO-LoRA diverges after 6,000 steps with batches of 16",
+            "nothing of that length; curves in [finetune.md](finetune.md)",
+            "not seen at these budgets",
+            "runs of 10,000 steps and more",
+        ],
+    ]
+    return rows(["claim", "published", "run here", "outcome", "needed to say more"], body)
