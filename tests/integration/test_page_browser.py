@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 from helpers.chromium import ask, needs_chromium
-from helpers.reports import made_up, pruned_llama
+from helpers.reports import evaluation, made_up, pruned_llama
 
 from wandazeta.pruning.report.page import write_page
 
@@ -23,14 +23,17 @@ SEEN = f"""{{
   width: innerWidth, content: document.documentElement.scrollWidth, fetched: performance.getEntriesByType("resource"),
   background: getComputedStyle(document.body).backgroundColor, color: getComputedStyle(document.body).color,
   bar: getComputedStyle(document.querySelector("svg path[style*=accent]")).fill,
-  rows: document.querySelectorAll("tbody tr").length, pictures: {PICTURES}
+  rows: document.querySelectorAll("#layers + .table tbody tr").length,
+  cut: [...document.querySelectorAll(".scroll, .table, .card")].filter((e) => e.scrollWidth > e.clientWidth + 1).length,
+  pictures: {PICTURES}
 }}"""
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(pruned_llama(), path, {"dense": 20.1, "a name that is as long as a name may be": 59.0}, model="a/b")
+    measured = evaluation("word" * 100, dense=20.1, a_name_that_is_as_long_as_a_name_may_be=59.0)
+    write_page(pruned_llama(), path, evaluation=measured, model="a/b")
     return path.read_text(encoding="utf-8")
 
 
@@ -38,11 +41,11 @@ def brightness(color):
     return sum(map(int, re.findall(r"\d+", color)[:3])) / 765
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
 def test_the_page_is_shown_whole_and_nothing_is_fetched(page, width, dark):
     seen = ask(page, SEEN, width, dark)
     assert seen["width"] == width
-    assert seen["content"] <= width  # nothing but the pictures' and the table's own boxes scrolls sideways
+    assert seen["content"] <= width
     assert seen["fetched"] == []
     assert (brightness(seen["background"]) < 0.2) == dark
     assert abs(brightness(seen["background"]) - brightness(seen["color"])) > 0.7

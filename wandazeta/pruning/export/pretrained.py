@@ -75,8 +75,9 @@ def export_pretrained(
         write_streamed(target / MASKS_FILE, lazy_masks, {"format": "pt"})
         if pack:
             write_packed(target)
-        write_json(target / REPORT_FILE, {"key": key, **report.to_dict()})
-        has_page = _write_page(target / PAGE_FILE, report, model)
+        name = hub_name(model) or type(model).__name__
+        write_json(target / REPORT_FILE, {"key": key, "model": name, **report.to_dict()})
+        has_page = _write_page(target / PAGE_FILE, report, name)
         card = model_card(model, report, has_tokenizer=tokenizer is not None, has_page=has_page, is_packed=pack)
         (target / "README.md").write_text(card, encoding="utf-8")
         _reset_permissions(target)
@@ -251,10 +252,10 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _write_page(path: Path, report: PruneReport, model: Any) -> bool:
+def _write_page(path: Path, report: PruneReport, model: str) -> bool:
     """Write the report as an HTML page if the packages for it are installed; returns whether it was written."""
     try:
-        write_page(report, path, model=hub_name(model) or type(model).__name__)
+        write_page(report, path, model=model)
     except ModuleNotFoundError as error:
         _logger.warning("Skipped %s: %s", path.name, error)
         return False

@@ -112,6 +112,63 @@ def sparsity_map(blocks: Sequence[BlockRecord]) -> str:
         return _svg(figure, "zeros", label, tips)
 
 
+def layers_differ(blocks: Sequence[BlockRecord]) -> bool:
+    """Whether layers differ in their sparsity by more than rounding.
+
+    Args:
+        blocks: The blocks, at least one with a layer.
+    """
+    reached = [layer.sparsity for block in blocks for layer in block.layers]
+    return max(reached) - min(reached) > 0.005
+
+
+def score_rows(blocks: Sequence[BlockRecord]) -> str:
+    """Curves of the pruning score over the blocks, one row per layer name with a scale of its own.
+
+    Args:
+        blocks: The blocks, at least one with a layer.
+
+    Returns:
+        The SVG.
+    """
+    import numpy as np
+
+    names = list(dict.fromkeys(layer.name for block in blocks for layer in block.layers))
+    labels = [_short(name.removesuffix(".weight"), 18) for name in names]
+    indices = [block.index for block in blocks]
+    scores = np.full((2, len(names), len(blocks)), np.nan)  # mean and standard deviation
+    tips = {}
+    for column, block in enumerate(blocks):
+        for layer in block.layers:
+            row = names.index(layer.name)
+            scores[:, row, column] = layer.score_mean, layer.score_std
+            tips[f"place-{column}-{row}"] = (
+                f"block {block.index}, {layer.name}: mean {layer.score_mean:.3g}, "
+                f"standard deviation {layer.score_std:.3g}"
+            )
+    scores[~np.isfinite(scores)] = np.nan
+    with _figure(_CHART[0], 34 * len(names) + 46) as figure:
+        axes = figure.add_subplot()
+        for column, row in ((column, row) for column in range(len(blocks)) for row in range(len(names))):
+            if (key := f"place-{column}-{row}") in tips:
+                _place(axes, indices[column], row, key)
+        for row, (mean, std) in enumerate(zip(*scores, strict=True)):
+            largest = float(np.max(mean + std, initial=0, where=~np.isnan(mean + std))) or 1.0
+            # the axis points downwards: a row ends at its baseline, and a tenth of it is left free above the curve
+            heights = [row + 1 - 0.9 * np.maximum(value, 0) / largest for value in (mean - std, mean, mean + std)]
+            axes.fill_between(indices, heights[0], heights[2], color=_ACCENT, alpha=0.2, linewidth=0)
+            axes.plot(indices, heights[1], ".-", color=_ACCENT, linewidth=1.5, markersize=4)
+            axes.text(indices[-1] + 0.5, row + 0.15, f" {largest:.2g}", color=_MUTED, fontsize=10, va="center")
+        axes.set_ylim(len(names), 0)
+        axes.set_yticks(np.arange(len(names)) + 0.6, labels)
+        axes.hlines(range(1, len(names) + 1), indices[0] - 0.5, indices[-1] + 0.5, color=_LINE, linewidth=0.8)
+        _block_ticks(axes, blocks)
+        label = (
+            f"Mean and standard deviation of the pruning score of {len(names)} layer names over {len(blocks)} blocks."
+        )
+        return _svg(figure, "scores", label, tips)
+
+
 def measured_losses(blocks: Sequence[BlockRecord]) -> dict[int, tuple[float, float]]:
     """RO loss before and after the optimisation by block index, of the blocks where both are known and finite.
 
@@ -140,10 +197,12 @@ def losses(blocks: Sequence[BlockRecord]) -> str:
     with _figure(*_CHART) as figure:
         axes = _block_axes(figure, blocks)
         size = min(7, max(3.5, 180 / len(blocks)))
-        axes.vlines(list(pairs), before, after, color=_MUTED, linewidth=1)
-        axes.plot(list(pairs), before, "o", color=_MUTED, mfc=_SURFACE, ms=size, label="before optimisation")
+        if before != after:  # without optimisation there is one loss
+            axes.vlines(list(pairs), before, after, color=_MUTED, linewidth=1)
+            axes.plot(list(pairs), before, "o", color=_MUTED, mfc=_SURFACE, ms=size, label="before optimisation")
         axes.plot(list(pairs), after, "o", color=_ACCENT, ms=size, label="after")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=2, handletextpad=0.1)
+        if before != after:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=2, handletextpad=0.1)
         _scale(axes, [*before, *after])
         tips = {f"column-{index}": f"block {index}: {pair[0]:.3g} → {pair[1]:.3g}" for index, pair in pairs.items()}
         label = (
@@ -175,10 +234,10 @@ def block_bars(blocks: Sequence[BlockRecord], values: Sequence[float], key: str,
 
 
 def perplexity_bars(perplexities: Mapping[str, float]) -> str:
-    """Bar chart of perplexities, one horizontal bar per model.
+    """Bar chart of perplexities, one horizontal bar per model, on a logarithmic axis from 1, the smallest possible.
 
     Args:
-        perplexities: Perplexities larger than 0, by model name.
+        perplexities: Finite perplexities by model name.
 
     Returns:
         The SVG.
@@ -193,11 +252,9 @@ def perplexity_bars(perplexities: Mapping[str, float]) -> str:
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.invert_yaxis()
         axes.grid(axis="x")
-        if is_logarithmic(values):
-            axes.set(xscale="log", xlim=(min(values) / 2, max(values) * 4))
-            _plain_numbers(axes, "x")
-        else:
-            axes.set_xlim(0, max(values) * 1.2)
+        # a third of the width is left for the numbers
+        axes.set(xscale="log", xlim=(1, max(*values, 10) ** 1.5))
+        _plain_numbers(axes, "x")
         words = ", ".join(f"{name} {value:,.2f}" for name, value in zip(names, values, strict=True))
         return _svg(figure, "perplexities", f"Perplexities: {words}.")
 
@@ -243,19 +300,30 @@ def _cell(axes: "Axes", column: int, row: int, opacity: float, key: str | None =
     axes.add_patch(square)
 
 
+def _place(axes: "Axes", index: int, row: int, key: str) -> None:
+    """Invisible rectangle behind the value of a block in a row, which shows a tooltip."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((index - 0.5, row), 1, 1, color=_SURFACE, linewidth=0, zorder=0, gid=key))
+
+
 def _block_axes(figure: "Figure", blocks: Sequence[BlockRecord]) -> "Axes":
     """Axes with the blocks along x, and a column behind each block that shows its values in a tooltip."""
-    from matplotlib.ticker import MaxNLocator
-
     axes = figure.add_subplot()
     for block in blocks:
         column = axes.axvspan(block.index - 0.5, block.index + 0.5, color=_SURFACE, linewidth=0, zorder=0)
         column.set_gid(f"column-{block.index}")
+    _block_ticks(axes, blocks)
+    axes.grid(axis="y")
+    return axes
+
+
+def _block_ticks(axes: "Axes", blocks: Sequence[BlockRecord]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlim(blocks[0].index - 0.5, blocks[-1].index + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(min(len(blocks), 10), integer=True))
     axes.set_xlabel("block")
-    axes.grid(axis="y")
-    return axes
 
 
 def _scale(axes: "Axes", values: Sequence[float]) -> None:

@@ -1,24 +1,29 @@
 """The report of a pruning as a self-contained HTML page.
 
 `python -m wandazeta.pruning.report.page report.json` writes the page of the report in a progress folder, or of the
-`prune_report.json` of an exported model.
+`prune_report.json` of an exported model, with the evaluation in an `evaluation.json` beside it.
 """
 
 import argparse
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report import charts
+from wandazeta.pruning.report.evaluation import EVALUATION_FILE, Evaluation, read_evaluation
 from wandazeta.utilities.files import write_atomically
 
-__all__ = ["main", "write_page"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
+__all__ = ["main", "page_of_file", "write_page"]
+
+_CHARTS = ("waffle", "perplexities", "zeros", "losses", "scores", "seconds", "memory")
 _METHODS = {
     "magnitude": "Magnitude pruning",
     "wanda": "Wanda",
@@ -33,8 +38,8 @@ _METHODS = {
 def write_page(
     report: PruneReport,
     path: str | os.PathLike[str],
-    perplexities: Mapping[str, float] | None = None,
     *,
+    evaluation: Evaluation | None = None,
     model: str | None = None,
 ) -> None:
     """Write a report as an HTML page that holds its style and charts, and loads nothing from elsewhere.
@@ -42,25 +47,44 @@ def write_page(
     Args:
         report: The report of the pruning.
         path: The file to write.
-        perplexities: Perplexities for a bar chart, by model name, in the order of the bars.
+        evaluation: Perplexities and continuations of the pruned model and others.
         model: Name of the model for the headline; by default that of the list of blocks.
 
     Raises:
-        ValueError: If a perplexity is not a number larger than 0.
         OSError: If the file cannot be written.
         ModuleNotFoundError: If matplotlib or jinja2 is not installed.
     """
-    perplexities = dict(perplexities or {})
-    for name, value in perplexities.items():
-        if not 0 < value < math.inf:
-            raise ValueError(
-                f"Expected argument `perplexities` to hold numbers larger than 0, but got {value!r} for {name!r}; "
-                "leave out what was not measured."
-            )
-    write_atomically(Path(path), _render(report, perplexities, model).encode())
+    write_atomically(Path(path), _render(report, evaluation, model).encode())
 
 
-def _render(report: PruneReport, perplexities: dict[str, float], model: str | None) -> str:
+def page_of_file(
+    path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, model: str | None = None
+) -> Path:
+    """Write the page of a report file, with the evaluation in the `evaluation.json` beside it if there is one.
+
+    Args:
+        path: `report.json` of a progress folder or `prune_report.json` of an exported model.
+        output: The file to write; by default beside the report, as `.html`.
+        model: Name of the model for the headline; by default the name in the file.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ValueError: If the report or the evaluation cannot be read.
+        OSError: If the file cannot be written.
+        ModuleNotFoundError: If matplotlib or jinja2 is not installed.
+    """
+    path = Path(path)
+    report, name = _read(path)
+    beside = path.with_name(EVALUATION_FILE)
+    evaluation = read_evaluation(beside) if beside.exists() else None
+    target = path.with_suffix(".html") if output is None else Path(output)
+    write_page(report, target, evaluation=evaluation, model=model or name)
+    return target
+
+
+def _render(report: PruneReport, evaluation: Evaluation | None, model: str | None) -> str:
     try:
         import matplotlib  # noqa: F401 (if it is missing, fail here)
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -74,36 +98,42 @@ def _render(report: PruneReport, perplexities: dict[str, float], model: str | No
     )
     environment.filters |= {
         "amount": _amount,
+        "code": _code,
         "count": lambda value: f"{round(value):,}",
         "duration": _duration,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "memory": lambda value: f"{value / _memory_unit(value)[1]:.4g} {_memory_unit(value)[0]}",
         "percent": "{:.1%}".format,
+        "perplexity": lambda value: f"{value:,.2f}" if math.isfinite(value) else "infinite",
     }
     patterns = sorted({layer.pattern for block in report.blocks for layer in block.layers})
-    drawn = {name: Markup(svg) for name, svg in _charts(report, perplexities).items()}
+    drawn = {name: Markup(svg) for name, svg in _charts(report, evaluation).items()}
     return environment.get_template("page.html").render(
         report=report,
         model=model,
+        evaluation=evaluation,
         patterns=patterns,
         pattern_words=_pattern_words(patterns),
         lead=_lead(report),
         loss_words=_loss_words(report),
         memory_unit=_memory_unit(report.peak_memory)[0],
-        logarithmic=bool(perplexities) and charts.is_logarithmic(list(perplexities.values())),
-        charts={name: drawn.get(name) for name in ("waffle", "zeros", "losses", "perplexities", "seconds", "memory")},
+        charts={name: drawn.get(name) for name in _CHARTS},
     )
 
 
-def _charts(report: PruneReport, perplexities: dict[str, float]) -> dict[str, str]:
+def _charts(report: PruneReport, evaluation: Evaluation | None) -> dict[str, str]:
     drawn = {"waffle": charts.waffle(report.sparsity)}
-    if perplexities:
-        drawn["perplexities"] = charts.perplexity_bars(perplexities)
+    models = evaluation.models if evaluation else ()
+    if finite := {model.name: model.perplexity for model in models if math.isfinite(model.perplexity)}:
+        drawn["perplexities"] = charts.perplexity_bars(finite)
     if not any(block.layers for block in report.blocks):
         return drawn
     unit, size = _memory_unit(report.peak_memory)
     peaks = [block.peak_memory / size for block in report.blocks]
-    drawn["zeros"] = charts.sparsity_map(report.blocks)
+    # N:M gives every layer the same sparsity, which the headline states
+    if charts.layers_differ(report.blocks):
+        drawn["zeros"] = charts.sparsity_map(report.blocks)
+    drawn["scores"] = charts.score_rows(report.blocks)
     drawn["seconds"] = charts.block_bars(report.blocks, [block.seconds for block in report.blocks], "seconds", "s")
     drawn["memory"] = charts.block_bars(report.blocks, peaks, "memory", unit)
     if charts.measured_losses(report.blocks):
@@ -136,7 +166,7 @@ def _loss_words(report: PruneReport) -> str:
         return words
     left = median(after / before for before, after in pairs)
     if all(before == after for before, after in pairs):
-        words += " This method does not optimise the block, so both values are equal."
+        words += " This method does not optimise the block, so there is one value."
     elif left < 1:
         words += f" In the median block the optimisation reduced it by {1 - left:.0%}."
     else:
@@ -144,6 +174,13 @@ def _loss_words(report: PruneReport) -> str:
     if charts.is_logarithmic([loss for pair in pairs for loss in pair]):
         words += " Logarithmic scale."
     return words
+
+
+def _code(text: str) -> "Markup":
+    """Escape text and set what stands in backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _amount(value: float) -> str:
@@ -163,17 +200,11 @@ def _memory_unit(num_bytes: int) -> tuple[str, int]:
     return ("GiB", 2**30) if num_bytes >= 2**30 else ("MiB", 2**20)
 
 
-def _perplexity(argument: str) -> tuple[str, float]:
-    name, _, value = argument.rpartition("=")
-    if not name:
-        raise ValueError
-    return name, float(value)
-
-
-def _read(path: Path) -> PruneReport:
+def _read(path: Path) -> tuple[PruneReport, str | None]:
+    """The report in a file, and the name of the model if the file has it."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-        return PruneReport.from_dict(content)
+        return PruneReport.from_dict(content), content.get("model")
     except OSError as error:
         raise ValueError(f"Expected '{path}' to be a file that can be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -193,18 +224,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("report", type=Path, help="report.json or prune_report.json")
     parser.add_argument("-o", "--output", type=Path, help="file to write; by default beside the report, as .html")
     parser.add_argument("--model", help="name of the model, for the headline")
-    parser.add_argument(
-        "--perplexity",
-        type=_perplexity,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="perplexity to show as a bar; may be repeated",
-    )
     chosen = parser.parse_args(args)
-    output = chosen.output or chosen.report.with_suffix(".html")
     try:
-        write_page(_read(chosen.report), output, dict(chosen.perplexity), model=chosen.model)
+        page_of_file(chosen.report, chosen.output, model=chosen.model)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 

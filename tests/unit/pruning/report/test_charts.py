@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ DRAWN = {
     "waffle": lambda: charts.waffle(0.37),
     "zeros": lambda: charts.sparsity_map(BLOCKS),
     "losses": lambda: charts.losses(BLOCKS),
+    "scores": lambda: charts.score_rows(BLOCKS),
     "seconds": lambda: charts.block_bars(BLOCKS, [1.5, 0.0, 3.0], "seconds", "s"),
     "perplexities": lambda: charts.perplexity_bars({"dense": 20.0, "pruned": 31.5}),
 }
@@ -76,6 +78,22 @@ def test_the_map_has_a_square_for_every_layer_deeper_with_more_zeros():
     assert "40%" in [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
+def test_every_row_of_scores_has_its_own_scale_and_a_tooltip_for_every_layer():
+    svg = charts.score_rows(BLOCKS)
+    found = tips(svg)
+    assert len(found) == 6
+    assert found["scores-place-2-1"] == "block 2, down.weight: mean 2.5, standard deviation 2.25"
+    texts = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert {"up", "down", " 3.8", " 4.8"} <= set(texts)  # the largest mean and standard deviation of each row
+
+
+def test_scores_that_are_missing_or_no_numbers_leave_gaps():
+    (other,) = made_up(1, names=("down.weight",)).blocks
+    layers = tuple(replace(layer, score_mean=float("nan")) for layer in other.layers)
+    blocks = (BLOCKS[0], replace(other, index=1, layers=layers))
+    assert set(tips(charts.score_rows(blocks))) == {"scores-place-0-0", "scores-place-0-1", "scores-place-1-1"}
+
+
 def test_a_layer_that_a_block_lacks_leaves_its_place_empty():
     blocks = (BLOCKS[0], made_up(2, names=("down.weight",)).blocks[1])
     assert set(tips(charts.sparsity_map(blocks))) == {"zeros-cell-0-0", "zeros-cell-0-1", "zeros-cell-1-1"}
@@ -113,7 +131,19 @@ def test_values_far_apart_are_drawn_logarithmically():
     assert charts.is_logarithmic([1.0, 31.0])
     assert not charts.is_logarithmic([1.0, 30.0])
     assert not charts.is_logarithmic([0.0, 30.0])
+
+
+def test_bars_of_perplexities_start_at_the_smallest_possible():
+    texts = [
+        text.text for text in ElementTree.fromstring(charts.perplexity_bars({"a": 20.0, "b": 30.0})).iter(f"{SVG}text")
+    ]
+    assert texts[0] == "1"
     assert ">1000<" in charts.perplexity_bars({"a": 20.0, "b": 3000.0})
+
+
+def test_without_optimisation_there_is_one_series_of_losses():
+    assert ">before optimisation<" in charts.losses(BLOCKS)
+    assert ">before optimisation<" not in charts.losses(made_up(losses=(0.5, 0.5)).blocks)
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():

@@ -1,14 +1,15 @@
 import json
 import re
 import sys
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from helpers.reports import made_up
+from helpers.reports import evaluation, made_up
 
 from wandazeta.pruning.records import PruneReport
-from wandazeta.pruning.report.page import main, write_page
+from wandazeta.pruning.report.page import main, page_of_file, write_page
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "col", "source"}
 
@@ -62,7 +63,11 @@ def svgs(text):
 def test_every_block_and_layer_is_there(tmp_path):
     report = made_up(12)
     page = Page(written(tmp_path, report, model="org/model"))
-    expected = [[str(b.index), layer.name, f"{layer.sparsity:.2%}"] for b in report.blocks for layer in b.layers]
+    expected = [
+        [str(b.index), layer.name.removesuffix(".weight"), f"{layer.sparsity:.2%}"]
+        for b in report.blocks
+        for layer in b.layers
+    ]
     assert [[row[0], row[1], row[5]] for row in page.rows[1:]] == expected
     for words in (
         "org/model",
@@ -73,7 +78,7 @@ def test_every_block_and_layer_is_there(tmp_path):
         "2 of every 4 consecutive inputs are kept",
         "18.0 s",
         "1 GiB",
-        report.gain,
+        report.gain.replace("`", " "),
         "reduced it by 50%",
     ):
         assert words in page.text
@@ -82,7 +87,7 @@ def test_every_block_and_layer_is_there(tmp_path):
 
 
 def test_the_page_refers_to_nothing_outside(tmp_path):
-    text = written(tmp_path, made_up(), {"dense": 20.0})
+    text = written(tmp_path, made_up(), evaluation=evaluation(dense=20.0))
     page = Page(text)
     for tag, attributes in page.elements:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "image")
@@ -95,21 +100,58 @@ def test_the_page_refers_to_nothing_outside(tmp_path):
 
 
 def test_pictures_are_svg_with_words_for_them(tmp_path):
-    text = written(tmp_path, made_up(), {"dense": 20.0, "pruned": 1000.0})
+    text = written(tmp_path, made_up(), evaluation=evaluation(dense=20.0, pruned=1000.0))
     labels = " ".join(svgs(text))
-    assert len(svgs(text)) == 6
+    assert len(svgs(text)) == 7
     for words in (
         "Of every 100",
         "Heat map of 3 blocks by 2",
         "RO loss of 3",
         "dense 20.00, pruned 1,000.00",
+        "pruning score of 2 layer names over 3 blocks",
         " s.",
         " GiB.",
     ):
         assert words in labels
     ids = [attributes["id"] for _, attributes in Page(text).elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    assert "Logarithmic scale" in text
+
+
+def test_where_all_layers_have_the_same_sparsity_the_scores_take_the_place_of_its_map(tmp_path):
+    labels = " ".join(svgs(written(tmp_path, made_up(sparsity=0.5))))
+    assert "Heat map" not in labels
+    assert "RO loss" in labels
+    assert "pruning score" in labels
+    # the last row of an unstructured pattern is rounded
+    report = made_up(2, sparsity=0.5)
+    layers = tuple(replace(layer, sparsity=0.5001) for layer in report.blocks[1].layers)
+    report = replace(report, blocks=(report.blocks[0], replace(report.blocks[1], layers=layers)))
+    assert "Heat map" not in " ".join(svgs(written(tmp_path, report)))
+
+
+def test_code_is_set_as_code_without_backticks(tmp_path):
+    report = made_up(options={"method": "wanda", "sparsity_pattern": "2:4"})
+    assert "`" in report.gain
+    text = written(tmp_path, report)
+    assert "`" not in Page(text).text
+    assert "<code>wandazeta prune --pack true</code>" in text
+
+
+def test_an_evaluation_is_shown_with_figures_and_samples(tmp_path):
+    shown = Page(written(tmp_path, made_up(), evaluation=evaluation(dense=20.0, pruned=31.5)))
+    assert ["dense", "20.00", "1 MiB", "0.0%"] in shown.rows
+    assert ["pruned", "31.50", "1 MiB", "25.0%"] in shown.rows
+    for words in ("16,384 tokens in windows of 512", "The ship was", "dense sunk 0 times.", "pruned sunk 1 times."):
+        assert words in shown.text
+
+
+def test_a_perplexity_that_is_infinite_is_named_but_not_drawn(tmp_path):
+    text = written(tmp_path, made_up(), evaluation=evaluation(dense=20.0, pruned=float("inf")))
+    assert "Perplexities: dense 20.00." in svgs(text)
+    assert ["pruned", "infinite", "1 MiB", "25.0%"] in Page(text).rows
+    assert not any(
+        "Perplexities" in label for label in svgs(written(tmp_path, made_up(), evaluation=evaluation(a=1e999)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +165,7 @@ def test_large_numbers_are_short(tmp_path, width, words):
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):
     text = written(tmp_path, made_up(losses=(None, None), num_samples=0, num_tokens=0, options={"method": "magnitude"}))
-    assert len(svgs(text)) == 4
+    assert len(svgs(text)) == 5
     assert "No loss was measured" in text
     assert "without calibration data" in text
     assert "Perplexity" not in text
@@ -148,8 +190,8 @@ def test_all_text_is_escaped(tmp_path):
     evil = '</script><script>alert(1)</script><b title="x">&amp;\'$a$'
     report = made_up(names=(evil,), options={evil: evil, "method": evil, "sparsity_pattern": "2:4", "list": [evil]})
     report = PruneReport(report.options, evil, report.blocks)
-    harmless = {tag for tag, _ in Page(written(tmp_path, made_up(), {"a": 1.0})).elements}
-    text = written(tmp_path, report, {evil: 1.5}, model=evil)
+    harmless = {tag for tag, _ in Page(written(tmp_path, made_up(), evaluation=evaluation(a=1.0))).elements}
+    text = written(tmp_path, report, evaluation=evaluation(evil, **{evil: 1.5}), model=evil)
     page = Page(text)
     assert {tag for tag, _ in page.elements} == harmless
     assert text.count("<script") == 1
@@ -158,16 +200,8 @@ def test_all_text_is_escaped(tmp_path):
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path):
-    assert written(tmp_path, made_up(), {"a": 1.0}) == written(tmp_path, made_up(), {"a": 1.0})
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_perplexities_are_checked(tmp_path, value):
-    with pytest.raises(
-        ValueError, match=r"`perplexities` to hold numbers larger than 0, but got .* for 'dense'; leave out"
-    ):
-        write_page(made_up(), tmp_path / "page.html", {"dense": value})
-    assert not list(tmp_path.iterdir())
+    first, second = (written(tmp_path, made_up(), evaluation=evaluation(a=1.0)) for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
@@ -180,32 +214,33 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
 def test_the_command_makes_a_page_from_either_file(tmp_path):
     report = made_up()
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
-    (tmp_path / "prune_report.json").write_text(json.dumps({"key": "0123", **report.to_dict()}))
+    exported = {"key": "0123", "model": "org/model", **report.to_dict()}
+    (tmp_path / "prune_report.json").write_text(json.dumps(exported))
     main([str(tmp_path / "report.json")])
     assert (tmp_path / "report.html").read_text() == written(tmp_path, report)
-    chosen = [
-        "--perplexity",
-        "dense=20.5",
-        "--perplexity",
-        "a=b=31",
-        "--model",
-        "mine",
-        "-o",
-        str(tmp_path / "out.html"),
-    ]
-    main([str(tmp_path / "prune_report.json"), *chosen])
-    expected = written(tmp_path, report, {"dense": 20.5, "a=b": 31.0}, model="mine")
-    assert (tmp_path / "out.html").read_text() == expected
+    main([str(tmp_path / "prune_report.json")])
+    assert (tmp_path / "prune_report.html").read_text() == written(tmp_path, report, model="org/model")
+    main([str(tmp_path / "prune_report.json"), "--model", "mine", "-o", str(tmp_path / "out.html")])
+    assert (tmp_path / "out.html").read_text() == written(tmp_path, report, model="mine")
 
 
-def test_the_command_says_what_is_wrong(tmp_path, capsys):
+def test_the_page_of_a_file_shows_the_evaluation_beside_it(tmp_path):
+    report, measured = made_up(), evaluation(dense=20.0, pruned=float("inf"))
+    (tmp_path / "prune_report.json").write_text(json.dumps(report.to_dict()))
+    (tmp_path / "evaluation.json").write_text(json.dumps({**asdict(measured), "more": 1}))
+    path = page_of_file(tmp_path / "prune_report.json")
+    assert path == tmp_path / "prune_report.html"
+    assert path.read_text() == written(tmp_path, report, evaluation=measured)
+    for content in ("{}", "no JSON", '{"models": [{"name": "a"}]}', "[1]"):
+        (tmp_path / "evaluation.json").write_text(content)
+        with pytest.raises(ValueError, match=r"evaluation.json' to hold an evaluation, .*run `wandazeta evaluate`"):
+            page_of_file(tmp_path / "prune_report.json")
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match=r"error: Expected '.*none.json' to be a file that can be read \(No such file"):
         main([str(tmp_path / "none.json")])
     for content in ("{}", "[1]", "no JSON", '{"options": {}, "block_name": "x", "blocks": [1]}'):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(SystemExit, match=r"error: Expected '.*report.json' to hold the report of a pruning"):
             main([str(tmp_path / "report.json")])
-    for argument in ("dense", "dense=low", "=3"):
-        with pytest.raises(SystemExit):
-            main(["report.json", "--perplexity", argument])
-        assert "--perplexity: invalid" in capsys.readouterr().err
