@@ -6,6 +6,7 @@ A test fails when a page is not what this script writes.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,16 @@ from tables import (
 
 DOCS = ("ablation", "estimators", "finetune", "recovery", "replication", "results", "scaling", "trainables")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
+METHOD_NAMES = {
+    "adazeta": "AdaZeta, the paper's settings",
+    "adazeta_identity_start": "AdaZeta, identity start",
+    "best": "recommended settings",
+    "best_estimated_head": "recommended, estimated head",
+    "lora": "LoRA, back-propagation",
+    "mezo_lora": "MeZO-LoRA",
+}
+MODEL_NAMES = {"minilm-l6": "MiniLM-L6", "smollm2-135m": "SmolLM2-135M"}
+TASK_NAMES = {"topics": "topics of news", "sentences": "sentiment of sentences"}
 PLAIN, OURS = "#9aa0a6", "#1a73e8"
 
 # marker in the pages -> names of its result files, and the function that makes the text of them
@@ -100,17 +111,21 @@ def demo_bars(result: dict[str, Any], path: Path) -> None:
     values = [mean(r["perplexity"][key] for r in records) for key in METHODS]
     bars = left.barh(list(METHODS.values()), values, color=[PLAIN, PLAIN, PLAIN, OURS])
     left.bar_label(bars, fmt="{:,.0f}", padding=3)
-    left.set(xscale="log", title="perplexity at 2:4, log scale (lower is better)")
-    left.set_xlim(right=max(values) * 4)
+    # 1 is the smallest perplexity
+    left.set(xscale="log", xlim=(1, max(values) * 8), title="SmolLM2-135M pruned to 2:4: lower is better")
+    left.set_xlabel("perplexity, log scale from 1 (certain of every token)")
+    left.xaxis.set_major_formatter("{x:,.0f}")
     names = {
-        "majority": "majority class",
         "zero_shot": "pruned, zero-shot",
-        "fine_tuned": "pruned, forward-only\nfine-tuning",
+        "fine_tuned": "pruned, fine-tuned with\nforward passes alone",
+        "tfidf_logistic_regression": "TF-IDF with logistic\nregression",
     }
     values = [mean(r["accuracy"][key] for r in records) for key in names]
-    bars = right.barh(list(names.values()), values, color=[PLAIN, PLAIN, OURS])
+    (chance,) = {r["accuracy"]["majority"] for r in records}
+    bars = right.barh(list(names.values()), values, color=[PLAIN, OURS, PLAIN])
     right.bar_label(bars, fmt="{:.3f}", padding=3)
-    right.set(xlim=(0, 1), title="accuracy, sentiment (higher is better)")
+    right.set(xlim=(chance, 1), title="Sentiment of reviews: higher is better")
+    right.set_xlabel(f"accuracy, from {chance:g} (majority class) to 1")
     for axes in (left, right):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
@@ -118,17 +133,25 @@ def demo_bars(result: dict[str, Any], path: Path) -> None:
 
 
 def finetune_curves(result: dict[str, Any], path: Path) -> None:
-    """Draw validation accuracy against forward passes, one panel per task, model and pattern, with the seeds' mean."""
+    """Draw validation accuracy against forward passes, one panel per task, model and pattern, with the seeds' mean.
+
+    The accuracy starts at chance (the examples are balanced over the classes) or at the smallest value below it, and
+    the passes at 0. Curves have their names beside their ends.
+    """
     trained = [r for r in result["records"] if r["phase"] == "final" and r["curve"]]
     panels = list(dict.fromkeys((r["model"], r["pattern"], r["task"]) for r in trained))
     methods = list(dict.fromkeys(r["method"] for r in trained))
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained", squeeze=False)
-    for panel, ax in zip(panels, axes[0], strict=True):
+    height = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(height, 2, figsize=(12, 3.4 * height), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for (model, pattern, task), ax in zip(panels, axes.flat, strict=False):
+        found = [r for r in trained if (r["model"], r["pattern"], r["task"]) == (model, pattern, task)]
+        chance = 1 / len(found[0]["data"]["options"])
+        ends = {}
         for index, method in enumerate(methods):
-            curves = [
-                r["curve"] for r in trained if (r["model"], r["pattern"], r["task"]) == panel and r["method"] == method
-            ]
+            curves = [r["curve"] for r in found if r["method"] == method]
             for curve in curves:
                 ax.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=0.8)
             if curves:
@@ -137,11 +160,41 @@ def finetune_curves(result: dict[str, Any], path: Path) -> None:
                     (mean(f for f, _ in at), mean(a for _, a in at))
                     for at in (list(points) for points in zip(*curves, strict=False))
                 ]
-                ax.plot(*zip(*points, strict=True), color=f"C{index}", label=method)
-        ax.set(title=", ".join(panel), xlabel="forwards", ylabel="accuracy, validation")
+                ax.plot(*zip(*points, strict=True), color=f"C{index}")
+                ends[f"C{index}", METHOD_NAMES[method]] = points[-1]
+        right = max(x for x, _ in ends.values())
+        lowest = min(chance, *(a for r in found for _, a in r["curve"]))
+        ax.axhline(chance, color=PLAIN, linewidth=0.8, linestyle="--")
+        ax.annotate("chance", (right, chance), (-4, 4), textcoords="offset points", ha="right", color=PLAIN)
+        places = spread_out([y for _, y in ends.values()], 0.075 * (1 - lowest), lowest, 1)
+        for ((color, name), (_, y)), place in zip(ends.items(), places, strict=True):
+            ax.plot([right, 1.03 * right], [y, place], color=color, linewidth=0.8, clip_on=False)
+            ax.text(1.04 * right, place, name, color=color, va="center")
+        state = "dense" if pattern == "dense" else f"pruned to {pattern}"
+        ax.set_title(f"{MODEL_NAMES[model]}, {state}: {TASK_NAMES[task]}", loc="left")
+        ax.set(xlim=(0, right), ylim=(lowest, 1), xlabel="forward passes over a batch", ylabel="validation accuracy")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
+
+
+def spread_out(values: list[float], distance: float, lowest: float, highest: float) -> list[float]:
+    """Return places near the values, in the same order and at least a distance from each other.
+
+    Args:
+        values: The values that the places are for.
+        distance: Smallest distance of two places.
+        lowest: Smallest place.
+        highest: Largest place.
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    places = list(values)
+    last = lowest - distance
+    for index in order:
+        places[index] = last = max(places[index], last + distance)
+    limit = highest + distance
+    for index in reversed(order):
+        places[index] = limit = min(places[index], limit - distance)
+    return places
 
 
 def main() -> None:
