@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup samples demo test lint installed types contracts format clean
+.PHONY: help setup samples demo test lint installed types contracts docs dist format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 # torch first: DeepSpeed's own set-up asks for it
 	$(BIN)/python -m pip install -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[samples,deepspeed,lora,dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[all,docs,dev]"
 	touch $@
 
 samples: setup  ## fetch and convert the sample model and texts
@@ -56,6 +56,14 @@ types: installed  ## check types, over the package as installed from its wheel
 
 contracts: installed  ## check which package imports which, over the package as installed from its wheel
 	cd build/installed && PYTHONPATH=. $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache
+
+docs: installed  ## build the documentation site into build/site; a warning is an error
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+dist: setup  ## build the packages into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation > /dev/null
+	$(BIN)/python -m twine check --strict dist/*
 
 format: setup  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -36,7 +36,7 @@ from tables import (
     zo_step_table,
 )
 
-DOCS = ("ablation", "estimators", "finetune", "recovery", "replication", "results", "scaling", "trainables")
+DOCS = ("ablation", "estimators", "finetune_results", "recovery", "replication", "results", "scaling", "trainables")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 METHOD_NAMES = {
     "adazeta": "AdaZeta, the paper's settings",

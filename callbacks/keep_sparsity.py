@@ -40,7 +40,7 @@ class KeepSparsity(Callback):
         ValueError: Before training, if the strategy shards gradients (FSDP), nothing is pruned or the masks do not
             fit; after it, if something other than the optimizers has written to pruned weights.
 
-    Example:
+    Examples:
         >>> from wandazeta.callbacks import KeepSparsity
         >>> KeepSparsity(masks="runs/pruned_model").masks
         'runs/pruned_model'

@@ -33,7 +33,7 @@ class PredictionWriter(BasePredictionWriter):
     Args:
         output_dir: Folder of the file.
 
-    Example:
+    Examples:
         >>> from wandazeta.callbacks import PredictionWriter
         >>> PredictionWriter("runs/topics").path.name
         'predictions.jsonl'

@@ -88,7 +88,7 @@ class WandaPPPruneCallback(Callback):
         ValueError: If an option is out of range or two options contradict each other; when the training starts, if
             pruned weights are trained by a strategy that shards gradients (FSDP).
 
-    Example:
+    Examples:
         >>> from wandazeta.callbacks import WandaPPPruneCallback
         >>> WandaPPPruneCallback(sparsity_pattern="2:4", method="wanda").options.pattern.target_sparsity
         0.5

@@ -54,7 +54,7 @@ class FirstOrderModule(LanguageModel):
     Raises:
         ValueError: If an argument is out of range or does not fit the model, or peft is not installed.
 
-    Example:
+    Examples:
         >>> FirstOrderModule("runs/pruned", trainable=PeftLoRA(rank=16), learning_rate=5e-4)  # doctest: +SKIP
     """
 

@@ -3,7 +3,7 @@
 Each protocol names one thing that a callback or a data module looks for on an object of another kind. A module or data
 module of your own takes part by having the method or attribute; it does not have to inherit from anything here.
 
-Example:
+Examples:
     >>> from wandazeta.protocols import SupportsFingerprint
     >>> class Words:
     ...     def fingerprint(self) -> str:

@@ -19,7 +19,7 @@ def factorise(width: int, num_factors: int = 3) -> list[int]:
     Raises:
         ValueError: If `width` or `num_factors` is below 1.
 
-    Example:
+    Examples:
         >>> factorise(4096), factorise(64), factorise(1024), factorise(64, 2), factorise(576), factorise(17)
         ([16, 16, 16], [4, 4, 4], [8, 8, 16], [8, 8], [8, 8, 9], [17])
     """

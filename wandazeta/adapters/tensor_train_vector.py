@@ -86,7 +86,7 @@ class AdapterLayout:
         bottleneck: Inner width of every adapter.
         num_factors: Largest numbers of factors of a site's width and of the bottleneck.
 
-    Example:
+    Examples:
         >>> AdapterLayout([4096] * 96).num_parameters  # LLaMA-2-7B, three sites in each of 32 layers
         610560
     """

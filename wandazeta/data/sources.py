@@ -34,7 +34,7 @@ class SourceOptions:
     Raises:
         ValueError: If `max_documents` is smaller than 1, or the fractions are negative or do not add up to 1.
 
-    Example:
+    Examples:
         >>> SourceOptions(split_fractions=(0.9, 0.1, 0.1))
         Traceback (most recent call last):
         ValueError: Expected argument `split_fractions` to be three fractions that add up to 1, but got (0.9, 0.1, 0.1)

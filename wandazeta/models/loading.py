@@ -37,7 +37,7 @@ class LoadingOptions:
     Raises:
         ValueError: If an option is out of range or contradicts another one.
 
-    Example:
+    Examples:
         >>> LoadingOptions(dtype="bfloat16").torch_dtype
         torch.bfloat16
     """

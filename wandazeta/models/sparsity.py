@@ -19,7 +19,7 @@ def is_pruned(weight: Tensor, rows_dim: int = 0) -> bool:
         weight: A weight of two or more dimensions; any other is never pruned.
         rows_dim: Dimension of the output features: 0 for `nn.Linear`, 1 for the `Conv1D` of transformers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> is_pruned(torch.tensor([[0.0, 1.0], [2.0, 0.0]])), is_pruned(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
         (True, False)

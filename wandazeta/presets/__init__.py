@@ -27,7 +27,7 @@ def path(name: str) -> Path:
     Raises:
         ValueError: If there is no such preset.
 
-    Example:
+    Examples:
         >>> path("best").name
         'best.yaml'
     """

@@ -1,6 +1,6 @@
 """Prune language models block by block, in plain torch.
 
-Example:
+Examples:
     >>> import torch
     >>> from torch import nn
     >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)]

@@ -46,7 +46,7 @@ def split_rows(batch: Any) -> list[Any]:
     Returns:
         The rows, each a batch of the same type. A batch without tensors is one row.
 
-    Example:
+    Examples:
         >>> import torch
         >>> split_rows({"x": torch.tensor([[1], [2]]), "name": ["a", "b"]})
         [{'x': tensor([[1]]), 'name': ['a']}, {'x': tensor([[2]]), 'name': ['b']}]

@@ -229,7 +229,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     Returns:
         uint8 of shape (⌈values / 8⌉,) on the CPU, the first value in the lowest bit.
 
-    Example:
+    Examples:
         >>> pack_mask(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
     """

@@ -30,7 +30,7 @@ class PruneOptions:
     Raises:
         ValueError: If an option is out of range.
 
-    Example:
+    Examples:
         >>> PruneOptions("wanda", "4:8").to_dict()["sparsity_pattern"]
         '4:8'
     """

@@ -21,7 +21,7 @@ class SparsityPattern:
     Raises:
         ValueError: If an argument is out of range or two arguments contradict each other.
 
-    Example:
+    Examples:
         >>> SparsityPattern("2:4").group
         (2, 4)
         >>> SparsityPattern("unstructured", sparsity=0.6).label
@@ -103,7 +103,7 @@ class SparsityPattern:
             index: Position of the block, from 0.
             num_blocks: Number of blocks.
 
-        Example:
+        Examples:
             >>> pattern = SparsityPattern("unstructured", sparsity=0.6, sparsity_slope=0.2)
             >>> [round(pattern.of_block(index, 3).target_sparsity, 6) for index in range(3)]
             [0.5, 0.6, 0.7]
@@ -132,7 +132,7 @@ def num_pruned(count: int, sparsity: float) -> int:
         count: Number of weights.
         sparsity: Fraction to prune. Products that binary fractions put just below an integer count as that integer.
 
-    Example:
+    Examples:
         >>> num_pruned(100, 0.29), int(100 * 0.29)
         (29, 28)
     """

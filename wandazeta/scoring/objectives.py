@@ -22,7 +22,7 @@ __all__ = ["ExactText", "GeneratedText", "Objective", "check_objective", "metric
 class ExactText(Metric):
     """Fraction of texts that equal the right ones, leading and trailing spaces apart.
 
-    Example:
+    Examples:
         >>> ExactText()([" good", "god"], ["good", "good"])
         tensor(0.5000)
     """

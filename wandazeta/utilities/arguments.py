@@ -22,7 +22,7 @@ def check_range(name: str, value: Any, fits: bool, what: str) -> None:
     Raises:
         ValueError: If the value does not fit.
 
-    Example:
+    Examples:
         >>> check_range("rank", 0, False, "at least 1")
         Traceback (most recent call last):
         ValueError: Expected argument `rank` to be at least 1, but got 0
@@ -86,7 +86,7 @@ def closest_names(name: str, candidates: Iterable[str]) -> str:
     Returns:
         A question with the most similar candidates, or with the first eight if none is similar.
 
-    Example:
+    Examples:
         >>> closest_names("mlp.up", ["mlp.up_proj", "attn.q_proj"])
         'did you mean `mlp.up_proj`?'
     """

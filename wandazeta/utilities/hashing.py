@@ -17,7 +17,7 @@ def digest_tensor(tensor: Tensor) -> str:
     Returns:
         A hexadecimal SHA-256, cut to 32 digits.
 
-    Example:
+    Examples:
         >>> digest_tensor(torch.zeros(2))
         '21ff1b764ef3e705aee95fe1587a56a6'
     """

@@ -46,7 +46,7 @@ class Ranks:
         Returns:
             Indices into the list of this rank's samples, in the same order.
 
-        Example:
+        Examples:
             >>> Ranks(rank=1, size=2).local_indices([0, 1, 2, 3])
             [0, 1]
         """

@@ -25,7 +25,7 @@ class DeferredSignals:
         signals: Signals to defer; by default all that have a handler in Python.
         deliver: Raise the deferred signals again when the context ends.
 
-    Example:
+    Examples:
         >>> with DeferredSignals([signal.SIGTERM], deliver=False) as signals:
         ...     signal.raise_signal(signal.SIGTERM)
         >>> signals.received

@@ -92,7 +92,7 @@ class AdaZetaSchedule(QuerySchedule):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> schedule = AdaZetaSchedule.from_target(final_queries=20, num_epochs=160)
         >>> [schedule.num_queries(epoch) for epoch in (0, 1, 10, 40, 100)]
         [1, 1, 3, 8, 14]
@@ -161,7 +161,7 @@ class VarianceSchedule(QuerySchedule):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> schedule, states = VarianceSchedule(min_queries=2, max_queries=16, window=1), torch.zeros(3).double()
         >>> for slope in (4.0, 2.0, 1.0):

@@ -74,7 +74,7 @@ def pack_2of4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the shapes do not fit, a group keeps more than 2 values, or a pruned weight is not +0.0.
 
-    Example:
+    Examples:
         >>> pack_2of4(torch.tensor([[0.0, 3.0, 0.0, 2.0]]), torch.tensor([[False, True, False, True]]))
         (tensor([[3., 2.]]), tensor([13], dtype=torch.uint8))
     """
@@ -107,7 +107,7 @@ def unpack_2of4(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tens
     Raises:
         ValueError: If values or indices do not fit the shape.
 
-    Example:
+    Examples:
         >>> unpack_2of4(torch.tensor([[3.0, 2.0]]), torch.tensor([13], dtype=torch.uint8), (1, 4))
         tensor([[0., 3., 0., 2.]])
     """

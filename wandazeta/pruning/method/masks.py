@@ -35,7 +35,7 @@ def group_mask(score: Tensor, num_kept: int, group_size: int) -> Tensor:
     Returns:
         Bool of shape (out, in), exactly N True in every group.
 
-    Example:
+    Examples:
         >>> group_mask(torch.tensor([[1.0, 3.0, 2.0, 2.0]]), 2, 4).int()
         tensor([[0, 1, 0, 1]], dtype=torch.int32)
     """
@@ -76,7 +76,7 @@ class OneGroup:
         group_size: M.
         device: Device of the scores.
 
-    Example:
+    Examples:
         >>> OneGroup(2, 4)(torch.tensor([[1.0], [3.0], [2.0], [2.0]])).int().flatten()
         tensor([0, 1, 0, 1], dtype=torch.int32)
     """

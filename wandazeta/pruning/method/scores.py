@@ -32,7 +32,7 @@ def regional_score(weight: Tensor, input_norm: Tensor, gradient: Tensor | None =
     Returns:
         Scores in float32, shape (out, in).
 
-    Example:
+    Examples:
         >>> regional_score(torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 1.0]), torch.tensor([[0.0, 1.0]]), alpha=2.0)
         tensor([[3., 6.]])
     """

@@ -23,7 +23,7 @@ class InputStatistics:
         layers: The layers by name.
         with_gram: Collect Gram matrices, too.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1)
         >>> statistics = InputStatistics({"layer": layer})
         >>> with statistics.collect(), statistics.sample():
