@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 export WANDAZETA_CACHE ?= $(CURDIR)/.cache/wandazeta
 # DeepSpeed would compile its kernels at install
 export DS_BUILD_OPS := 0
+# mkdocs-material advertises its successor otherwise
+export NO_MKDOCS_2_WARNING := 1
 # two processes with several threads each on the same cores are four times slower: one thread each, two tests at a time
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2

@@ -1,10 +1,12 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,27 @@ def test_the_wheel_holds_every_package_and_nothing_else(wheel):
     expected |= {str(path.relative_to(package)) for path in code} | {"pruning/report/page.html"}
     inside = {name.removeprefix("wandazeta/") for name in names if name.startswith("wandazeta/")}
     assert inside == expected
+
+
+def test_the_description_of_the_package_has_no_relative_link(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    home = dict(url.split(", ") for url in metadata.get_all("Project-URL"))["Homepage"]
+    description = metadata.get_payload()
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert len(links) == len(re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text()))
+    assert all(link.startswith("https://") for link in links)
+    for link in links:
+        if link.startswith(home):
+            kind, branch, path = link.removeprefix(f"{home}/").split("/", 2)
+            assert (ROOT / path).exists(), link
+            # a picture has to be the file, not the page about it
+            assert (kind, branch) == (
+                "raw" if f"]({link})" in re.findall(r"!\[[^]]*(.*)", description) else "blob",
+                "main",
+            )
+    assert f"{home}/raw/main/docs/demo.svg" in links
 
 
 @pytest.mark.slow

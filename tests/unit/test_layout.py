@@ -1,11 +1,13 @@
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 # folder -> name of the package that it is installed as
@@ -80,6 +82,45 @@ def test_the_tested_torch_is_pinned_once():
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     pin = next(line for line in constraints if line.startswith("torch=="))
     assert f'"{pin}"' in (ROOT / "Makefile").read_text()
+
+
+def test_the_citation_and_the_extras_are_those_of_the_package():
+    from wandazeta.version import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == __version__
+    assert citation["license"] == project["license"]
+    assert citation["repository-code"] == project["urls"]["Homepage"]
+    (everything,) = project["optional-dependencies"]["all"]
+    extras = re.fullmatch(r"wandazeta\[(.*)\]", everything)[1].split(",")
+    assert sorted(extras) == sorted(project["optional-dependencies"].keys() - {"all", "dev", "docs"})
+
+
+def test_the_workflow_runs_what_the_continuous_integration_runs():
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    targets = re.search(r"make (.*)", (ROOT / ".ci" / "run").read_text().splitlines()[-1])[1].split()
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"docs", "dist", "test"} <= set(targets)
+    for target in targets:
+        assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.stem
+)
+def test_issue_templates_have_what_github_needs(path):
+    template = yaml.safe_load(path.read_text())
+    assert template.keys() >= {"name", "description", "body"}
+    for field in template["body"]:
+        assert field["attributes"]["label"]
+
+
+def test_docstrings_call_their_examples_as_the_site_does():
+    for folder in PACKAGES:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"^ *Example:$", path.read_text(), flags=re.MULTILINE), path
 
 
 def test_examples_in_docstrings_show_what_they_print():

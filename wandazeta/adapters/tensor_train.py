@@ -43,7 +43,7 @@ class TTShape:
     def balanced(
         cls, in_features: int, out_features: int, rank: int, num_factors: tuple[int, int] = (3, 3)
     ) -> "TTShape":
-        """Return the shape for two widths, each split by [`factorise`][wandazeta.adapters.factorise.factorise]."""
+        """Return the shape for two widths, each split by `factorise`."""
         in_factors, out_factors = factorise(in_features, num_factors[0]), factorise(out_features, num_factors[1])
         return cls(tuple(in_factors), tuple(out_factors), rank)
 
