@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 __all__ = ["EVALUATION_FILE", "EvaluatedModel", "Evaluation", "read_evaluation"]
@@ -16,17 +16,17 @@ class EvaluatedModel:
 
     Args:
         name: Name of the model, such as `dense`.
-        perplexity: Its perplexity; infinity if the loss overflowed.
-        size_bytes: Size of its weight files in bytes.
-        sparsity: Fraction of zeros among the weights of its Linear layers.
-        continuation: What it writes after the prompt.
+        perplexity: Its perplexity, infinity if the loss overflowed; None if it was measured by tasks only.
+        size_bytes: Size of its weight files in bytes; None for a model without files.
+        sparsity: Fraction of zeros among the weights of its blocks.
+        continuation: What it writes after the prompt; None if it was not asked to.
     """
 
     name: str
-    perplexity: float
-    size_bytes: int
+    perplexity: float | None
+    size_bytes: int | None
     sparsity: float
-    continuation: str
+    continuation: str | None
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Evaluation:
 
     Args:
         models: The models in the order in which they are shown, the baseline first.
-        text: The prompt that all models continue, from the text that they were measured on.
-        sequence_length: Tokens per window of the measurement.
+        text: The prompt that all models continue, from the text that they were measured on; None without text.
+        sequence_length: Tokens per window of the measurement; None without text.
         num_tokens: Number of tokens predicted by each model.
     """
 
     models: tuple[EvaluatedModel, ...]
-    text: str
-    sequence_length: int
+    text: str | None
+    sequence_length: int | None
     num_tokens: int
 
 
@@ -58,16 +58,10 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     try:
         content = json.loads(Path(path).read_bytes())
         models = tuple(
-            EvaluatedModel(
-                name=str(model["name"]),
-                perplexity=float(model["perplexity"]),
-                size_bytes=int(model["size_bytes"]),
-                sparsity=float(model["sparsity"]),
-                continuation=str(model["continuation"]),
-            )
+            EvaluatedModel(**{field.name: model[field.name] for field in fields(EvaluatedModel)})
             for model in content["models"]
         )
-        return Evaluation(models, str(content["text"]), int(content["sequence_length"]), int(content["num_tokens"]))
+        evaluation = Evaluation(models, *(content[field.name] for field in fields(Evaluation)[1:]))
     except OSError as error:
         raise ValueError(f"Expected '{path}' to be a file that can be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -75,3 +69,4 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
             f"Expected '{path}' to hold an evaluation, but it does not ({error!r}); run `wandazeta evaluate` again or "
             "delete the file."
         ) from error
+    return evaluation

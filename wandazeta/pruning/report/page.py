@@ -104,7 +104,7 @@ def _render(report: PruneReport, evaluation: Evaluation | None, model: str | Non
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "memory": lambda value: f"{value / _memory_unit(value)[1]:.4g} {_memory_unit(value)[0]}",
         "percent": "{:.1%}".format,
-        "perplexity": lambda value: f"{value:,.2f}" if math.isfinite(value) else "infinite",
+        "perplexity": _perplexity,
     }
     patterns = sorted({layer.pattern for block in report.blocks for layer in block.layers})
     drawn = {name: Markup(svg) for name, svg in _charts(report, evaluation).items()}
@@ -124,7 +124,8 @@ def _render(report: PruneReport, evaluation: Evaluation | None, model: str | Non
 def _charts(report: PruneReport, evaluation: Evaluation | None) -> dict[str, str]:
     drawn = {"waffle": charts.waffle(report.sparsity)}
     models = evaluation.models if evaluation else ()
-    if finite := {model.name: model.perplexity for model in models if math.isfinite(model.perplexity)}:
+    measured = {model.name: model.perplexity for model in models if model.perplexity is not None}
+    if finite := {name: value for name, value in measured.items() if math.isfinite(value)}:
         drawn["perplexities"] = charts.perplexity_bars(finite)
     if not any(block.layers for block in report.blocks):
         return drawn
@@ -174,6 +175,12 @@ def _loss_words(report: PruneReport) -> str:
     if charts.is_logarithmic([loss for pair in pairs for loss in pair]):
         words += " Logarithmic scale."
     return words
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.2f}" if math.isfinite(value) else "infinite"
 
 
 def _code(text: str) -> "Markup":

@@ -9,6 +9,7 @@ import pytest
 from helpers.reports import evaluation, made_up
 
 from wandazeta.pruning.records import PruneReport
+from wandazeta.pruning.report.evaluation import EvaluatedModel, Evaluation
 from wandazeta.pruning.report.page import main, page_of_file, write_page
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "col", "source"}
@@ -143,6 +144,14 @@ def test_an_evaluation_is_shown_with_figures_and_samples(tmp_path):
     assert ["pruned", "31.50", "1 MiB", "25.0%"] in shown.rows
     for words in ("16,384 tokens in windows of 512", "The ship was", "dense sunk 0 times.", "pruned sunk 1 times."):
         assert words in shown.text
+
+
+def test_an_evaluation_by_tasks_alone_shows_what_there_is(tmp_path):
+    model = EvaluatedModel("pruned", perplexity=None, size_bytes=None, sparsity=0.25, continuation=None)
+    text = written(tmp_path, made_up(), evaluation=Evaluation((model,), None, None, 0))
+    assert ["pruned", "not measured", "25.0%"] in Page(text).rows
+    assert "A sample of each model" not in text
+    assert not any("Perplexities" in label for label in svgs(text))
 
 
 def test_a_perplexity_that_is_infinite_is_named_but_not_drawn(tmp_path):
