@@ -568,7 +568,7 @@ def replication_table(
         [
             "AdaZeta: converges faster, and where MeZO-LoRA diverges",
             "Llama-2-7B, SST-2: MeZO-LoRA diverges after 6,000 steps with batches of 16",
-            "nothing of that length; curves in [finetune.md](finetune.md)",
+            "nothing of that length; curves in [finetune_results.md](finetune_results.md)",
             "not seen at these budgets",
             "runs of 10,000 steps and more",
         ],

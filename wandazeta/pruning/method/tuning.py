@@ -32,7 +32,7 @@ def split_held_out(num_samples: int) -> tuple[list[int], list[int]]:
     Args:
         num_samples: Number of samples.
 
-    Example:
+    Examples:
         >>> split_held_out(4)
         ([0, 1, 2], [3])
     """
