@@ -55,14 +55,11 @@ def token_weights(target: Tensor, mask: Tensor | None) -> Tensor:
         divided by the number of tokens; zero for padding.
     """
     size = target.detach().float().square().mean(-1)
-    if mask is None:
-        typical, count = size.median(), size.numel()
-    else:
-        typical, count = size.masked_fill(~mask, torch.nan).nanmedian(), mask.sum()
+    kept = torch.ones_like(size, dtype=torch.bool) if mask is None else mask
+    typical = size.masked_fill(~kept, torch.nan).nanmedian()
     # an output that is zero at every token has no size to compare with
     smallest = torch.finfo(torch.float32).tiny
-    weights = 1 / (size + _FLOOR * typical).clamp(min=smallest) / count
-    return weights if mask is None else weights * mask
+    return kept / (size + _FLOOR * typical).clamp(min=smallest) / kept.sum()
 
 
 def relative_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
