@@ -16,6 +16,9 @@ from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.streaming import load_streamed_model
 from wandazeta.utilities.arguments import check_range
 
+# a directory with adapters has another message
+_NEEDED_FILES = ("config.json", "adapters.json", "adapter_config.json")
+
 
 @dataclass(frozen=True)
 class LoadingOptions:
@@ -203,6 +206,8 @@ def _explained_errors(name: str, kind: str, argument: str = "model_name_or_path"
         if _is_missing_directory(str(name)):
             # transformers has asked the hub for it, whose answer is misleading
             first_line = f"there is no such directory; {_how_to_get(Path(name))}"
+        elif Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _NEEDED_FILES):
+            first_line = "this directory holds no model (config.json); choose the one that does"
         raise ValueError(
             f"Expected argument `{argument}` to be {kind}, a Hugging Face name or a directory "
             f"with config, tokenizer and safetensors, but got {str(name)!r}: {first_line}"

@@ -113,7 +113,8 @@ def test_what_may_be_a_checkpoint_is_left_to_its_reader(tmp_path, capsys, name):
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     (tmp_path / "deepspeed.ckpt/checkpoint").mkdir(parents=True)
     # the model is what it looks at next
-    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *MODEL, *DATA, "--ckpt_path", name)
+    trained = ("--model", "ZerothOrderModule", *MODEL[2:])
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *trained, *DATA, "--ckpt_path", name)
 
 
 @pytest.mark.parametrize("below", ["", "/deeper/down"])
