@@ -108,6 +108,8 @@ CASES = {
     "folder for a config": (("fit", "-c", "model"), "'model', which is a folder"),
     "model": ((*PRUNE, "--model.model_name_or_path", "no/such/model"), "there is no such directory"),
     "folder without a model": ((*PRUNE, "--model.model_name_or_path", "."), "this directory holds no model"),
+    "hub": ((*PRUNE, "--model.model_name_or_path", "someone/model"), "the hub cannot be reached"),
+    "hub of the data": ((*PRUNE, "--data.source", "someone/texts"), "Could not read `source` 'someone/texts'"),
     "text": ((*PRUNE, "--data.source", "nowhere.txt"), "but got 'nowhere.txt', which matches none"),
     "checkpoint": (("test", *MODEL, *DATA, "--ckpt_path", "nowhere.ckpt"), "'nowhere.ckpt', which does not exist"),
     # the machine
@@ -162,12 +164,20 @@ def folder(tmp_path_factory):
     return root
 
 
+def unreachable(*arguments):
+    raise OSError("Name or service not known")
+
+
 @pytest.fixture
 def bare_machine(monkeypatch):
     """A machine without a GPU, without a hub, and without the packages of the extras."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("sys.argv", ["wandazeta"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", unreachable)
+    # every repeated request would wait
+    monkeypatch.setattr("time.sleep", unreachable)
     for package in ("peft", "deepspeed"):
         monkeypatch.setitem(sys.modules, package, None)
 
