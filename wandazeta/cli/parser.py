@@ -19,12 +19,13 @@ from typing_extensions import override
 
 from wandazeta import presets
 from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.cli.help import PAGES
 from wandazeta.utilities.arguments import closest_names
 
 __all__ = ["ConfigOrPreset", "Parser", "command_first"]
 
 PRESET = "preset:"
-COMMANDS = ("fit", "validate", "test", "predict", "prune", "diagnose")
+COMMANDS = tuple(PAGES)
 _CONFIG_OPTIONS = ("-c", "--config")
 # the start of a message, which may begin with the key or with another attempt to read the value
 _UNION = (

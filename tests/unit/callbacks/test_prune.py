@@ -62,7 +62,7 @@ def test_pruning_leaves_the_random_numbers_alone(folder):
         ({"method": "magnitude"}, r"differs in (`\w+` \([^()]*\)(, )?)+;"),
         (
             {"seed": 1, "num_calibration_samples": 4},
-            r"differs in `seed` \(0 there, 1 here\), `num_calibration_samples`",
+            r"differs in `num_calibration_samples` \(8 there, 4 here\), `seed` \(0 there, 1 here\);",
         ),
         (
             {"seed": 1, "module": Tiny(seed=1)},
