@@ -490,7 +490,7 @@ class WandaPPPruneCallback(Callback):
         self._remember(trainer, pl_module, report, session)
         if not session.was_complete and trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
-            console.print(report_table(report), width=console.width if console.is_terminal else 120)
+            console.print(report_table(report), width=console.width if console.is_terminal else 80)
         return report
 
     def _session(self, pl_module: LightningModule) -> PruningSession:

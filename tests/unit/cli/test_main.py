@@ -384,3 +384,12 @@ def test_a_preset_is_read_by_its_name_and_can_be_overridden(built, name):
 
 def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
     assert "to be one of best, paper, but got 'bset'" in failing(capsys, "fit", "-c", "preset:bset", *MODEL)
+
+
+def test_a_run_does_not_list_absent_hardware_or_draw_bars_of_files(plain, capsys, caplog):
+    main(["validate", *plain("LanguageModel")])
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err + caplog.text
+    assert "val/perplexity" in shown or "val/accuracy" in shown
+    for noise in ("GPU available", "TPU available", "Loading weights", "Tip:", "no last checkpoint"):
+        assert noise not in shown
