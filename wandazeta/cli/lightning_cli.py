@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -23,6 +23,7 @@ from wandazeta.callbacks import (
     PredictionWriter,
     RankConsistencyCheck,
     RankWatchdog,
+    RunProgressBar,
     WandaPPPruneCallback,
 )
 from wandazeta.callbacks.run_record import RunRecord, keep_metrics
@@ -199,6 +200,9 @@ class WandazetaCLI(LightningCLI):
                 *callbacks,
                 ModelCheckpoint(run_dir / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
             ]
+        has_bar = config.get("enable_progress_bar") is False or any(isinstance(item, ProgressBar) for item in given)
+        if not has_bar:
+            callbacks = [*callbacks, RunProgressBar()]
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in given):
             callbacks = [*callbacks, PredictionWriter(config.get("default_root_dir") or ".")]
         return super()._instantiate_trainer(config, callbacks)

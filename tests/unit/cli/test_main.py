@@ -7,12 +7,12 @@ import torch
 import yaml
 from helpers.fit_config import write_inputs
 from helpers.tiny_model import save_tiny_llama
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from wandazeta import __version__, presets
-from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
+from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog, RunProgressBar, WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
@@ -359,6 +359,14 @@ def test_callbacks_and_loggers_of_the_trainer_keep_their_folders(built, tmp_path
     assert cli.trainer.logger.save_dir == "logs"
     assert found(cli, WandaPPPruneCallback)[0].output_dir == "progress"
     assert not found(built("--trainer.enable_checkpointing", "false"), ModelCheckpoint)
+
+
+def test_the_bar_is_that_of_the_run_unless_there_is_another_or_none(built):
+    assert [type(bar) for bar in found(built(), ProgressBar)] == [RunProgressBar]
+    assert [type(bar) for bar in found(built("--trainer.callbacks", "TQDMProgressBar"), ProgressBar)] == [
+        TQDMProgressBar
+    ]
+    assert not found(built("--trainer.enable_progress_bar", "false"), ProgressBar)
 
 
 def test_two_folders_for_one_run_are_refused(capsys):
