@@ -217,11 +217,9 @@ def _explain_value(parser: Parser, messages: list[str]) -> str:
     value = _given(messages)
     where = _where(parser, path, value)
     if found := re.match(r"Expected a dot import path string: (.*)", last):
-        known = sorted(_subclasses(base), key=lambda kind: not kind.__module__.startswith("wandazeta")) if base else []
-        names = [kind.__name__ for kind in known]
         return (
             f"Expected argument `{argument}` to be the name of a class, but got '{found[1]}'"
-            f"{_where(parser, path, found[1])}; {_closest(found[1], names)}"
+            f"{_where(parser, path, found[1])}; {_closest(found[1], _class_names(base))}"
         )
     if found := re.match(r"Expected an? (.*?)\. Got value: ", last, re.DOTALL):
         expected = expected or _in_words(found[1])
@@ -277,9 +275,15 @@ def _class_in(types: str) -> type | None:
     return None
 
 
-def _subclasses(kind: type) -> set[type]:
-    found = {child for direct in kind.__subclasses__() for child in (direct, *_subclasses(direct))}
-    return {child for child in (kind, *found) if not child.__name__.startswith("_")}
+def _class_names(base: type | None) -> list[str]:
+    """List the names of a class and of its subclasses, this package's first."""
+    found: list[type] = [] if base is None else [base]
+    for kind in found:
+        children: list[type] = kind.__subclasses__()
+        # also those of the classes that are added here
+        found += [child for child in children if child not in found]
+    found.sort(key=lambda kind: not kind.__module__.startswith("wandazeta"))
+    return [kind.__name__ for kind in found if not kind.__name__.startswith("_")]
 
 
 def _missing(names: Iterable[str]) -> str:
