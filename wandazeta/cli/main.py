@@ -50,8 +50,8 @@ __all__ = [
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:
-    """Whether a record is neither an advertisement nor a list of absent hardware, which `environment.json` has."""
-    return re.match(r".*Tip:|[GT]PU available: |.*HPU available: ", str(record.msg)) is None
+    """Whether a record is neither an advertisement nor the news that some hardware is absent."""
+    return re.match(r".*Tip:|\w+ available: False", str(record.msg)) is None
 
 
 def _hide_known_noise() -> None:
