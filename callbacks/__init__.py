@@ -7,6 +7,7 @@ from wandazeta.callbacks.cluster.watchdog import RankWatchdog
 from wandazeta.callbacks.keep_sparsity import KeepSparsity
 from wandazeta.callbacks.monitors import PeakMemoryMonitor
 from wandazeta.callbacks.predictions import PredictionWriter
+from wandazeta.callbacks.progress_bar import RunProgressBar
 from wandazeta.callbacks.prune import WandaPPPruneCallback
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PredictionWriter",
     "RankConsistencyCheck",
     "RankWatchdog",
+    "RunProgressBar",
     "SLURMRequeue",
     "WandaPPPruneCallback",
 ]

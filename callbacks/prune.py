@@ -31,7 +31,7 @@ from wandazeta.lightning_compat import copies_module, fast_dev_run, requeue_sign
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
-from wandazeta.pruning.calibration import call_arguments
+from wandazeta.pruning.calibration import DEFAULT_NUM_SAMPLES, call_arguments
 from wandazeta.pruning.held_masks import HeldMasks
 from wandazeta.pruning.methods import PruningMethod, make_method
 from wandazeta.pruning.options import ComputeDtype, PruneOptions
@@ -40,7 +40,7 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report.table import report_table
 from wandazeta.pruning.session import PruningSession
-from wandazeta.utilities.arguments import check_at_least, existing_device
+from wandazeta.utilities.arguments import check_positive, existing_device
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.signals import STOP_SIGNALS, DeferredSignals, requeue_slurm_job
 
@@ -74,7 +74,8 @@ class WandaPPPruneCallback(Callback):
             prunes better on all models that were tried.
         compute_dtype: Precision of the block's matrix products: the `model`'s, or `bfloat16` by autocast.
         exclude_modules: Names of modules inside the blocks that stay dense, or regular expressions.
-        num_calibration_samples: Number of calibration samples (rows of batches) to read.
+        num_calibration_samples: Number of calibration samples (rows of batches) to read; by default 128, or all if
+            there are fewer.
         calibration: Source of the calibration samples, a dataloader or a LightningDataModule; by default the trainer's
             data module (its `calibration_dataloader()` if it has one), else the training data.
         blocks: Dotted name of the list of decoder blocks in the module; found by default.
@@ -102,7 +103,7 @@ class WandaPPPruneCallback(Callback):
         method: PruningMethod | str = "tuned-ro",
         compute_dtype: ComputeDtype = "model",
         exclude_modules: list[str] | None = None,
-        num_calibration_samples: int = 128,
+        num_calibration_samples: int | None = None,
         calibration: LightningDataModule | DataLoader | None = None,
         blocks: str | None = None,
         device: str = "auto",
@@ -110,7 +111,7 @@ class WandaPPPruneCallback(Callback):
         seed: int = 0,
         keep_sparsity: bool = True,
     ) -> None:
-        check_at_least("num_calibration_samples", num_calibration_samples, 1)
+        check_positive(num_calibration_samples=num_calibration_samples)
         options = PruneOptions(
             make_method(method),
             SparsityPattern(sparsity_pattern, sparsity, sparsity_slope),
@@ -118,7 +119,9 @@ class WandaPPPruneCallback(Callback):
             compute_dtype=compute_dtype,
             seed=seed,
         )
-        self.options = options.for_samples(num_calibration_samples)
+        with_defaults = options.for_samples(num_calibration_samples or DEFAULT_NUM_SAMPLES)
+        # by default, the number of samples is known when they are read
+        self.options = options if num_calibration_samples is None else with_defaults
         if device != "auto":
             try:
                 torch.device(device)
@@ -466,7 +469,7 @@ class WandaPPPruneCallback(Callback):
         number = fast_dev_run(trainer)
         with tempfile.TemporaryDirectory() as directory:
             session.folder = ProgressFolder(directory)
-            session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples)
+            session.num_blocks, session.num_samples = number, min(number, self.num_calibration_samples or number)
             session.options = self.options.for_trial(session.num_samples)
             report = self._prune(session, trainer, pl_module)
             self._trial_masks = _masks_in(session.folder, report) if trainer.is_global_zero else {}
@@ -488,7 +491,7 @@ class WandaPPPruneCallback(Callback):
         self._remember(trainer, pl_module, report, session)
         if not session.was_complete and trainer.is_global_zero and trainer.progress_bar_callback is not None:
             console = get_console()
-            console.print(report_table(report), width=console.width if console.is_terminal else 120)
+            console.print(report_table(report), width=console.width if console.is_terminal else 80)
         return report
 
     def _session(self, pl_module: LightningModule) -> PruningSession:

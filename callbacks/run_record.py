@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
+from wandazeta.lightning_compat import num_training_steps
 from wandazeta.utilities import environment
 
 _logger = logging.getLogger(__name__)
@@ -212,8 +213,8 @@ class RunRecord(SaveConfigCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._has_trained = True
-        step, num_steps = trainer.global_step, trainer.estimated_stepping_batches
-        of = f" of {num_steps:,.0f}" if 0 < num_steps < float("inf") else ""
+        step, num_steps = trainer.global_step, num_training_steps(trainer)
+        of = f" of {num_steps:,}" if num_steps is not None else ""
         if trainer.ckpt_path is None:
             rank_zero_info(f"The training starts at step {step:,}{of}.")
         else:

@@ -1,6 +1,7 @@
 """Fine-tuning with forward passes alone, as a LightningModule for stock strategies (AdaZeta, arXiv 2406.18060)."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
+    ModelSummary,
     SpikeDetection,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -31,6 +33,7 @@ from wandazeta.lightning_compat import (
     exclude_from_ddp,
     is_fitting,
     is_logging_step,
+    num_training_steps,
 )
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
@@ -38,7 +41,9 @@ from wandazeta.models.modes import evaluation_mode
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
+from wandazeta.modules.step_cost import StepCost
 from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.modules.summary import show_trained_values
 from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
@@ -192,6 +197,7 @@ class ZerothOrderModule(LanguageModel):
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
         self._rank_sync: RankSync | None = None
+        self._step_cost = StepCost()
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update.num_states)
 
@@ -223,12 +229,20 @@ class ZerothOrderModule(LanguageModel):
             refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             for callback in callbacks:
+                if isinstance(callback, ModelSummary):
+                    show_trained_values(callback, "adapters", self._count_trained)
                 if isinstance(callback, WeightAveraging) and not averages_buffers(callback):
                     raise ValueError(
                         f"Expected argument `use_buffers` of {type(callback).__name__} to be True for "
                         f"{type(self).__name__}, but got False: adapters are buffers, and nothing would be averaged"
                     )
         return []
+
+    def _count_trained(self) -> tuple[int, int]:
+        """Number of trained values, and how many of them are no parameters."""
+        assert self.adapters is not None
+        number = self.adapters.num_parameters
+        return number, number if isinstance(self.adapters, AdapterVector) else 0
 
     @override
     def setup(self, stage: str) -> None:
@@ -326,6 +340,7 @@ class ZerothOrderModule(LanguageModel):
             self._updates = step
             self.progress[0] = step
         self.trainer.should_stop |= self._exceeds_budget(step)
+        self._step_cost = StepCost()
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -333,13 +348,23 @@ class ZerothOrderModule(LanguageModel):
         self._advance_scheduler(step)
         # a checkpoint from a signal handler may contain the update of a step that the trainer has not counted yet
         if self._updates == step and not self._exceeds_budget(step):
-            self._update_adapters(batch, step)
+            with self._measured(batch, step):
+                self._update_adapters(batch, step)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.manual_backward(self.anchor.sum() * 0.0)
         optimizer.step()
         self._advance_scheduler(step + 1)
         self.trainer.should_stop |= self._exceeds_budget(step + 1)
+
+    def _measured(self, batch: dict[str, Tensor], step: int) -> AbstractContextManager[None]:
+        if self._step_cost.is_reported:
+            return nullcontext()
+        num_steps = num_training_steps(self.trainer)
+        num_left = None if num_steps is None else num_steps - step
+        return self._step_cost.measured(
+            self.estimator.num_forwards(self.num_queries(step)), len(batch["input_ids"]), num_left
+        )
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -376,6 +401,15 @@ class ZerothOrderModule(LanguageModel):
         assert self.adapters is not None
         epoch = int(step // self.trainer.num_training_batches)
         return self.schedule.num_queries(epoch, self.adapters.get_buffer("schedule_states"))
+
+    @property
+    def step_budget(self) -> int | None:
+        """Number of steps that `max_forwards` allows, if later steps have as many queries as the next one."""
+        if self.max_forwards is None or self.adapters is None:
+            return None
+        step = int(self.progress[0])
+        left = self.max_forwards - int(self.progress[1])
+        return step + left // self.estimator.num_forwards(self.num_queries(step))
 
     def _exceeds_budget(self, step: int) -> bool:
         """Whether a step would exceed the budget of forward passes."""

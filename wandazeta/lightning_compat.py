@@ -11,9 +11,12 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from wandazeta.protocols import HasStepBudget
 
 __all__ = [
     "attached_trainer",
@@ -28,9 +31,11 @@ __all__ = [
     "is_fitting",
     "is_logging_step",
     "launched_processes",
+    "num_training_steps",
     "requeue_checkpoint",
     "requeue_signal",
     "training_data",
+    "update_bar_metrics",
 ]
 
 
@@ -193,6 +198,39 @@ def launched_processes(trainer: Trainer) -> list[Popen[bytes]]:
         trainer: The trainer, its strategy launched.
     """
     return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def num_training_steps(trainer: Trainer) -> int | None:
+    """Return the number of steps after which a fit ends, or None if it has no known end.
+
+    Uses nothing private, but is needed in modules and callbacks.
+
+    Args:
+        trainer: The trainer, inside `fit`.
+    """
+    try:
+        numbers = [trainer.estimated_stepping_batches]
+    except MisconfigurationException:
+        # gradients are accumulated over another number of batches in each epoch
+        numbers = []
+    if isinstance(trainer.lightning_module, HasStepBudget):
+        numbers.append(trainer.lightning_module.step_budget or float("inf"))
+    # Lightning has -1 for a dataset without a length
+    known = [int(number) for number in numbers if 0 < number < float("inf")]
+    return min(known, default=None)
+
+
+def update_bar_metrics(bar: RichProgressBar, trainer: Trainer, module: LightningModule) -> None:
+    """Show the newest metrics beside a progress bar.
+
+    Uses `RichProgressBar._update_metrics` (lightning 2.6.6).
+
+    Args:
+        bar: The bar.
+        trainer: The trainer, inside `fit`.
+        module: The module that logs the metrics.
+    """
+    bar._update_metrics(trainer, module)
 
 
 def default_store() -> dist.Store:

@@ -20,6 +20,7 @@ from torch import nn
 __all__ = [
     "HasMaxPositions",
     "HasPrunedBackboneKey",
+    "HasStepBudget",
     "HasTokenizer",
     "HasUnusedModules",
     "SupportsCalibrationData",
@@ -118,6 +119,19 @@ class HasPrunedBackboneKey(Protocol):
 
     pruned_backbone_key: str | None
     """Key of the pruning, or None if the model was not pruned by a callback."""
+
+
+@runtime_checkable
+class HasStepBudget(Protocol):
+    """A module that ends its training by itself, for a budget of its own.
+
+    Progress bar and messages show the steps up to that end.
+    """
+
+    @property
+    def step_budget(self) -> int | None:
+        """Number of steps from the start of the training after which it ends, as known now; None for no end."""
+        ...
 
 
 @runtime_checkable

@@ -243,9 +243,9 @@ SHORTER = ["--data.init_args.sequence_length", "12"]
     [
         (ALPHA, "`alpha` (100.0 there, 5.0 here)", False),
         (ALPHA, "`alpha` (100.0 there, 5.0 here)", True),
-        (SHORTER, "the calibration data (contents)", False),
-        (change_text, "the calibration data (contents)", False),
-        (change_text, "the calibration data (contents)", True),
+        (SHORTER, "the calibration data;", False),
+        (change_text, "the calibration data;", False),
+        (change_text, "the calibration data;", True),
         (change_model, "model tensors, first `backbone.model.layers.2.mlp.up_proj.weight`", False),
     ],
     ids=["option", "option after the end", "length", "file", "file after the end", "model"],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("callbacks", "datamodules", "modules", "wandazeta")
 PRIVATE = re.compile(
     r"_checkpoint_connector|_accelerator_connector|_data_source|_should_accumulate|\.procs\b|_get_default_store"
-    r"|\b_trainer\b|\._average_model|\._use_buffers|_ddp_params_and_buffers_to_ignore"
+    r"|\b_trainer\b|\._average_model|\._use_buffers|_ddp_params_and_buffers_to_ignore|\._update_metrics"
 )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+_PACKAGES = ("deepspeed", "gguf", "jinja2", "lm_eval", "matplotlib", "peft", "sklearn", "tensorboard")
+"""Packages that only some options need."""
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -19,8 +21,9 @@ def reported_errors() -> Iterator[None]:
     With the environment variable `WANDAZETA_DEBUG` errors keep their traceback.
 
     Raises:
-        SystemExit: With code 2 for an argument that does not fit (a ValueError or a MisconfigurationException), and
-            with code 1 for a file that cannot be used, if there is a remedy to name. Other errors pass unchanged.
+        SystemExit: With code 2 for an argument that does not fit (a ValueError or a MisconfigurationException) or that
+            needs a package that is not installed, and with code 1 for a file that cannot be used, if there is a remedy
+            to name. Other errors pass unchanged.
     """
     try:
         yield
@@ -28,6 +31,12 @@ def reported_errors() -> Iterator[None]:
         if os.environ.get("WANDAZETA_DEBUG"):
             raise
         sys.stderr.write(f"error: {_innermost(error)}\n")
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES or os.environ.get("WANDAZETA_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}; this option needs the package `{package}`: `pip install {package}`\n")
         raise SystemExit(2) from None
     except OSError as error:
         remedy = _remedy(error)

@@ -1,15 +1,17 @@
 """LightningCLI with the options of wandazeta: one folder for a run, a group for pruning, presets, and resuming."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,23 +23,21 @@ from wandazeta.callbacks import (
     PredictionWriter,
     RankConsistencyCheck,
     RankWatchdog,
+    RunProgressBar,
     WandaPPPruneCallback,
 )
 from wandazeta.callbacks.run_record import RunRecord, keep_metrics
+from wandazeta.cli.parser import PRESET, ConfigOrPreset
 from wandazeta.lightning_compat import checkpoint_path, requeue_checkpoint
 from wandazeta.utilities.arguments import check_at_least
 
-_PRESET = "preset:"
-
-
-class ConfigOrPreset(ActionConfigFile):
-    """Option that reads a configuration file, or a preset of the package as `preset:NAME`."""
-
-    @override
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        if isinstance(values, str) and values.startswith(_PRESET):
-            values = str(presets.path(values.removeprefix(_PRESET)))
-        super().__call__(parser, cfg, values, option_string)
+_DATA_HOOKS = {
+    "fit": "train_dataloader",
+    "diagnose": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
 
 
 class WandazetaCLI(LightningCLI):
@@ -66,7 +66,7 @@ class WandazetaCLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs)
-        known = ", ".join(f"{_PRESET}{name}" for name in presets.names())
+        known = ", ".join(f"{PRESET}{name}" for name in presets.names())
         parser.add_argument(
             "-c",
             "--config",
@@ -142,6 +142,12 @@ class WandazetaCLI(LightningCLI):
             )
         given = config.trainer.get("callbacks") or []
         paths = [str(callback.get("class_path", "")) for callback in (given if isinstance(given, list) else [given])]
+        if any(map(_is_base_callback, paths)):
+            raise ValueError(
+                "Expected every entry of `trainer.callbacks` to name a class (`class_path`), but got one without; for "
+                "example `class_path: KeepSparsity`"
+            )
+        _check_machine(config.trainer)
         if self.subcommand == "prune" and config.get("prune") is None and not any(map(_is_prune_callback, paths)):
             raise ValueError(
                 "Expected a `prune:` group or a WandaPPPruneCallback in `trainer.callbacks`, but got neither; add "
@@ -149,6 +155,8 @@ class WandazetaCLI(LightningCLI):
             )
         for argument, folder in _folders(config):
             _check_folder(argument, Path(folder).expanduser().absolute())
+        if self.subcommand in _DATA_HOOKS:
+            _check_module(self.subcommand, config)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -192,6 +200,9 @@ class WandazetaCLI(LightningCLI):
                 *callbacks,
                 ModelCheckpoint(run_dir / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True),
             ]
+        has_bar = config.get("enable_progress_bar") is False or any(isinstance(item, ProgressBar) for item in given)
+        if not has_bar:
+            callbacks = [*callbacks, RunProgressBar()]
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in given):
             callbacks = [*callbacks, PredictionWriter(config.get("default_root_dir") or ".")]
         return super()._instantiate_trainer(config, callbacks)
@@ -226,6 +237,52 @@ class WandazetaCLI(LightningCLI):
     def _get_config_init(self) -> Namespace:
         """The options of the command, with their classes instantiated."""
         return self.config_init[self.subcommand] if self.subcommand else self.config_init
+
+
+def _check_machine(trainer: Namespace) -> None:
+    """Check that the machine has the accelerator and the packages that the trainer is to use."""
+    name, devices = trainer.get("accelerator"), trainer.get("devices")
+    kinds = [kind for kind in ("cuda", "mps") if AcceleratorRegistry[kind]["accelerator"].is_available()]
+    if name in ("gpu", "cuda", "mps") and not (kinds if name == "gpu" else name in kinds):
+        raise ValueError(
+            f"Expected argument `trainer.accelerator` to be one of this machine, but got {name!r}, which it does not "
+            "have; use `--trainer.accelerator auto`"
+        )
+    # a string may be the number itself, or "auto"
+    is_list = isinstance(devices, list) or (isinstance(devices, str) and "," in devices)
+    if is_list and (name == "cpu" or (name == "auto" and not kinds)):
+        raise ValueError(
+            f"Expected argument `trainer.devices` to be the number of processes on a CPU, but got {devices}; use "
+            f"{len(devices) if isinstance(devices, list) else devices.count(',') + 1}"
+        )
+    strategy = trainer.get("strategy")
+    strategy = strategy if isinstance(strategy, str) else (strategy or Namespace()).get("class_path", "")
+    if "deepspeed" in strategy.lower() and find_spec("deepspeed") is None:
+        raise ValueError(
+            f"Expected argument `trainer.strategy` to be one whose package is installed, but got {strategy!r}; "
+            "`pip install deepspeed`, or use another strategy, such as ddp"
+        )
+
+
+def _check_module(command: str, config: Namespace) -> None:
+    """Check that the module is trained by `fit`, and that there are data for the command."""
+    class_path = str(config.model.get("class_path", ""))
+    kind = resolve_name(class_path)
+    name = class_path.rpartition(".")[2]
+    if command == "fit" and not is_overridden("training_step", kind, parent=LightningModule):
+        raise ValueError(
+            f"Expected argument `model` to be a module that can be trained, such as ZerothOrderModule, but got {name}; "
+            "`test` evaluates it"
+        )
+    if config.get("data") is None and not is_overridden(_DATA_HOOKS[command], kind, parent=LightningModule):
+        raise ValueError(
+            f"Expected argument `data`, because {name} has no data of its own, but got none; for example `--data "
+            "TextDataModule --data.source my_text.txt`"
+        )
+
+
+def _is_base_callback(class_path: str) -> bool:
+    return bool(class_path) and resolve_name(class_path) is Callback
 
 
 def _is_prune_callback(class_path: str) -> bool:

@@ -1,10 +1,13 @@
 """The command line: `wandazeta fit | prune | diagnose | validate | test | predict`."""
 
 import logging
+import re
+import sys
 import warnings
 
 import torch.distributed as dist
 from lightning.pytorch.cli import ArgsType
+from transformers.utils.logging import disable_progress_bar
 
 # imported for their short names in YAML (`class_path: ZerothOrderModule`), too
 from wandazeta.callbacks import (
@@ -19,6 +22,7 @@ from wandazeta.callbacks import (
 from wandazeta.callbacks.run_record import RankLog, RunRecord
 from wandazeta.cli.errors import reported_errors
 from wandazeta.cli.lightning_cli import WandazetaCLI
+from wandazeta.cli.parser import Parser, command_first
 from wandazeta.cli.trainer import PruningTrainer
 from wandazeta.datamodules import ClassificationDataModule, PromptedClassificationDataModule, TextDataModule
 from wandazeta.modules import FirstOrderModule, LanguageModel, ZerothOrderModule
@@ -45,24 +49,32 @@ __all__ = [
 ]
 
 
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    """Whether a record is neither an advertisement nor the news that some hardware is absent."""
+    return re.match(r".*Tip:|\w+ available: False", str(record.msg)) is None
+
+
 def _hide_known_noise() -> None:
     for message in (
         # the batches are tokenised and in memory, so workers would only cost time
         r".*does not have many workers",
         # a first run has no checkpoint to resume from
-        r"\.fit\(ckpt_path=.last.\) is set, but there is no last checkpoint available",
+        r"\.\w+\(ckpt_path=.last.\) is set, but there is no last checkpoint available",
         # the metrics of an earlier run in the folder are kept under another name
         r"Experiment logs directory .* exists and is not empty",
         # zeroth-order training runs in evaluation mode, which a loaded model is in
         r"Found \d+ module\(s\) in eval mode at the start of training",
         # with manual optimization the checkpoint holds the state after the step, which is right
         r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
-        # a deprecated call inside Lightning
+        # deprecated calls inside Lightning
+        r".is_gradient_checkpointing. is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
-    # advertisements for other products
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_noise)
+    # bars of every file that is loaded or written, however small
+    disable_progress_bar()
     # it goes to standard output, where `--print_config` writes YAML
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
 
@@ -81,6 +93,7 @@ def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = 
     _hide_known_noise()
     return WandazetaCLI(
         trainer_class=PruningTrainer,
+        parser_class=Parser,
         trainer_defaults={"callbacks": [SLURMRequeue()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -108,6 +121,11 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The arguments; those of the process by default.
     """
+    if args is None:
+        # also for the processes of other ranks, which Lightning starts with the same arguments
+        sys.argv[1:] = command_first(sys.argv[1:])
+    elif isinstance(args, list):
+        args = command_first(args)
     try:
         with reported_errors(), RankLog() as log:
             command_line(args, log=log)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from wandazeta.data.files import SUFFIXES, Row, kind_of, read_rows
 from wandazeta.data.samples import sample_text
 from wandazeta.utilities.arguments import check_positive
+from wandazeta.utilities.hub import offline_without_hub
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -99,7 +100,9 @@ def _read_hub(source: str, config: str | None) -> Iterator[Row]:
 
     try:
         # streamed, so that reading a few documents of a large corpus does not download all of it
-        for number, values in enumerate(load_dataset(source, config, split="train", streaming=True), start=1):
+        with offline_without_hub():
+            rows = load_dataset(source, config, split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
             yield Row(f"row {number} of {source!r}", values)
     except Exception as error:
         # datasets raises errors of many types: no network, unknown dataset, unknown configuration

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,10 @@ from wandazeta.models.checkpoint import is_of_a_head, load_config, require_loade
 from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.streaming import load_streamed_model
 from wandazeta.utilities.arguments import check_range
+from wandazeta.utilities.hub import offline_without_hub
+
+# a directory with adapters has another message
+_NEEDED_FILES = ("config.json", "adapters.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -196,13 +200,19 @@ def load_skeleton(model_name_or_path: str, loading: LoadingOptions) -> nn.Module
 @contextmanager
 def _explained_errors(name: str, kind: str, argument: str = "model_name_or_path") -> Iterator[None]:
     """Turn the errors of transformers into a `ValueError` that names the argument and the remedy."""
+    uses_hub = True
     try:
-        yield
+        if _is_missing_directory(str(name)):
+            # transformers would ask the hub for it, whose answer is misleading
+            raise ValueError(f"there is no such directory; {_how_to_get(Path(name))}")
+        with nullcontext(True) if Path(name).exists() else offline_without_hub() as uses_hub:
+            yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if _is_missing_directory(str(name)):
-            # transformers has asked the hub for it, whose answer is misleading
-            first_line = f"there is no such directory; {_how_to_get(Path(name))}"
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _NEEDED_FILES):
+            first_line = "this directory holds no model (config.json); choose the one that does"
+        elif not uses_hub and isinstance(error, OSError):
+            first_line = "it is no directory, the hub cannot be reached, and it is not in the cache of the hub"
         raise ValueError(
             f"Expected argument `{argument}` to be {kind}, a Hugging Face name or a directory "
             f"with config, tokenizer and safetensors, but got {str(name)!r}: {first_line}"

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.utilities.rng import isolated_rng, preserve_generators
 
+DEFAULT_NUM_SAMPLES = 128
+"""Number of calibration samples that are used by default, if there are as many."""
+
 
 def leaves(batch: Any) -> Iterator[Any]:
     """Yield the values in a nested batch, in order.
@@ -73,12 +76,12 @@ def _row(value: Any, index: int, count: int | None) -> Any:
     return value
 
 
-def collect_rows(loader: Iterable[Any], num_samples: int, seed: int) -> list[Any]:
+def collect_rows(loader: Iterable[Any], num_samples: int | None, seed: int) -> list[Any]:
     """Read calibration samples from a loader, each as a batch of one row.
 
     Args:
         loader: A `DataLoader`, or any other iterable of batches.
-        num_samples: Number of samples (rows) to read.
+        num_samples: Number of samples (rows) to read; None for `DEFAULT_NUM_SAMPLES`, or all if there are fewer.
         seed: Seed of the global generators while the loader runs, for a loader that shuffles.
 
     Returns:
@@ -88,16 +91,19 @@ def collect_rows(loader: Iterable[Any], num_samples: int, seed: int) -> list[Any
         ValueError: If the loader is empty or yields fewer samples than asked for.
     """
     rows: list[Any] = []
+    most = num_samples or DEFAULT_NUM_SAMPLES
     with isolated_rng(seed), preserve_generators(loader):
         for batch in loader:
-            rows += split_rows(batch)[: num_samples - len(rows)]
-            if len(rows) == num_samples:
+            rows += split_rows(batch)[: most - len(rows)]
+            if len(rows) == most:
                 return rows
     if not rows:
         raise ValueError(
             "Expected argument `calibration` to yield at least one sample, but got an empty loader; "
             "give it a dataset with text in it."
         )
+    if num_samples is None:
+        return rows
     raise ValueError(
         f"Expected argument `num_calibration_samples` to be at most {len(rows)}, the samples that the calibration data "
         f"hold, but got {num_samples}; lower it or give more data."

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.pruning.calibration import check_lengths, collect_rows, split_rows
+from wandazeta.pruning.calibration import DEFAULT_NUM_SAMPLES, check_lengths, collect_rows, split_rows
 from wandazeta.pruning.method.layers import check_layers_run, validate_layers
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.progress.folder import ProgressFolder
@@ -24,6 +25,7 @@ from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.rng import isolated_rng
 from wandazeta.version import __version__
 
+_logger = logging.getLogger(__name__)
 _ARCHITECTURE = "(architecture)"
 # attributes that do not change what blocks compute, and how a transformers model was loaded
 _PASSING = frozenset(
@@ -116,12 +118,12 @@ class PruningSession:
 
     Args:
         module: The module that is pruned in place, or that holds the model.
-        options: The pruning options, with all defaults filled in.
+        options: The pruning options; those that depend on the number of samples are filled in.
         folder: Folder of the pruning.
         forward: Runs the model on one batch.
         token_mask: Returns the positions of a batch, bool of shape (rows, tokens), that are no padding; None if all
             are.
-        num_samples: Number of calibration samples.
+        num_samples: Number of calibration samples; None for `DEFAULT_NUM_SAMPLES`, or all if there are fewer.
         block_name: Dotted name of the list of blocks in `module`; found by default.
         num_blocks: Number of blocks to prune, from the first on; all by default. All are checked.
     """
@@ -131,7 +133,7 @@ class PruningSession:
     folder: ProgressFolder
     forward: Callable[[Any], object]
     token_mask: Callable[[Any], Tensor | None]
-    num_samples: int
+    num_samples: int | None
     block_name: str | None = None
     num_blocks: int | None = None
     was_complete: bool = field(default=False, init=False)
@@ -223,6 +225,14 @@ class PruningSession:
             needed = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
             check_writable(self.folder.directory, needed_bytes=needed)
         rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
+        if rows:
+            self.options = self.options.for_samples(len(rows))
+            if self.num_samples is None and len(rows) < DEFAULT_NUM_SAMPLES and ranks.rank == 0:
+                _logger.warning(
+                    "Calibrating on all %d samples of the data; with more data, %d are used.",
+                    len(rows),
+                    DEFAULT_NUM_SAMPLES,
+                )
         check_lengths(self.module, rows)
         with isolated_rng(self.options.seed), evaluation_mode(self.module.modules()), frozen(self.module):
             name, blocks = found or self._find_blocks(lambda: self.forward(rows[0]), loader)
@@ -260,7 +270,9 @@ class PruningSession:
         wanted = found.model if found is not None else {}
         model = digest_model({key: everything[key] for key in wanted if key in everything})
         model[_ARCHITECTURE] = _architecture(blocks, {module: _settings(module) for module in blocks.modules()})
-        self.folder.open_finished(PruneKey({**self.options.to_dict(), "blocks": name}, model))
+        number = self.num_samples or (found.calibration.get("num_samples") if found is not None else None)
+        options = self.options if number is None else self.options.for_samples(number)
+        self.folder.open_finished(PruneKey({**options.to_dict(), "blocks": name}, model))
         self.key_digest = self.folder.key_digest
         report = self._load(blocks)
         if report is None:
@@ -283,7 +295,7 @@ class PruningSession:
         if prepared.rows:
             # of rows, so that the batch size does not matter
             contents = digest_batches(list(prepared.rows), self.token_mask)
-            calibration = {"num_samples": self.num_samples, "contents": contents}
+            calibration = {"num_samples": len(prepared.rows), "contents": contents}
             tensors |= self._find_read_tensors(prepared)
         # sums over several ranks round differently
         environment = {"torch": torch.__version__, "wandazeta": __version__, "device": device.type}

@@ -54,10 +54,20 @@ def test_pruning_leaves_the_random_numbers_alone(folder):
     [
         ({"alpha": 5.0}, r"`alpha` \(100.0 there, 5.0 here\)"),
         ({"exclude_modules": ["up"]}, "`exclude_modules`"),
-        ({"num_calibration_samples": 12}, r"the calibration data \(contents, num_samples\)"),
+        ({"num_calibration_samples": 12}, r"differs in `num_calibration_samples` \(8 there, 12 here\);"),
         ({"module": Tiny(seed=1)}, "model tensors, first"),
         ({"module": Tiny(num_blocks=2)}, "model tensors, first"),
-        ({"data": loader(seed=1)}, r"the calibration data \(contents\)"),
+        ({"data": loader(seed=1)}, "differs in the calibration data;"),
+        # reads other tensors, with other samples or none, which is no difference of its own
+        ({"method": "magnitude"}, r"differs in (`\w+` \([^()]*\)(, )?)+;"),
+        (
+            {"seed": 1, "num_calibration_samples": 4},
+            r"differs in `num_calibration_samples` \(8 there, 4 here\), `seed` \(0 there, 1 here\);",
+        ),
+        (
+            {"seed": 1, "module": Tiny(seed=1)},
+            r"differs in `seed` \(0 there, 1 here\), \d+ of \d+ model tensors, first",
+        ),
     ],
 )
 def test_another_option_model_or_calibration_is_refused(folder, forbid_pruning, change, message):
@@ -385,7 +395,7 @@ init_args:
 """)
     pruning = parser.instantiate_classes(parser.parse_args([f"--pruning={config}"]))
     assert pruning.pruning.options.pattern.group == (4, 8)
-    assert pruning.pruning.options.method == RO(RegionalOptimisation(rounds=3, samples_per_round=32))
+    assert pruning.pruning.options.method == RO(RegionalOptimisation(rounds=3))
     assert pruning.pruning.options.exclude_modules == ("o_proj", ".*down")
     assert type(pruning.pruning.calibration).__name__ == "BoringDataModule"
 
@@ -397,12 +407,12 @@ WRITTEN = "{class_path: wandazeta.pruning.WandaPP, init_args: {alpha: auto, opti
     ("method", "arguments", "expected"),
     [
         ("wanda", [], Wanda()),
-        ("wanda++", [], WandaPP(optimisation=RegionalOptimisation(samples_per_round=32))),
-        (WRITTEN, [], WandaPP("auto", RegionalOptimisation(rounds=12, samples_per_round=32))),
+        ("wanda++", [], WandaPP()),
+        (WRITTEN, [], WandaPP("auto", RegionalOptimisation(rounds=12))),
         (
             WRITTEN,
             ["init_args.method.init_args.optimisation.rounds=3", "init_args.method.init_args.alpha=5"],
-            WandaPP(5.0, RegionalOptimisation(rounds=3, samples_per_round=32)),
+            WandaPP(5.0, RegionalOptimisation(rounds=3)),
         ),
         (WRITTEN, ["init_args.method=sparsegpt"], SparseGPT()),
         (
@@ -448,6 +458,30 @@ def test_padding_is_found_in_the_attention_mask():
     assert torch.equal(pruning.token_mask({"attention_mask": mask}), mask.bool())
     assert pruning.token_mask({"input_ids": mask}) is None
     assert pruning.token_mask([mask]) is None
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda++"])
+def test_by_default_all_samples_are_used_where_there_are_few(folder, forbid_pruning, method, caplog):
+    def pruning():
+        return WandaPPPruneCallback(method=method, output_dir=str(folder))
+
+    first = pruning()
+    expected = fit(first)
+    assert first.report.num_samples == 16
+    assert "Calibrating on all 16 samples of the data" in caplog.text
+    forbid_pruning()
+    assert same(fit(pruning()), expected)
+    # known from the folder where no data are read
+    trainer(pruning()).validate(Tiny(), loader())
+    # the same pruning as by the number itself
+    assert same(fit(WandaPPPruneCallback(method=method, num_calibration_samples=16, output_dir=str(folder))), expected)
+
+
+def test_by_default_128_samples_are_used_where_there_are_more(folder, caplog):
+    pruning = WandaPPPruneCallback(method="wanda", output_dir=str(folder))
+    fit(pruning, data=loader(num_samples=140))
+    assert pruning.report.num_samples == 128
+    assert "Calibrating on all" not in caplog.text
 
 
 # -- what a user gets wrong -------------------------------------------------------------------------------------------

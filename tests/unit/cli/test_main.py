@@ -7,12 +7,12 @@ import torch
 import yaml
 from helpers.fit_config import write_inputs
 from helpers.tiny_model import save_tiny_llama
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from wandazeta import __version__, presets
-from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog, WandaPPPruneCallback
+from wandazeta.callbacks import KeepSparsity, RankConsistencyCheck, RankWatchdog, RunProgressBar, WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer, command_line, main
 from wandazeta.datamodules import TextDataModule
 from wandazeta.modules import ZerothOrderModule
@@ -113,7 +113,8 @@ def test_what_may_be_a_checkpoint_is_left_to_its_reader(tmp_path, capsys, name):
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     (tmp_path / "deepspeed.ckpt/checkpoint").mkdir(parents=True)
     # the model is what it looks at next
-    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *MODEL, *DATA, "--ckpt_path", name)
+    trained = ("--model", "ZerothOrderModule", *MODEL[2:])
+    assert "Expected argument `model_name_or_path`" in failing(capsys, "fit", *trained, *DATA, "--ckpt_path", name)
 
 
 @pytest.mark.parametrize("below", ["", "/deeper/down"])
@@ -360,6 +361,14 @@ def test_callbacks_and_loggers_of_the_trainer_keep_their_folders(built, tmp_path
     assert not found(built("--trainer.enable_checkpointing", "false"), ModelCheckpoint)
 
 
+def test_the_bar_is_that_of_the_run_unless_there_is_another_or_none(built):
+    assert [type(bar) for bar in found(built(), ProgressBar)] == [RunProgressBar]
+    assert [type(bar) for bar in found(built("--trainer.callbacks", "TQDMProgressBar"), ProgressBar)] == [
+        TQDMProgressBar
+    ]
+    assert not found(built("--trainer.enable_progress_bar", "false"), ProgressBar)
+
+
 def test_two_folders_for_one_run_are_refused(capsys):
     shown = failing(capsys, "fit", *MODEL, *DATA, "--run_dir", "here", "--trainer.default_root_dir", "there")
     assert "Expected argument `trainer.default_root_dir` to be left out with `run_dir`" in shown
@@ -383,3 +392,12 @@ def test_a_preset_is_read_by_its_name_and_can_be_overridden(built, name):
 
 def test_an_unknown_preset_is_refused_with_the_known_ones(capsys):
     assert "to be one of best, paper, but got 'bset'" in failing(capsys, "fit", "-c", "preset:bset", *MODEL)
+
+
+def test_a_run_does_not_list_absent_hardware_or_draw_bars_of_files(plain, capsys, caplog):
+    main(["validate", *plain("LanguageModel")])
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err + caplog.text
+    assert "val/perplexity" in shown or "val/accuracy" in shown
+    for noise in ("GPU available", "TPU available", "Loading weights", "Tip:", "no last checkpoint"):
+        assert noise not in shown

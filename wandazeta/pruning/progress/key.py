@@ -59,16 +59,27 @@ class PruneKey:
             A phrase for an error message, or None if the parts are equal.
         """
         mine, theirs = self.to_dict(), found.to_dict()
-        phrases = []
+        # an option for the user, though it belongs to the data
+        for key in (mine, theirs):
+            if key["calibration"]:
+                key["options"]["num_calibration_samples"] = key["calibration"].pop("num_samples")
+        if not (mine["calibration"] and theirs["calibration"]):
+            # nothing to compare: one is without calibration data, by its method or for reading
+            for key in (mine, theirs):
+                key["options"].pop("num_calibration_samples", None)
+        phrases: list[str] = []
         for part in parts:
             here, there = mine[part], theirs[part]
             names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+            if phrases:
+                # options decide which tensors and samples are read, so only what both have read can differ, too
+                names = [name for name in names if name in here and name in there and part != "calibration"]
             if not names:
                 continue
             if part == "model":
                 phrases.append(f"{len(names)} of {len(here)} model tensors, first `{names[0]}`")
             elif part == "calibration":
-                phrases.append(f"the calibration data ({', '.join(names)})")
+                phrases.append("the calibration data")
             else:
                 phrases += [f"`{name}` ({there.get(name)} there, {here.get(name)} here)" for name in names]
         return ", ".join(phrases) or None

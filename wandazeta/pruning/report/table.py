@@ -11,7 +11,7 @@ __all__ = ["report_table"]
 
 
 def report_table(report: PruneReport) -> "Table":
-    """Format a report as a table with one row per block.
+    """Format a report as a table with one row per block, at most 80 characters wide.
 
     Args:
         report: The report of the pruning.
@@ -21,14 +21,14 @@ def report_table(report: PruneReport) -> "Table":
     """
     from rich.table import Table  # pruning itself needs torch only
 
-    table = Table(title=f"Pruned by {report.method_name}: {report.block_name}", caption=report.gain)
-    for heading in ("block", "weights", "pattern", "sparsity", "loss before", "loss after", "seconds", "peak memory"):
-        table.add_column(heading, justify="right")
+    title = f"Pruned by {report.method_name} to {report.sparsity_pattern}: {report.block_name}"
+    table = Table(title=title, caption=report.gain)
+    for heading in ("block", "weights", "sparsity", "loss\nbefore", "loss\nafter", "seconds", "peak\nGiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for block in report.blocks:
         table.add_row(
             str(block.index),
             f"{block.num_weights:,}",
-            ", ".join(sorted({layer.pattern for layer in block.layers})),
             f"{block.sparsity:.2%}",
             _loss(block.loss_before),
             _loss(block.loss_after),
@@ -36,7 +36,7 @@ def report_table(report: PruneReport) -> "Table":
             _gib(block.peak_memory),
         )
     table.add_section()
-    total = ("all", f"{report.num_weights:,}", "", f"{report.sparsity:.2%}", "", "", f"{report.seconds:.1f}")
+    total = ("all", f"{report.num_weights:,}", f"{report.sparsity:.2%}", "", "", f"{report.seconds:.1f}")
     table.add_row(*total, _gib(report.peak_memory), style="bold")
     return table
 
@@ -46,4 +46,4 @@ def _loss(value: float | None) -> str:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**30:.2f}"

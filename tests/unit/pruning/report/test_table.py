@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from helpers.reports import made_up
 from rich.console import Console
 
@@ -7,8 +8,8 @@ from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report.table import report_table
 
 
-def printed(report):
-    console = Console(width=140, record=True, file=io.StringIO())
+def printed(report, width=140):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(report_table(report))
     return console.export_text()
 
@@ -18,9 +19,9 @@ def test_table_has_a_line_for_each_block_and_says_what_it_buys():
     text = printed(report)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2", "all"]
-    assert rows[0] == ["0", "640", "2:4", "15.00%", "0.5", "0.25", "1.5", "1.00 GiB"]
-    assert rows[3] == ["all", "1,920", "", "25.00%", "", "", "4.5", "1.00 GiB"]
-    assert "Pruned by tuned-ro: model.layers" in text
+    assert rows[0] == ["0", "640", "15.00%", "0.5", "0.25", "1.5", "1.00"]
+    assert rows[3] == ["all", "1,920", "25.00%", "", "", "4.5", "1.00"]
+    assert "Pruned by tuned-ro to 2:4: model.layers" in text
     assert report.gain in " ".join(text.split())
 
 
@@ -28,3 +29,17 @@ def test_what_was_not_measured_is_a_dash():
     text = printed(made_up(1, losses=(None, None)))
     assert text.count(" - ") == 2
     assert "Pruned by ?" in printed(PruneReport({}, "model.layers"))
+
+
+@pytest.mark.parametrize("num_blocks", [3, 80])
+def test_large_figures_fit_a_terminal_of_80_columns(num_blocks):
+    # 68 billion weights, as of LLaMA-2 70B, and hours
+    large = {"width": 53_477_376, "losses": (1.234e-05, 1.234e-06), "seconds": 12345.67, "peak_memory": 999 * 2**30}
+    report = made_up(num_blocks, **large)
+    text = printed(report, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for figure in (f"{report.num_weights:,}", "855,638,016", "1.23e-05", "1.23e-06", "12345.7", "999.00", "before"):
+        assert figure in text
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(rows) == num_blocks + 1

@@ -1,0 +1,51 @@
+"""What a step of zeroth-order training costs, reported at the start of a fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from lightning.pytorch.utilities import rank_zero_info
+
+__all__ = ["StepCost"]
+
+
+class StepCost:
+    """Reports the forwards of a step before the first one, and seconds and time left after the second one."""
+
+    def __init__(self) -> None:
+        self._num_measured = 0
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether everything is said."""
+        return self._num_measured > 1
+
+    @contextmanager
+    def measured(self, num_forwards: int, num_examples: int, num_left: int | None) -> Iterator[None]:
+        """Context manager around a step.
+
+        Args:
+            num_forwards: Forward passes of the step.
+            num_examples: Examples in each.
+            num_left: Steps of the run from this one on; None if it has no end.
+        """
+        # the first step also fills caches
+        is_last = self._num_measured == 1 or num_left == 1
+        if self._num_measured == 0:
+            rank_zero_info(f"A step is {num_forwards:,} forwards of {num_examples:,} examples.")
+        start = perf_counter()
+        yield
+        seconds = perf_counter() - start
+        self._num_measured = 2 if is_last else 1
+        if is_last:
+            more = 0 if num_left is None else num_left - 1
+            rest = f"; {more:,} more steps take about {_duration(more * seconds)}" if more else ""
+            rank_zero_info(f"A step takes {_duration(seconds)}{rest}.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
