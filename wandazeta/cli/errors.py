@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -24,7 +22,7 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, MisconfigurationException) as error:
+    except _user_errors() as error:
         if os.environ.get("WANDAZETA_DEBUG"):
             raise
         sys.stderr.write(f"error: {_innermost(error)}\n")
@@ -36,6 +34,12 @@ def reported_errors() -> Iterator[None]:
         where = f": '{error.filename}'" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}; {remedy}\n")
         raise SystemExit(1) from None
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The types of errors of the user; importing Lightning for its own takes seconds where nothing else needs it."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return (ValueError,) if module is None else (ValueError, module.MisconfigurationException)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -50,8 +50,9 @@ def prune_module(
         )
     if trainer.world_size > 1:
         raise ValueError(
-            f"Expected one process to prune with, but got {trainer.world_size}; set `trainer.devices` and "
-            "`trainer.num_nodes` to 1."
+            f"Expected one process to prune with a configuration, but got {trainer.world_size}; set `trainer.devices` "
+            "and `trainer.num_nodes` to 1, or share the samples among several by `torchrun -m wandazeta prune MODEL "
+            "--text FILE`."
         )
     if fast_dev_run(trainer):
         raise ValueError(
