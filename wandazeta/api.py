@@ -125,25 +125,23 @@ def prune(
     if isinstance(model, str) and output_dir is None:
         raise ValueError("Expected argument `output_dir` to be a directory for a model given by name, but got None")
     _refuse_string(texts)
-    model, tokenizer = _loaded(model), _tokenizer(tokenizer, model)
+    tokenizer, rows = _tokenizer(tokenizer, model), []
     ranks = Ranks.of_process_group(place)
-    folder = None
+    if method.uses_calibration:
+        rows = _calibration_rows(texts, tokenizer, num_samples, sequence_length, seed)
+        found = len(rows)
+        if found < num_samples and ranks.rank == 0:
+            _logger.warning("The texts hold %d samples, fewer than num_samples=%d; all are used", found, num_samples)
+        if found < ranks.size:
+            raise ValueError(
+                f"Expected at least one calibration sample for each of {ranks.size} ranks, but got {found}; start "
+                "fewer processes or give more text"
+            )
+    model, folder = _loaded(model), None
     if output_dir is not None:
         folder = OutputFolder(output_dir, model)
         ranks.run_on_all(lambda: folder.check() if ranks.rank == 0 else None)
         check_exportable(model, tokenizer)
-    rows: list[dict[str, Tensor]] = []
-    if method.uses_calibration:
-        rows = _calibration_rows(texts, tokenizer, num_samples, sequence_length, seed)
-        if len(rows) < num_samples and ranks.rank == 0:
-            _logger.warning(
-                "The texts hold %d samples, fewer than num_samples=%d; all are used", len(rows), num_samples
-            )
-        if len(rows) < ranks.size:
-            raise ValueError(
-                f"Expected at least one calibration sample for each of {ranks.size} ranks, but got {len(rows)}; start "
-                "fewer processes or give more text"
-            )
     options = options.for_samples(len(rows))
     if compute_dtype == "auto":
         options = replace(options, compute_dtype=_automatic_dtype(model, place))
@@ -219,7 +217,7 @@ def evaluate(
     _refuse_string(texts)
     texts = list(texts)
     if not texts and not tasks:
-        raise ValueError("Expected argument `texts` or `tasks` to be given, but got neither; give text to measure on")
+        raise ValueError("Expected texts or `tasks`, but got neither; give some text to measure on")
     manager = load_tasks(tasks, [FOLDER, *([] if include_path is None else [include_path])]) if tasks else None
     if output_file is None and isinstance(model, str) and (Path(model) / REPORT_FILE).exists():
         output_file = Path(model) / _EVALUATION_FILE
@@ -284,7 +282,7 @@ def _calibration_rows(
         items = iter(texts)
         first = next(items, None)
         if first is None:
-            raise ValueError("Expected argument `texts` to hold calibration texts, but it is empty; give some text")
+            raise ValueError("Expected calibration texts, but got none; give some text")
         if isinstance(first, str):
             if tokenizer is None:
                 raise ValueError(_NO_TOKENIZER)

@@ -243,7 +243,7 @@ def test_evaluation_leaves_the_model_in_its_mode():
         ({"pattern": "4:8", "pack": True}, "`pack`"),
         ({"compute_dtype": "float8"}, "`compute_dtype`"),
         ({"texts": "my.txt"}, "`texts` to be a list of texts"),
-        ({"texts": []}, "`texts` to hold calibration texts"),
+        ({"texts": []}, "Expected calibration texts, but got none"),
         ({"texts": [1.5]}, "but got float"),
         ({"num_samples": 0}, "`num_samples`"),
         ({"device": "tpu:7"}, "`device`"),

@@ -267,7 +267,8 @@ def _process_group() -> Iterator[bool]:
 
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # SLURM may show each process its own GPU only
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # the others wait while rank 0 writes a large model
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(days=1))
     try:
@@ -278,11 +279,14 @@ def _process_group() -> Iterator[bool]:
 
 def _rank_and_size() -> tuple[int, int]:
     """Return rank and number of the processes that were started together, whose variables are then torchrun's."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    slurm = {name.removeprefix("SLURM_"): value for name, value in os.environ.items() if name.startswith("SLURM_")}
+    if "RANK" not in os.environ and int(slurm.get("STEP_NUM_TASKS", "1")) > 1:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        slurm = SLURMEnvironment()
-        found = (slurm.global_rank(), slurm.world_size(), slurm.local_rank(), slurm.main_address, slurm.main_port)
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        os.environ.update({name: str(value) for name, value in zip(names, found, strict=True)})
+        os.environ |= {"RANK": slurm["PROCID"], "WORLD_SIZE": slurm["STEP_NUM_TASKS"], "LOCAL_RANK": slurm["LOCALID"]}
+        first = SLURMEnvironment.resolve_root_node_address(slurm["STEP_NODELIST"])
+        os.environ.setdefault("MASTER_ADDR", first)
+        # one for each step of each job, below the ports that the system gives away
+        port = 12000 + (64 * int(slurm["JOB_ID"]) + int(slurm["STEP_ID"])) % 20000
+        os.environ.setdefault("MASTER_PORT", str(port))
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
