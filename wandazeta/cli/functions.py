@@ -230,6 +230,7 @@ def _evaluate(options: Namespace) -> None:
 def _export_adapters(options: Namespace) -> None:
     from wandazeta.cli.export_adapters import export_adapters
 
+    _hide_bars()
     export_adapters(options.run, options.output_dir, ckpt_path=options.ckpt_path)
     sys.stdout.write(f"adapters: {Path(options.output_dir).absolute()}\n")
 
