@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 # torch first: DeepSpeed's own set-up asks for it
 	$(BIN)/python -m pip install -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[samples,deepspeed,lora,dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[samples,deepspeed,lora,eval,dev]"
 	touch $@
 
 samples: setup  ## fetch and convert the sample model and texts

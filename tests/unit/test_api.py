@@ -1,5 +1,6 @@
 """One call to prune a model and one to measure it."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -226,6 +227,39 @@ def test_the_perplexity_is_that_of_the_models_own_logits(batch_size):
     assert (found.num_tokens, found.sequence_length) == (windows[:, 1:].numel(), 16)
     assert not found.starts_with_bos
     assert wandazeta.evaluate(model, byte_tokenizer(bos=True), TEXTS, sequence_length=16).starts_with_bos
+
+
+def test_a_pruned_model_is_measured_beside_the_dense_one(tmp_path):
+    dense, out = str(save_tiny_lm(tmp_path / "model")), tmp_path / "out"
+    wandazeta.prune(dense, method="magnitude", output_dir=out)
+    found = wandazeta.evaluate(str(out), None, TEXTS, baseline=dense, sequence_length=32, batch_size=4)
+    assert found.baseline is not None
+    assert (found.sparsity, found.baseline.sparsity) == (0.5, 0.0)
+    size = (out / "model.safetensors").stat().st_size
+    assert (found.num_bytes, found.baseline.num_bytes) == (size, size)
+    assert found.num_parameters == sum(weight.numel() for weight in tiny_lm().parameters())
+    alone = wandazeta.evaluate(dense, None, TEXTS, sequence_length=32, output_file=tmp_path / "dense.json")
+    assert alone.perplexity == pytest.approx(found.baseline.perplexity)
+    assert json.loads((out / "evaluation.json").read_text()) == found.to_dict()
+    assert json.loads((tmp_path / "dense.json").read_text()) == alone.to_dict()
+    assert not (tmp_path / "model/evaluation.json").exists()
+    # the directory is still the model's
+    report = wandazeta.prune(dense, method="magnitude", output_dir=out)
+    assert report.sparsity == 0.5
+
+
+def test_the_sample_text_is_the_most_probable_one():
+    model, tokenizer = tiny_lm(), byte_tokenizer()
+    # an end would come at a random place
+    model.generation_config.eos_token_id = None
+    sample = wandazeta.evaluate(model, tokenizer, TEXTS, sequence_length=32).sample
+    ids = tokenizer("".join(text + "\n\n" for text in TEXTS), add_special_tokens=False)["input_ids"][:24]
+    prompt = len(ids)
+    with torch.no_grad():
+        for _ in range(40):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert sample.prompt == tokenizer.decode(ids[:prompt])
+    assert sample.continuation == tokenizer.decode(ids[prompt:], skip_special_tokens=True)
 
 
 def test_evaluation_leaves_the_model_in_its_mode():
