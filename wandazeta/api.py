@@ -235,7 +235,7 @@ def evaluate(
         if windows:
             nll, num_tokens = mean_nll(loaded, windows, batch_size, place)
             sample = _sample_text(loaded, tokenizer, windows[0])
-        options = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+        options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         name = model if isinstance(model, str) else _name(model) or type(model).__name__
         return Evaluation(
             model=name,

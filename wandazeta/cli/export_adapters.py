@@ -116,6 +116,7 @@ def _prepare(trainer: Trainer, module: LightningModule, directory: Path) -> str 
     module.configure_model()
     for callback in prunings:
         callback.setup(trainer, module, "test")
+        assert callback.report is not None
         folder = ProgressFolder(Path(callback.output_dir).absolute())
         folder.open_existing()
         prefix, model = find_pretrained(module)
