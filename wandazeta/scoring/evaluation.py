@@ -151,9 +151,10 @@ def evaluation_table(evaluation: Evaluation) -> "RenderableType":
 
     found = [evaluation, *([evaluation.baseline] if evaluation.baseline is not None else [])]
     table = Table(width=_WIDTH if len(found) > 1 else None)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for each in found:
-        table.add_column(_short(each.model), justify="right", overflow="fold")
+        # wide enough for every figure; names go on in a second line
+        table.add_column(_short(each.model), justify="right", overflow="fold", min_width=16)
     for name, cells in _rows(found):
         table.add_row(name, *cells)
     parts: list[Any] = [table]
