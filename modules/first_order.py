@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, PeftLoRA, TensorTrainAdapters, Weights
-from wandazeta.adapters.files import describe_backbone, require_same
+from wandazeta.adapters.files import describe_backbone, require_same, written_backbone
 from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer, is_fitting
 from wandazeta.models.loading import LoadingOptions
@@ -208,7 +208,7 @@ class FirstOrderModule(LanguageModel):
             for key, state in model_states(checkpoint):
                 checkpoint[key] = {**self.state_dict(), **state}
 
-    def save_adapters(self, directory: str | Path) -> None:
+    def save_adapters(self, directory: str | Path, backbone: str | None = None) -> None:
         """Write the adapters: PeftLoRA as peft does, tensor trains as `ZerothOrderModule.save_adapters` does.
 
         They fit the backbone that they were trained on, pruned if it was pruned. All ranks have to call this, as
@@ -216,13 +216,15 @@ class FirstOrderModule(LanguageModel):
 
         Args:
             directory: Output directory.
+            backbone: Directory inside it to which the pruned backbone was written, for the card to name.
 
         Raises:
             ValueError: If there are no adapters.
         """
         self._training.require_adapters("save")
         with gathered([self.get_parameter(name) for name in sorted(self.adapter_names)]):
-            self._training.save(Path(directory), self._backbone_description, is_main_process=self.global_rank == 0)
+            description = written_backbone(self._backbone_description, backbone)
+            self._training.save(Path(directory), description, is_main_process=self.global_rank == 0)
 
     @torch.no_grad()
     def merge(self, keep_mask: bool = False) -> None:

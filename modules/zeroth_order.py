@@ -25,7 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters, Trainable, TrainedVector, adapted_modules
-from wandazeta.adapters.files import describe_backbone, load_adapter_files, require_same, save_adapter_files
+from wandazeta.adapters.files import (
+    describe_backbone,
+    load_adapter_files,
+    require_same,
+    save_adapter_files,
+    written_backbone,
+)
 from wandazeta.lightning_compat import (
     attached_trainer,
     averaged_modules,
@@ -577,17 +583,19 @@ class ZerothOrderModule(LanguageModel):
             for key, state in model_states(checkpoint):
                 checkpoint[key] = {**self.state_dict(), **state}
 
-    def save_adapters(self, directory: str | Path) -> None:
+    def save_adapters(self, directory: str | Path, backbone: str | None = None) -> None:
         """Save the adapters (LoRA in the format of peft), their description (`adapters.json`) and a model card.
 
         Args:
             directory: Directory to write to; it is made if it is missing.
+            backbone: Directory inside it to which the pruned backbone was written, for the card to name.
 
         Raises:
             ValueError: If there are none, because the model's own weights are trained.
         """
         assert self.adapters is not None
-        save_adapter_files(Path(directory), self.adapters, self.adapters.description() | self._backbone_description)
+        description = self.adapters.description() | written_backbone(self._backbone_description, backbone)
+        save_adapter_files(Path(directory), self.adapters, description)
 
     def load_adapters(self, directory: str | Path) -> None:
         """Load adapters that `save_adapters` wrote for the same backbone and sites.

@@ -3,23 +3,32 @@
 import sys
 from importlib.util import find_spec
 
+from wandazeta.cli import functions
 from wandazeta.cli.help import short_help, without_all
 
 
 def main() -> None:
-    """Run the command line with the arguments of the process; see `wandazeta.cli.main.main`."""
+    """Run the command line with the arguments of the process.
+
+    `wandazeta.cli.functions` has the commands that are functions, `wandazeta.cli.main` those of LightningCLI.
+    """
     # only an installation maps the folder callbacks/ into the package
     if find_spec("wandazeta.callbacks") is None:
         raise SystemExit("error: wandazeta is not installed; run `pip install -e .` in the checkout")
-    # before torch and Lightning, whose import takes seconds
-    if (text := short_help(sys.argv[1:])) is not None:
+    arguments = without_all(sys.argv[1:])
+    wants_everything = arguments != sys.argv[1:]
+    # of `prune`, everything is what LightningCLI has
+    if functions.handles(arguments) and not (wants_everything and arguments[0] == "prune"):
+        functions.main(arguments)
+    elif (text := short_help(sys.argv[1:])) is not None:
         sys.stdout.write(f"{text}\n")
-        return
-    # also for the processes of other ranks, which Lightning starts with the same arguments
-    sys.argv[1:] = without_all(sys.argv[1:])
-    from wandazeta.cli.main import main as run
+    else:
+        # also for the processes of other ranks, which Lightning starts with the same arguments
+        sys.argv[1:] = arguments
+        # imported here, because torch and Lightning take seconds
+        from wandazeta.cli.main import main as run
 
-    run()
+        run()
 
 
 if __name__ == "__main__":

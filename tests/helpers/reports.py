@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from wandazeta.pruning import PruneOptions, prune_model
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
-from wandazeta.pruning.report.evaluation import EvaluatedModel, Evaluation
+from wandazeta.pruning.report.evaluation import EvaluatedModel, EvaluationSummary
 
 
 def made_up(
@@ -55,4 +55,4 @@ def evaluation(text="The ship was", **perplexities):
         EvaluatedModel(name, value, 2**20, index / 4, f"sunk {index} times.")
         for index, (name, value) in enumerate(perplexities.items())
     )
-    return Evaluation(models, text, 512, 16384)
+    return EvaluationSummary(models, text, 512, 16384)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers.tokenizer import byte_tokenizer
 
+from wandazeta.cli import functions
 from wandazeta.cli.main import main
 from wandazeta.models.loading import load_tokenizer
 
@@ -168,17 +169,19 @@ def parsed(monkeypatch, capsys):
 
 def test_configs_that_prune_do_not_share_their_progress(parsed):
     prune = (ROOT / "docs" / "prune.md").read_text()
-    folders = [parsed(arguments)["run_dir"] for arguments in commands(prune, "prune") if "-c" in arguments]
+    runs = [parsed(arguments) for arguments in commands(prune, "prune") if not functions.handles(arguments)]
+    folders = [run["run_dir"] for run in runs]
     assert None not in folders
     assert len(set(folders)) == len(folders) >= 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_parse(page, parsed):
-    for command in ("fit", "prune", "diagnose", "test"):
+    for command in ("fit", "prune", "diagnose", "test", "evaluate", "export-adapters"):
         for arguments in commands(page.read_text(), command):
-            # without a config, prune is a function with options of its own
-            if "--model.help" not in arguments and "-c" in arguments:
+            if functions.handles(arguments):
+                assert functions.parse(arguments)
+            elif "--model.help" not in arguments:
                 assert parsed([argument for argument in arguments if argument != "--print_config"])
 
 

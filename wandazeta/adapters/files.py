@@ -78,6 +78,18 @@ def describe_backbone(model: nn.Module, pruned_key: str | None) -> dict[str, Any
     }
 
 
+def written_backbone(description: dict[str, Any], directory: str | None) -> dict[str, Any]:
+    """Return the description of a backbone that was written beside the adapters, where it is a model like any other.
+
+    Args:
+        description: What `describe_backbone` returned.
+        directory: Its directory, relative to that of the adapters; None if it was not written.
+    """
+    if directory is None:
+        return description
+    return {**description, "backbone": directory, "backbone_key": description["backbone_fingerprint"]}
+
+
 def require_same(saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Compare the description of saved adapters with that of this run.
 

@@ -4,6 +4,7 @@ A trainable (`PeftLoRA`, `TensorTrainAdapters`, `Weights`) is a record of option
 one module does with it is the state of a `GradientTraining`, which the trainable's method `by_gradient` makes.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from wandazeta.adapters.card import peft_card
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.models.blocks import block_lists
+from wandazeta.models.encoder import EncoderClassifier
 from wandazeta.models.sparsity import is_pruned
 from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.utilities.arguments import check_range, closest_names
@@ -137,6 +140,7 @@ class PeftLoRATraining(GradientTraining):
         self.options = options
         self._peft_model: Any = None
         self._backbone: nn.Module | None = None
+        self._num_classes: int | None = None
 
     @override
     def check(self, model: nn.Module) -> None:
@@ -162,11 +166,14 @@ class PeftLoRATraining(GradientTraining):
             target_modules=self.options.target_modules or targets,
             modules_to_save=list(heads) or None,
         )
+        # peft wraps the head
+        num_classes = model.head.out_features if isinstance(model, EncoderClassifier) else None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             # changes the model in place; the wrapper saves and merges
             self._peft_model = get_peft_model(model, config)
         self._backbone = model
+        self._num_classes = num_classes
 
     @override
     def description(self) -> dict[str, Any]:
@@ -184,6 +191,13 @@ class PeftLoRATraining(GradientTraining):
     def save(self, directory: Path, backbone: dict[str, Any], is_main_process: bool) -> None:
         # save_embedding_layers="auto" would ask the hub about the vocabulary
         self._peft_model.save_pretrained(str(directory), save_embedding_layers=False, is_main_process=is_main_process)
+        if not is_main_process:
+            return
+        config = Path(directory, "adapter_config.json")
+        name = backbone.get("backbone", backbone["base_model"])
+        settings = json.loads(config.read_text()) | {"base_model_name_or_path": name}
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+        Path(directory, "README.md").write_text(peft_card(backbone, self._num_classes))
 
     @override
     def check_merge(self, keep_mask: bool) -> None:

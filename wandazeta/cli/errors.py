@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 _PACKAGES = ("deepspeed", "gguf", "jinja2", "lm_eval", "matplotlib", "peft", "sklearn", "tensorboard")
 """Packages that only some options need."""
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -27,7 +25,7 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, MisconfigurationException) as error:
+    except _user_errors() as error:
         if os.environ.get("WANDAZETA_DEBUG"):
             raise
         sys.stderr.write(f"error: {_innermost(error)}\n")
@@ -45,6 +43,12 @@ def reported_errors() -> Iterator[None]:
         where = f": '{error.filename}'" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}; {remedy}\n")
         raise SystemExit(1) from None
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The types of errors of the user; importing Lightning for its own takes seconds where nothing else needs it."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return (ValueError,) if module is None else (ValueError, module.MisconfigurationException)
 
 
 def _innermost(error: BaseException) -> BaseException:

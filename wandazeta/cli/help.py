@@ -10,7 +10,7 @@ from textwrap import fill, wrap
 
 from wandazeta.version import __version__
 
-__all__ = ["PAGES", "Page", "short_help", "without_all"]
+__all__ = ["COMMANDS", "PAGES", "Page", "short_help", "without_all"]
 
 _HELP = ("-h", "--help")
 _WIDTH = 80
@@ -31,6 +31,13 @@ class Page:
     example: str
     options: tuple[tuple[str, str], ...]
 
+
+COMMANDS = {
+    "prune": "prune a model by its name or directory: a Hugging Face directory comes out",
+    "evaluate": "measure a model, and another one beside it: perplexity, sample text, tasks",
+    "export-adapters": "write the adapters of a run for `wandazeta.load_adapters`",
+}
+"""The commands that are functions (`wandazeta.cli.functions`), and what each does."""
 
 _CONFIG = ("-c run.yaml", "Settings in YAML, or preset:best, preset:paper; later files and options override.")
 _MODEL = ("--model.model_name_or_path NAME", "Directory or Hugging Face name of the model.")
@@ -83,7 +90,7 @@ PAGES = {
     "test": _evaluation("Measure on the test split.", "test", _DEVICES),
     "predict": _evaluation("Write predictions of the test split to predictions.jsonl in the run's folder.", "predict"),
     "prune": Page(
-        "Prune a model and write it as a directory that transformers loads.",
+        "Prune a model by a configuration and write it as a directory that transformers loads.",
         "wandazeta prune -c preset:best --model LanguageModel \\\n"
         "  --model.model_name_or_path NAME --data TextDataModule \\\n"
         "  --data.source my_text.jsonl --run_dir runs/prune --output_dir runs/pruned",
@@ -150,8 +157,9 @@ def without_all(arguments: Sequence[str]) -> list[str]:
 def _overview() -> str:
     lines = ["Prune language models with Wanda++; fine-tune them with forward passes alone.", ""]
     lines += ["usage: wandazeta COMMAND [options]", ""]
-    for name, page in PAGES.items():
-        lines.append(fill(page.summary, _WIDTH, initial_indent=f"  {name:10}", subsequent_indent=" " * 12))
+    summaries = {name: f"{what[0].upper()}{what[1:]}." for name, what in COMMANDS.items()}
+    for name, summary in (summaries | {name: page.summary for name, page in PAGES.items() if name != "prune"}).items():
+        lines.append(fill(summary, _WIDTH, initial_indent=f"  {name:17}", subsequent_indent=" " * 19))
     lines += ["", "  wandazeta COMMAND --help      important options of a command, with an example"]
     lines += ["  wandazeta COMMAND --help all  all of its options", "  wandazeta --version           the version"]
     return "\n".join(lines)

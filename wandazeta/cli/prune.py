@@ -13,7 +13,7 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
 from wandazeta.utilities.files import check_writable
 
-__all__ = ["prune_module"]
+__all__ = ["attach", "prune_module"]
 
 
 def prune_module(
@@ -50,8 +50,9 @@ def prune_module(
         )
     if trainer.world_size > 1:
         raise ValueError(
-            f"Expected one process to prune with, but got {trainer.world_size}; set `trainer.devices` and "
-            "`trainer.num_nodes` to 1."
+            f"Expected one process to prune with a configuration, but got {trainer.world_size}; set `trainer.devices` "
+            "and `trainer.num_nodes` to 1, or share the samples among several by `torchrun -m wandazeta prune MODEL "
+            "--text FILE`."
         )
     if fast_dev_run(trainer):
         raise ValueError(
@@ -65,7 +66,7 @@ def prune_module(
             "folder for one of them."
         )
     check_export_directory(target, progress)
-    _attach(trainer, module, datamodule)
+    attach(trainer, module, datamodule)
     module.configure_model()
     prefix, model = find_pretrained(module)
     check_writable(target.parent, needed_bytes=sum(weight.nbytes for weight in model.parameters()))
@@ -83,8 +84,14 @@ def prune_module(
     return callback.report
 
 
-def _attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
-    """Connect a trainer, a module and its data as the trainer's own entry points do."""
+def attach(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+    """Connect a trainer, a module and its data as the trainer's own entry points do.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        datamodule: The data, or None.
+    """
     trainer.strategy.connect(module)
     module.trainer = trainer
     if datamodule is not None:

@@ -79,7 +79,7 @@ def is_local(source: str) -> bool:
     return source.endswith(SUFFIXES) or glob.has_magic(source) or Path(source).expanduser().exists()
 
 
-def _local_files(source: str) -> list[Path]:
+def _local_files(source: str, argument: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if kind_of(file) is not None)
@@ -88,14 +88,18 @@ def _local_files(source: str) -> list[Path]:
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not found:
-        raise ValueError(f"Expected argument `source` to name existing files, but got {source!r}, which matches none")
+        raise ValueError(
+            f"Expected argument `{argument}` to name existing files, but got {source!r}, which matches none"
+        )
     for file in found:
         if kind_of(file) is None:
-            raise ValueError(f"Expected argument `source` to name {', '.join(SUFFIXES)} files, but got {str(file)!r}")
+            raise ValueError(
+                f"Expected argument `{argument}` to name {', '.join(SUFFIXES)} files, but got {str(file)!r}"
+            )
     return found
 
 
-def _read_hub(source: str, config: str | None) -> Iterator[Row]:
+def _read_hub(source: str, config: str | None, argument: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
@@ -107,12 +111,14 @@ def _read_hub(source: str, config: str | None) -> Iterator[Row]:
     except Exception as error:
         # datasets raises errors of many types: no network, unknown dataset, unknown configuration
         raise ValueError(
-            f"Could not read `source` {source!r}: neither local files nor a hub dataset that loads "
+            f"Could not read `{argument}` {source!r}: neither local files nor a hub dataset that loads "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
-def read_documents(source: str, reading: SourceOptions | None = None, labelled: bool = False) -> list[Document]:
+def read_documents(
+    source: str, reading: SourceOptions | None = None, labelled: bool = False, argument: str = "source"
+) -> list[Document]:
     """Read all documents of a source that hold text.
 
     A column `id` identifies the documents; without it their text does, so that copies are in the same split.
@@ -123,6 +129,7 @@ def read_documents(source: str, reading: SourceOptions | None = None, labelled: 
             cut into documents at its blank lines.
         reading: How the source is read; by default as `SourceOptions()` says.
         labelled: Read labels too.
+        argument: Name of the user's argument that `source` comes from, for error messages.
 
     Raises:
         ValueError: If nothing is found, a file cannot be read, a column is missing or holds something other than text,
@@ -132,9 +139,9 @@ def read_documents(source: str, reading: SourceOptions | None = None, labelled: 
     if source.startswith(_SAMPLE_PREFIX):
         rows: Iterable[Row] = read_rows([sample_text(source.removeprefix(_SAMPLE_PREFIX))])
     elif is_local(source):
-        rows = read_rows(_local_files(source))
+        rows = read_rows(_local_files(source, argument))
     else:
-        rows = _read_hub(source, reading.dataset_config)
+        rows = _read_hub(source, reading.dataset_config, argument)
     documents = []
     for row in islice(rows, reading.max_documents):
         text = _text(row, reading.text_column)
@@ -144,7 +151,7 @@ def read_documents(source: str, reading: SourceOptions | None = None, labelled: 
         elif labelled:
             _column(row, reading.label_column)
     if not documents:
-        raise ValueError(f"Expected `source` {source!r} to hold text, but all of it is empty")
+        raise ValueError(f"Expected `{argument}` {source!r} to hold text, but all of it is empty")
     return documents
 
 

@@ -179,6 +179,21 @@ def load_backbone(model_name_or_path: str, loading: LoadingOptions | None = None
     return model if num_classes is None else EncoderClassifier(model, num_classes)
 
 
+def stored_dtype(model_name_or_path: str) -> Literal["float32", "bfloat16", "float16"]:
+    """Return the precision that a model is stored in, by its configuration; float32 if it does not say.
+
+    Args:
+        model_name_or_path: Hugging Face name or local directory.
+
+    Raises:
+        ValueError: If there is no configuration.
+    """
+    with _explained_errors(model_name_or_path, "a causal language model"):
+        _refuse_adapters(Path(model_name_or_path))
+        dtype = load_config(model_name_or_path, trust_remote_code=False).dtype
+    return "bfloat16" if dtype == torch.bfloat16 else "float16" if dtype == torch.float16 else "float32"
+
+
 def load_skeleton(model_name_or_path: str, loading: LoadingOptions) -> nn.Module:
     """Build a causal language model from its configuration, without memory for weights and without values.
 

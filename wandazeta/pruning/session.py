@@ -20,7 +20,6 @@ from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.progress.key import PruneKey, digest_batches, digest_model
 from wandazeta.pruning.pruner import PreparedPruning, Progress, PruningInterrupted, prune_blocks
 from wandazeta.pruning.records import BlockRecord, PruneReport
-from wandazeta.utilities.files import check_writable
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.rng import isolated_rng
 from wandazeta.version import __version__
@@ -222,8 +221,7 @@ class PruningSession:
             )
         if ranks.rank == 0:
             weights = [weight for weight in found[1].parameters() if weight.ndim >= 2] if found is not None else []
-            needed = 0 if (self.folder.directory / "key.json").exists() else sum(map(_saved_bytes, weights))
-            check_writable(self.folder.directory, needed_bytes=needed)
+            self.folder.reserve(sum(map(_saved_bytes, weights)))
         rows = collect_rows(loader(), self.num_samples, self.options.seed) if uses_calibration else []
         if rows:
             self.options = self.options.for_samples(len(rows))

@@ -150,13 +150,17 @@ def test_a_sharded_model_trains_them_as_a_whole_one(model_dir, tmp_path):
         torch.testing.assert_close(rank["theta"], alone["theta"], atol=2e-4, rtol=1e-3)
 
 
-def test_they_are_exported_and_loaded_where_there_is_a_place_for_them(model_dir, tmp_path):
+def test_they_are_exported_and_loaded_where_there_is_a_place_for_them(model_dir, tmp_path, monkeypatch):
     batch = examples()
     _, module, _ = train(model_dir, tmp_path / "run", steps=2, batch=batch, **EXACT)
     module.save_adapters(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     assert f"num_answers={NUM}" in code
+    scope = {}
+    monkeypatch.chdir(tmp_path / "saved")
+    exec(code, scope)
+    assert torch.equal(scope["model"].adapters.theta, module.adapters.theta)
     options = {"head": TrainedHead(NUM), "trainable": TensorTrainAdapters(rank=2, bottleneck=8)}
     other = ZerothOrderModule(model_dir, **options)
     other.load_adapters(tmp_path / "saved")

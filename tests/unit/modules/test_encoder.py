@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from wandazeta.adapters import LoRAAdapters, PeftLoRA, TensorTrainAdapters, Weights, remove_adapters
-from wandazeta.adapters.files import load_adapters
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer
 from wandazeta.models.encoder import EncoderClassifier
@@ -129,13 +128,16 @@ def test_training_lowers_the_loss_and_adapters_come_back(model_dirs, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", [TensorTrainAdapters(2, 8), LoRAAdapters(2)], ids=["tensor_train", "lora"])
-def test_exported_adapters_bring_their_head(model_dirs, tmp_path, trainable):
+def test_exported_adapters_bring_their_head(model_dirs, tmp_path, monkeypatch, trainable):
     module, batch = ready(model_dirs["bert"], trainable=trainable), labelled_batch()
     module.adapters.theta.copy_(copies(module, 1)[0])
     module.save_adapters(tmp_path)
-    assert f"`head` ({WIDTH} to {NUM_CLASSES})" in (tmp_path / "README.md").read_text()
-    model = EncoderClassifier(AutoModel.from_pretrained(model_dirs["bert"]), NUM_CLASSES).eval()
-    load_adapters(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"`head` ({WIDTH} to {NUM_CLASSES})" in card
+    scope = {}
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], scope)
+    model = scope["model"].eval()
     inputs = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
         logits = module.backbone(*inputs).logits

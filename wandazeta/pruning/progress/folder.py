@@ -57,6 +57,11 @@ class ProgressFolder:
         # digests of the blocks that were saved or loaded, by index
         self._block_digests: dict[int, str] = {}
 
+    @property
+    def place(self) -> Path:
+        """The folder that the user has named."""
+        return self.directory
+
     # -- the key ----------------------------------------------------------------------------------------------------
 
     @property
@@ -86,6 +91,17 @@ class ProgressFolder:
             raise ValueError(
                 f"Expected '{self._key_path}' to be the key of a pruning, but it cannot be read{_REMEDY}"
             ) from error
+
+    def reserve(self, num_bytes: int) -> None:
+        """Check that the folder can be written to, and has room for the blocks unless it holds some.
+
+        Args:
+            num_bytes: Size of all block files.
+
+        Raises:
+            ValueError: If it cannot be written to, or the disk has too little space.
+        """
+        files.check_writable(self.directory, needed_bytes=0 if self._key_path.exists() else num_bytes)
 
     def open(self, key: PruneKey) -> None:
         """Open the folder to prune: start a pruning in it, or continue the one it holds.
@@ -155,7 +171,7 @@ class ProgressFolder:
         difference = key.difference(found, parts)
         if difference:
             raise ValueError(
-                f"Expected argument `output_dir` to hold the pruning of this run, but '{self.directory}' holds another "
+                f"Expected argument `output_dir` to hold the pruning of this run, but '{self.place}' holds another "
                 f"one: it differs in {difference}{_REMEDY}"
             )
 

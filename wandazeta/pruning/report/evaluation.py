@@ -2,10 +2,11 @@
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["EVALUATION_FILE", "EvaluatedModel", "Evaluation", "read_evaluation"]
+__all__ = ["EVALUATION_FILE", "EvaluatedModel", "EvaluationSummary", "read_evaluation"]
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -30,8 +31,8 @@ class EvaluatedModel:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Models that were measured on the same text. The fields are those of `evaluation.json`.
+class EvaluationSummary:
+    """Models that were measured on the same text.
 
     Args:
         models: The models in the order in which they are shown, the baseline first.
@@ -46,8 +47,8 @@ class Evaluation:
     num_tokens: int
 
 
-def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
-    """Read an `evaluation.json`: an object with the fields of `Evaluation`; unknown fields are ignored.
+def read_evaluation(path: str | os.PathLike[str]) -> EvaluationSummary:
+    """Read the `evaluation.json` that `wandazeta.evaluate` writes; unknown fields are ignored.
 
     Args:
         path: The file.
@@ -57,16 +58,26 @@ def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     """
     try:
         content = json.loads(Path(path).read_bytes())
-        models = tuple(
-            EvaluatedModel(**{field.name: model[field.name] for field in fields(EvaluatedModel)})
-            for model in content["models"]
+        measured = [content] if content["baseline"] is None else [content["baseline"], content]
+        sample = content["sample"] or {}
+        summary = EvaluationSummary(
+            tuple(_model(one) for one in measured),
+            sample.get("prompt"),
+            content["sequence_length"],
+            content["num_tokens"],
         )
-        evaluation = Evaluation(models, *(content[field.name] for field in fields(Evaluation)[1:]))
     except OSError as error:
         raise ValueError(f"Expected '{path}' to be a file that can be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected '{path}' to hold an evaluation, but it does not ({error!r}); run `wandazeta evaluate` again or "
             "delete the file."
         ) from error
-    return evaluation
+    return summary
+
+
+def _model(content: dict[str, Any]) -> EvaluatedModel:
+    sample = content["sample"] or {}
+    return EvaluatedModel(
+        content["model"], content["perplexity"], content["num_bytes"], content["sparsity"], sample.get("continuation")
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report import charts
-from wandazeta.pruning.report.evaluation import EVALUATION_FILE, Evaluation, read_evaluation
+from wandazeta.pruning.report.evaluation import EVALUATION_FILE, EvaluationSummary, read_evaluation
 from wandazeta.utilities.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_page(
     report: PruneReport,
     path: str | os.PathLike[str],
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: EvaluationSummary | None = None,
     model: str | None = None,
 ) -> None:
     """Write a report as an HTML page that holds its style and charts, and loads nothing from elsewhere.
@@ -84,7 +84,7 @@ def page_of_file(
     return target
 
 
-def _render(report: PruneReport, evaluation: Evaluation | None, model: str | None) -> str:
+def _render(report: PruneReport, evaluation: EvaluationSummary | None, model: str | None) -> str:
     try:
         import matplotlib  # noqa: F401 (if it is missing, fail here)
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -121,7 +121,7 @@ def _render(report: PruneReport, evaluation: Evaluation | None, model: str | Non
     )
 
 
-def _charts(report: PruneReport, evaluation: Evaluation | None) -> dict[str, str]:
+def _charts(report: PruneReport, evaluation: EvaluationSummary | None) -> dict[str, str]:
     drawn = {"waffle": charts.waffle(report.sparsity)}
     models = evaluation.models if evaluation else ()
     measured = {model.name: model.perplexity for model in models if model.perplexity is not None}

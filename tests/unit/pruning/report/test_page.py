@@ -1,7 +1,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -9,8 +9,9 @@ import pytest
 from helpers.reports import evaluation, made_up
 
 from wandazeta.pruning.records import PruneReport
-from wandazeta.pruning.report.evaluation import EvaluatedModel, Evaluation
+from wandazeta.pruning.report.evaluation import EvaluatedModel, EvaluationSummary
 from wandazeta.pruning.report.page import main, page_of_file, write_page
+from wandazeta.scoring.evaluation import Evaluation, SampleText
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "col", "source"}
 
@@ -148,7 +149,7 @@ def test_an_evaluation_is_shown_with_figures_and_samples(tmp_path):
 
 def test_an_evaluation_by_tasks_alone_shows_what_there_is(tmp_path):
     model = EvaluatedModel("pruned", perplexity=None, size_bytes=None, sparsity=0.25, continuation=None)
-    text = written(tmp_path, made_up(), evaluation=Evaluation((model,), None, None, 0))
+    text = written(tmp_path, made_up(), evaluation=EvaluationSummary((model,), None, None, 0))
     assert ["pruned", "not measured", "25.0%"] in Page(text).rows
     assert "A sample of each model" not in text
     assert not any("Perplexities" in label for label in svgs(text))
@@ -236,11 +237,18 @@ def test_the_command_makes_a_page_from_either_file(tmp_path):
 def test_the_page_of_a_file_shows_the_evaluation_beside_it(tmp_path):
     report, measured = made_up(), evaluation(dense=20.0, pruned=float("inf"))
     (tmp_path / "prune_report.json").write_text(json.dumps(report.to_dict()))
-    (tmp_path / "evaluation.json").write_text(json.dumps({**asdict(measured), "more": 1}))
+    sizes = {"num_bytes": 2**20, "num_tokens": 16384, "sequence_length": 512}
+    found = None
+    for index, model in enumerate(measured.models):
+        sample = SampleText(measured.text, model.continuation)
+        found = Evaluation(
+            model.name, 10, index / 4, perplexity=model.perplexity, sample=sample, baseline=found, **sizes
+        )
+    (tmp_path / "evaluation.json").write_text(json.dumps(found.to_dict()))
     path = page_of_file(tmp_path / "prune_report.json")
     assert path == tmp_path / "prune_report.html"
     assert path.read_text() == written(tmp_path, report, evaluation=measured)
-    for content in ("{}", "no JSON", '{"models": [{"name": "a"}]}', "[1]"):
+    for content in ("{}", "no JSON", '{"model": "a", "baseline": null}', "[1]"):
         (tmp_path / "evaluation.json").write_text(content)
         with pytest.raises(ValueError, match=r"evaluation.json' to hold an evaluation, .*run `wandazeta evaluate`"):
             page_of_file(tmp_path / "prune_report.json")
