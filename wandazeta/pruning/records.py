@@ -191,6 +191,18 @@ class PruneReport:
         return {**{name: getattr(self, name) for name in totals}, **asdict(self)}
 
     @property
+    def unreached_words(self) -> str:
+        """A sentence that names the experts that no calibration token reached; empty if there are none."""
+        unreached = self.unreached_experts
+        if not unreached:
+            return ""
+        names = "; ".join(f"`{name}` {', '.join(map(str, indices))}" for name, indices in unreached.items())
+        return (
+            f"No calibration token reached {sum(map(len, unreached.values()))} experts, which were pruned by "
+            f"magnitude: {names}."
+        )
+
+    @property
     def gain(self) -> str:
         """What the zeros change about size and speed, in two or three sentences."""
         words = (

@@ -2,8 +2,9 @@
 
 In every group of 4 consecutive inputs of a row, the 2 kept values are stored in order, and their positions in 2 bits
 each. The rows of fused experts follow one another. A group takes two values and half a byte: 9/16 (0.5625) of its dense
-size in 16-bit precision, 17/32 (0.53125) in 32-bit. All other tensors are stored unchanged. The file is a safetensors file: a weight NAME becomes `NAME.values` and
-`NAME.indices`, and the metadata entry `wandazeta` holds version, pattern and the packed weights.
+size in 16-bit precision, 17/32 (0.53125) in 32-bit. All other tensors are stored unchanged. The file is a safetensors
+file: a weight NAME becomes `NAME.values` and `NAME.indices`, and the metadata entry `wandazeta` holds version, pattern
+and the packed weights.
 
 `python -m wandazeta.pruning.export.packed SRC DST` writes a plain Hugging Face directory from one that holds the
 packed file, so that only the packed file has to be shipped.

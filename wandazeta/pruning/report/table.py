@@ -21,7 +21,8 @@ def report_table(report: PruneReport) -> "Table":
     """
     from rich.table import Table  # pruning itself needs torch only
 
-    table = Table(title=f"Pruned by {report.method_name}: {report.block_name}", caption=report.gain)
+    caption = f"{report.unreached_words} {report.gain}".strip()
+    table = Table(title=f"Pruned by {report.method_name}: {report.block_name}", caption=caption)
     for heading in ("block", "weights", "pattern", "sparsity", "loss before", "loss after", "seconds", "peak memory"):
         table.add_column(heading, justify="right")
     for block in report.blocks:
