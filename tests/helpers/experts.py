@@ -1,10 +1,12 @@
-"""Experts without fused weights: the same function as a loop over experts with plain Linears, for comparison."""
+"""Models of experts: for comparison with a loop over plain Linears, with an idle expert, and as a LightningModule."""
 
 import copy
 
 import torch
 from helpers.architectures import build
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -69,3 +71,29 @@ def build_unreached(expert=3):
     for block in model.get_submodule(blocks):
         block.mlp.router.bias.data[expert] = -1e4
     return model, blocks
+
+
+class Mixture(LightningModule):
+    """A module with a tiny model of experts."""
+
+    def __init__(self, name="mixtral", learning_rate=0.01):
+        super().__init__()
+        self.model, _ = build(name)
+        self.learning_rate = learning_rate
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False)
+
+    def training_step(self, tokens, batch_idx):
+        return self(tokens).loss
+
+    def validation_step(self, tokens, batch_idx):
+        self.log("loss", self(tokens).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.1)
+
+
+def mixture_loader():
+    """Tokens for `Mixture`."""
+    return DataLoader(torch.randint(3, 32, (16, 10), generator=torch.Generator().manual_seed(0)), batch_size=4)

@@ -193,14 +193,9 @@ class PruneReport:
     @property
     def unreached_words(self) -> str:
         """A sentence that names the experts that no calibration token reached; empty if there are none."""
-        unreached = self.unreached_experts
-        if not unreached:
-            return ""
-        names = "; ".join(f"`{name}` {', '.join(map(str, indices))}" for name, indices in unreached.items())
-        return (
-            f"No calibration token reached {sum(map(len, unreached.values()))} experts, which were pruned by "
-            f"magnitude: {names}."
-        )
+        unreached = [f"`{name}` {', '.join(map(str, indices))}" for name, indices in self.unreached_experts.items()]
+        start = "Experts that no calibration token reached, which were pruned by magnitude"
+        return f"{start}: {'; '.join(unreached)}." if unreached else ""
 
     @property
     def gain(self) -> str:

@@ -2,36 +2,12 @@
 
 import pytest
 import torch
-from helpers.architectures import build
+from helpers.experts import Mixture, mixture_loader
 from helpers.masked import is_positive_zero
 from helpers.pruning import callback, fit, trainer
-from lightning.pytorch import LightningModule
-from torch.utils.data import DataLoader
 
 from wandazeta.callbacks import KeepSparsity
 from wandazeta.pruning.export.pretrained import export_pretrained
-
-
-class Mixture(LightningModule):
-    def __init__(self, name="mixtral"):
-        super().__init__()
-        self.model, _ = build(name)
-
-    def forward(self, tokens):
-        return self.model(input_ids=tokens, labels=tokens, use_cache=False)
-
-    def training_step(self, tokens, batch_idx):
-        return self(tokens).loss
-
-    def validation_step(self, tokens, batch_idx):
-        self.log("loss", self(tokens).loss)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
-
-
-def loader():
-    return DataLoader(torch.randint(3, 32, (16, 10), generator=torch.Generator().manual_seed(0)), batch_size=4)
 
 
 def expert_weights(module):
@@ -45,9 +21,9 @@ def zeros_of(module):
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_pruned_held_loaded_exported_and_held_again(tmp_path, name):
     pruning = callback(tmp_path / "pruned", method="wanda")
-    trained = fit(pruning, Mixture(name), loader())
+    trained = fit(pruning, Mixture(name), mixture_loader())
     loaded = Mixture(name)
-    trainer(callback(tmp_path / "pruned", method="wanda")).validate(loaded, loader(), verbose=False)
+    trainer(callback(tmp_path / "pruned", method="wanda")).validate(loaded, mixture_loader(), verbose=False)
     zeros = zeros_of(loaded)
     assert all(places.float().mean() == 0.5 for places in zeros.values())
     for key, places in zeros.items():
@@ -59,7 +35,7 @@ def test_pruned_held_loaded_exported_and_held_again(tmp_path, name):
     for keep in (KeepSparsity(masks=str(tmp_path / "out")), KeepSparsity()):
         module = Mixture(name)
         module.load_state_dict(loaded.state_dict())
-        fit(keep, module, loader())
+        fit(keep, module, mixture_loader())
         held = {key: mask for key, mask in keep.held.masks.items() if key in zeros}
         assert held.keys() == zeros.keys()
         for key, places in zeros.items():
@@ -77,5 +53,5 @@ def test_experts_that_other_code_runs_are_refused_before_any_work(tmp_path):
 
         layer.mlp.forward = fused_kernel
     with pytest.raises(ValueError, match=r"but `mlp\.experts\.gate_up_proj` are not, although their weights are"):
-        fit(callback(tmp_path / "pruned", method="wanda"), module, loader())
+        fit(callback(tmp_path / "pruned", method="wanda"), module, mixture_loader())
     assert not list((tmp_path / "pruned").glob("block_*"))

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from helpers.reports import made_up
+from helpers.reports import made_up, with_unreached_expert
 
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report.page import main, write_page
@@ -209,3 +209,8 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["report.json", "--perplexity", argument])
         assert "--perplexity: invalid" in capsys.readouterr().err
+
+
+def test_experts_that_no_token_reached_are_named(tmp_path):
+    text = Page(written(tmp_path, with_unreached_expert(made_up()))).text
+    assert "pruned by magnitude: model.layers.0.mlp.experts 2." in text
