@@ -24,7 +24,8 @@ __all__ = ["ExpertLayer", "expert_layers", "find_routers", "fused_name", "fused_
 
 # attributes that the decorator sets
 _DECORATED = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-_ROUTER_CLASS = re.compile(r"(Router|Gate)$")
+_ROUTER_CLASS = re.compile(r"Router$")
+_ROUTER_CLASS_BESIDE_EXPERTS = re.compile(r"(Router|Gate)$")
 
 
 class ExpertLayer(nn.Module):
@@ -68,10 +69,10 @@ def fused_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_routers(block: nn.Module) -> set[nn.Module]:
-    """Find the modules that choose among fused experts or weigh them, with everything inside them.
+    """Find the modules that choose among experts or weigh them, with everything inside them.
 
-    Beside the experts, these are modules whose class is named so, and Linears with one output for each expert, or with
-    a single one (the gate of a shared expert).
+    These are modules whose class is named so and, beside fused experts, Linears with one output for each expert, or
+    with a single one (the gate of a shared expert).
 
     Args:
         block: The block.
@@ -79,10 +80,12 @@ def find_routers(block: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for parent in block.modules():
         children = {child: _without_adapters(child) for child in parent.children()}
-        sizes = {1, *(inner.num_experts for inner in children.values() if fused_weights(inner))}
-        for child, inner in children.items() if len(sizes) > 1 else ():
+        num_experts = {_num_experts(inner) for inner in children.values() if fused_weights(inner)}
+        class_name = _ROUTER_CLASS_BESIDE_EXPERTS if num_experts else _ROUTER_CLASS
+        sizes = num_experts | {1} if num_experts else num_experts
+        for child, inner in children.items():
             chooses = isinstance(inner, nn.Linear) and inner.out_features in sizes
-            if chooses or _ROUTER_CLASS.search(type(inner).__name__):
+            if chooses or class_name.search(type(inner).__name__):
                 found |= set(child.modules())
     return found
 

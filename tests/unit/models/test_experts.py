@@ -130,6 +130,15 @@ def test_routers_are_found_beside_experts(name, routers):
     assert names[-1] == routers
 
 
+def test_routers_are_known_by_their_class_beside_other_experts():
+    class Router(nn.Linear):
+        """As that of Llama 4."""
+
+    block = nn.Module()
+    block.router, block.gate, block.experts = Router(8, 2), nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 8)] * 2)
+    assert find_routers(block) == {block.router}
+
+
 def test_routers_may_be_linears_and_may_have_adapters():
     model, _ = build("qwen2_moe")
     for block in model.model.layers:
