@@ -33,7 +33,7 @@ class KeepSparsity(Callback):
 
     Args:
         masks: A `masks.safetensors`, or the directory that `wandazeta prune` wrote it to; by default the zeros of the
-            Linears inside the blocks when the fit starts.
+            Linears and experts inside the blocks when the fit starts.
         blocks: Dotted name of the list of blocks in the module; by default all that are found. Only without `masks`.
 
     Raises:

@@ -84,6 +84,46 @@ _MODELS = {
         ),
         "model.layers",
     ),
+    "qwen3_moe": lambda: (
+        hf.Qwen3MoeForCausalLM,
+        # a dense block between two of experts
+        hf.Qwen3MoeConfig(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1], **_LLAMA
+        ),
+        "model.layers",
+    ),
+    # experts with biases, stored as (in, out), with the outputs of gate and up interleaved
+    "gpt_oss": lambda: (
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig(
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            **_LLAMA,
+        ),
+        "model.layers",
+    ),
+    # groups of experts, a router bias, and a shared expert that all tokens reach
+    "deepseek_v3": lambda: (
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            moe_intermediate_size=12,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            **{**_LLAMA, "num_key_value_heads": 2, "head_dim": 4},
+        ),
+        "model.layers",
+    ),
     "bert": lambda: (hf.BertForMaskedLM, hf.BertConfig(**_BERT), "bert.encoder.layer"),
     "roberta": lambda: (hf.RobertaForMaskedLM, hf.RobertaConfig(**_BERT), "roberta.encoder.layer"),
     "mpnet": lambda: (hf.MPNetForMaskedLM, hf.MPNetConfig(**_BERT), "mpnet.encoder.layer"),
@@ -126,13 +166,9 @@ _MODELS = {
     ),
 }
 ARCHITECTURES = tuple(_MODELS)
-# modules that keep matrices outside Linear layers and so cannot be pruned
-EXCLUDED = {
-    "mixtral": ("gate", "experts"),
-    "qwen2_moe": ("gate", "experts"),
-    "jamba": ("mamba.A_log", "mamba.dt_proj", "feed_forward.router", "feed_forward.experts"),
-    "mamba": ("mixer.A_log", "mixer.dt_proj"),
-}
+# modules that keep matrices outside Linear layers and experts and so cannot be pruned
+EXCLUDED = {"jamba": ("mamba.A_log", "mamba.dt_proj"), "mamba": ("mixer.A_log", "mixer.dt_proj")}
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba")
 
 
 def build(name):
@@ -146,6 +182,10 @@ def build(name):
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
                     parameter.mul_(8)
+            # biases of experts and routers are zero at first
+            for tensor_name, tensor in model.state_dict().items():
+                if tensor_name.endswith(("_proj_bias", "router.bias", "correction_bias")):
+                    tensor.normal_(std=0.1)
     return model, blocks
 
 

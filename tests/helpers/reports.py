@@ -1,5 +1,7 @@
 """Reports of prunings that nobody ran, and one of a small model pruned in the process."""
 
+from dataclasses import replace
+
 import torch
 from helpers.prune_options import make_options
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -29,6 +31,13 @@ def made_up(
         blocks.append(BlockRecord(index, f"model.layers.{index}", layers, *losses, **costs))
     options = PruneOptions().to_dict() if options is None else options
     return PruneReport(options, "model.layers", tuple(blocks))
+
+
+def with_unreached_expert(report):
+    """The same report with the first layer as fused experts, of which the last gets no token."""
+    block = report.blocks[0]
+    experts = replace(block.layers[0], name="mlp.experts.up_proj", expert_tokens=(4, 36, 0))
+    return replace(report, blocks=(replace(block, layers=(experts, *block.layers[1:])), *report.blocks[1:]))
 
 
 def pruned_llama(num_blocks=6):

@@ -1,10 +1,9 @@
 import json
-import re
 
 import pytest
 import torch
 import transformers
-from helpers.architectures import ARCHITECTURES, EXCLUDED, build, token_batches
+from helpers.architectures import ARCHITECTURES, EXCLUDED, WITH_EXPERTS, build, token_batches
 from helpers.prune_model import Memory
 from helpers.prune_options import make_options
 from safetensors.torch import load_file
@@ -58,7 +57,7 @@ def outputs(model):
 
 
 def has_the_pattern(rows, pattern):
-    zeros = rows == 0
+    zeros = rows.reshape(-1, rows.shape[-1]) == 0
     if pattern == "2:4":
         return bool((zeros.unflatten(1, (-1, 4)).sum(2) == 2).all())
     return bool((zeros.sum(1) == int(zeros.shape[1] * 0.5)).all())
@@ -88,27 +87,18 @@ def test_pruned_exported_and_loaded_by_transformers_alone(tmp_path, name, patter
             assert torch.equal(weight, dense[key]), key
             continue
         assert torch.equal(weight != 0, masks[key]), key
-        # GPT-2's layers alone keep the inputs first
-        assert has_the_pattern(weight.t() if name == "gpt2" else weight, pattern), key
+        # GPT-2's layers and the experts of gpt-oss alone keep the inputs first
+        inputs_first = name == "gpt2" or weight.ndim == 3
+        assert has_the_pattern(weight.transpose(-1, -2) if inputs_first else weight, pattern), key
 
     assert masks.keys() <= weights.keys()
-    excluded = tuple(f".{module}" for module in EXCLUDED.get(name, ()))
+    dense_modules = (*EXCLUDED.get(name, ()), "shared_expert_gate")
     named = loaded.get_submodule(blocks).named_modules()
-    layers = [m for n, m in named if isinstance(m, (nn.Linear, Conv1D)) and not f".{n}".endswith(excluded)]
-    assert len(masks) == len(layers) > 0
-    for layer in layers:
-        assert has_the_pattern(layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, pattern)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_fused_experts_are_refused_by_name_and_the_remedy_works(tmp_path, name):
-    model, _ = build(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"`model.layers.0.mlp.experts` \(\w+\) holds fused experts, .* cannot be"
-    ) as error:
-        prune(model)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    remedy = re.findall("`([^`]+)`", str(error.value).rpartition("; add ")[2])
-    assert remedy == ["mlp.gate", "mlp.experts", "exclude_modules"]
-    assert prune(model, exclude_modules=remedy[:-1]).sparsity == 0.5
+    layers = [m for n, m in named if isinstance(m, (nn.Linear, Conv1D)) and not n.endswith(dense_modules)]
+    rows = [layer.weight.t() if isinstance(layer, Conv1D) else layer.weight for layer in layers]
+    fused = [p for n, p in loaded.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    rows += [weight.transpose(1, 2) if name == "gpt_oss" else weight for weight in fused]
+    assert bool(fused) == (name in WITH_EXPERTS)
+    assert all(has_the_pattern(weight, pattern) for weight in rows)
+    # and nothing else has a mask
+    assert sum(mask.numel() for mask in masks.values()) == sum(weight.numel() for weight in rows) > 0

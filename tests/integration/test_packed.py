@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers.experts import Mixture
 from helpers.pruning import callback, trainer
 from lightning.pytorch import LightningModule
 from safetensors import safe_open
@@ -102,6 +103,20 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
     ids = torch.arange(1, 13).view(2, 6)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_packed(tmp_path, kind):
+    module, pruning = Mixture(kind), callback(tmp_path / "progress", method="magnitude")
+    prune_module(trainer(pruning), module, None, pruning, tmp_path / "out", pack=True)
+    plain = load_file(tmp_path / "out" / "model.safetensors")
+    masks = load_file(tmp_path / "out" / "sparsity/masks.safetensors")
+    # one file of each expert's weights, or all in one
+    assert sum(".experts." in name for name in masks) == {"mixtral": 3 * 4 * 3, "gpt_oss": 3 * 2}[kind]
+    assert payload(tmp_path / "out" / "sparsity/model.2of4.safetensors") == sum(
+        tensor.nbytes * 17 // 32 if name in masks else tensor.nbytes for name, tensor in plain.items()
+    )
+    equal_tensors(load_packed(tmp_path / "out"), plain)
 
 
 def test_shards_are_packed_into_one_file(tmp_path):

@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers.experts import Mixture, mixture_loader
 from helpers.pruning import Tiny, callback, loader, trainer
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ SCRIPT = """
     sys.path.insert(0, sys.argv[1])
     sys.path.insert(0, sys.argv[1] + "/../benchmarks")
     from scaling import CountBytes
+    from helpers.experts import Mixture, mixture_loader
     from helpers.processes import leave_process_group
     from lightning.pytorch import Callback
     from helpers.pruning import Tiny, callback, loader, trainer
@@ -43,16 +45,19 @@ SCRIPT = """
         def setup(self, *args, **kwargs):
             counter.counting = False
 
-    module = Tiny(seed=7 if case == "other model" and rank == "1" else 0)
+    has_experts = case == "experts"
+    module = Mixture(learning_rate=0.0) if has_experts else Tiny(seed=7 if case == "other model" and rank == "1" else 0)
     seen = []
-    module.layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
+    layers = module.model.model.layers if has_experts else module.layers
+    data = mixture_loader() if has_experts else loader()
+    layers[0].register_forward_hook(lambda block, args, output: seen.append(len(args[0])))
     # the other ranks need not see the folder
     pruning = callback(folder + ("/pruned" if rank == "0" else f"/elsewhere-{rank}"), **options)
-    trainer(pruning, StopCounting(), strategy="ddp", devices=size, limit_train_batches=1).fit(module, loader())
+    trainer(pruning, StopCounting(), strategy="ddp", devices=size, limit_train_batches=1).fit(module, data)
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, f"{folder}/{rank}.safetensors")
     record = pruning.report.blocks[0].to_dict()
     report = {"key": pruning.key, "rows": sum(seen), "samples": record["num_samples"], "loss": record["loss_after"]}
-    report["bytes"] = counter.bytes
+    report["bytes"], report["tokens"] = counter.bytes, [record["layers"][-1]["expert_tokens"], record["num_tokens"]]
     open(f"{folder}/{rank}.json", "w").write(json.dumps(report))
     leave_process_group()
 """
@@ -106,6 +111,23 @@ def test_ranks_share_the_samples_and_end_with_the_same_weights(repository, tmp_p
         torch.testing.assert_close(states[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
         assert torch.equal(states[0][name] == 0, weight == 0), name
     assert reports[0]["loss"] == pytest.approx(alone.report.blocks[0].loss_after, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "wanda++", "optimizer": "adamw"}, {"method": "sparsegpt"}])
+def test_ranks_sum_the_tokens_of_every_expert(repository, tmp_path, options):
+    options = {"learning_rate": 1e-4, "rounds": 2, **options}
+    codes, errors = run(repository, tmp_path, "experts", **options)
+    assert codes == [0, 0], errors
+    states = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(states[1][name], weight) for name, weight in states[0].items())
+    single, alone = Mixture(learning_rate=0.0), callback(tmp_path / "single", **options)
+    trainer(alone, limit_train_batches=1).fit(single, mixture_loader())
+    for name, weight in single.state_dict().items():
+        torch.testing.assert_close(states[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    # the tokens of both ranks, of which each has two experts
+    (tokens, num_tokens) = json.loads((tmp_path / "0.json").read_text())["tokens"]
+    assert sum(tokens) == 2 * num_tokens
 
 
 @pytest.mark.slow

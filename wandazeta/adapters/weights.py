@@ -24,6 +24,7 @@ from typing_extensions import override
 from wandazeta.adapters.sites import is_linear
 from wandazeta.adapters.trained_vector import TrainedVector
 from wandazeta.models.blocks import override_forward
+from wandazeta.models.experts import fused_weights
 from wandazeta.models.sparsity import is_pruned
 from wandazeta.utilities.random_streams import Direction, Directions, direction, stream
 from wandazeta.utilities.signals import DeferredSignals
@@ -37,8 +38,8 @@ Forward = Callable[..., Any]
 class InPlaceWeights(TrainedVector):
     """Perturbs weights of a model during a forward, and updates them in place, along the directions of a step.
 
-    Zeros in pruned Linears are neither perturbed nor trained. The directions are Gaussian and drawn on the device of
-    the weights.
+    Zeros in pruned Linears and experts are neither perturbed nor trained. The directions are Gaussian and drawn on the
+    device of the weights.
 
     Args:
         model: The model.
@@ -64,7 +65,7 @@ class InPlaceWeights(TrainedVector):
                 key = keys.setdefault(id(parameter), len(keys))
                 self._owners.setdefault(module, {})[name] = key
                 parameter_names.append(f"{prefix}.{name}".lstrip("."))
-                if name == "weight" and is_linear(module) and is_pruned(parameter):
+                if _is_pruned(module, name, parameter):
                     self._pruned.add(key)
         self.parameter_names = frozenset(parameter_names)
         self._num_parameters = sum(parameter.numel() for parameter in self.weights())
@@ -232,6 +233,13 @@ class InPlaceWeights(TrainedVector):
             z.normal_(generator=generator.manual_seed(stream(seed, self._step, query)))
             shift.add_(z, alpha=length)
         return shift.mul_(values != 0) if key in self._pruned else shift
+
+
+def _is_pruned(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if name in fused_weights(module):
+        # every output feature has zeros in at least one of the experts
+        return is_pruned(parameter, rows_dim=2 if module.is_transposed else 1)
+    return name == "weight" and is_linear(module) and is_pruned(parameter)
 
 
 def _moves(coordinates: Tensor) -> list[tuple[int, float]]:

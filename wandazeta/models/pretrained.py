@@ -1,5 +1,6 @@
 """Find a transformers model in a module, and the names that its tensors have in its files."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from wandazeta.models.peft_layers import without_adapters
 from wandazeta.models.streaming import is_file_backed, materialize
 from wandazeta.models.zero3 import full_shape
 
-__all__ = ["find_pretrained", "has_save_pretrained", "is_streamed", "names_in_memory", "names_on_disk"]
+__all__ = [
+    "find_pretrained",
+    "has_save_pretrained",
+    "is_streamed",
+    "join_on_disk",
+    "names_in_memory",
+    "names_on_disk",
+]
 
 
 def has_save_pretrained(thing: Any) -> bool:
@@ -69,7 +77,9 @@ def names_on_disk(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def names_in_memory(module: nn.Module) -> dict[str, str]:
-    """Map the names of weight matrices in a model's files to parameter names of the module that holds the model.
+    """Map the names of weights in a model's files to parameter names of the module that holds the model.
+
+    Several names may have one parameter, such as those of the weights of experts that are fused in memory.
 
     Args:
         module: A transformers model, or a module that holds one; the result is empty for any other.
@@ -78,10 +88,44 @@ def names_in_memory(module: nn.Module) -> dict[str, str]:
         prefix, model = find_pretrained(module)
     except ValueError:
         return {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    matrices = {name: None for name, parameter in parameters if len(full_shape(parameter)) == 2}
-    own = without_adapters(model, {name: name for name in matrices})
+    shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    own = without_adapters(model, {name: name for name, shape in shapes.items() if len(shape) == 2})
     names = list(own.values())
     # the numbers show under which name each one comes out
     numbered = {name: torch.tensor([index]) for index, name in enumerate(names)}
-    return {on_disk: f"{prefix}{names[int(number)]}" for on_disk, number in names_on_disk(model, numbered).items()}
+    found = {on_disk: names[int(number)] for on_disk, number in names_on_disk(model, numbered).items()}
+    for name, shape in shapes.items():
+        if len(shape) == 3:
+            found |= dict.fromkeys(names_on_disk(model, {name: torch.empty(shape, device="meta")}), name)
+    return {on_disk: f"{prefix}{name}" for on_disk, name in found.items()}
+
+
+def join_on_disk(module: nn.Module, name: str, pieces: Mapping[str, Tensor]) -> Tensor:
+    """Put together what belongs to one fused parameter from the tensors that it is stored as.
+
+    Args:
+        module: A module that holds a transformers model.
+        name: Name of the parameter in `module`.
+        pieces: Tensors in the shapes of those in the model's files, by name on disk.
+
+    Returns:
+        A tensor in the shape of the parameter.
+
+    Raises:
+        ValueError: If a piece is missing or has another shape.
+    """
+    prefix, model = find_pretrained(module)
+    shape = full_shape(module.get_parameter(name))
+    # for every element of the files its place in the parameter, whatever transformers does when it saves
+    places = names_on_disk(model, {name.removeprefix(prefix): torch.arange(shape.numel()).view(shape)})
+    found, wanted = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (pieces, places))
+    if found != wanted:
+        key = min(key for key in found.keys() | wanted if found.get(key) != wanted.get(key))
+        raise ValueError(
+            f"Expected `{key}` of shape {wanted.get(key)} for `{name}`, but got {found.get(key)}; use the file that "
+            "was written with this model"
+        )
+    joined = next(iter(pieces.values())).new_empty(shape.numel())
+    for key, place in places.items():
+        joined[place.flatten()] = pieces[key].flatten()
+    return joined.view(shape)

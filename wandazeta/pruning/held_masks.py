@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from wandazeta.models.blocks import block_lists
 from wandazeta.models.zero3 import gathered
-from wandazeta.pruning.method.layers import prunable_layers
+from wandazeta.pruning.method.layers import prunable_weights
 
 __all__ = ["HeldMasks", "masks_from_zeros", "pack_mask", "unpack_mask"]
 
 
 def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[str, Tensor]:
-    """Derive masks from the zeros of the Linears inside the blocks, whichever method pruned them.
+    """Derive masks from the zeros of the Linears and experts inside the blocks, whichever method pruned them.
 
     The zeros tell which blocks were pruned, so of several lists (encoder and decoder) none has to be chosen.
 
@@ -34,21 +34,21 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         ValueError: If there are no blocks, none of them was pruned, or their weights are sharded or quantized.
     """
     lists = block_lists(module, block_name)
-    layers = {
-        f"{name}.{index}.{layer_name}": layer
+    parameters = {
+        f"{name}.{index}.{weight_name}": weight.parameter
         for name, blocks in lists.items()
         for index, block in enumerate(blocks)
-        for layer_name, layer in prunable_layers(block).items()
+        for weight_name, weight in prunable_weights(block).items()
     }
     masks: dict[str, Tensor] = {}
     seen: set[Tensor] = set()
-    for weight_name, layer in layers.items():
+    for weight_name, parameter in parameters.items():
         # blocks may share a layer, which has one mask
-        if layer.weight in seen:
+        if parameter in seen:
             continue
-        seen.add(layer.weight)
-        with gathered([layer.weight]):
-            weight = layer.weight.detach()
+        seen.add(parameter)
+        with gathered([parameter]):
+            weight = parameter.detach()
             _check_plain(weight_name, weight)
             kept = weight != 0
         if not bool(kept.all()) and bool(kept.any()):
@@ -56,7 +56,7 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
     if not masks:
         where = ", ".join(f"`{name}`" for name in lists)
         raise ValueError(
-            f"Expected weights that were pruned in {where}, but none of {len(layers)} holds both zeros and other "
+            f"Expected weights that were pruned in {where}, but none of {len(parameters)} holds both zeros and other "
             "values; prune first, load a pruned model, or pass a mask file"
         )
     return masks

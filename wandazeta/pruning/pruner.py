@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.blocks import call_block
+from wandazeta.models.experts import fused_name, split_experts
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.streaming import parameters_loaded
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.layers import prunable_layers, require_finite
+from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_finite
 from wandazeta.pruning.options import PruneOptions
-from wandazeta.pruning.records import BlockRecord, PruneReport
+from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 from wandazeta.pruning.samples import Batches, Samples, capture_samples
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.utilities.ranks import Ranks
@@ -216,18 +217,18 @@ class _BlockSequence:
             ValueError: If it is a block of another model.
         """
         self._note_rate(record)
-        with self._block(index) as layers:
-            self.ranks.run_on_all(partial(self._check_result, index, layers, result))
+        with self._block(index) as weights:
+            self.ranks.run_on_all(partial(self._check_result, index, weights, result))
             feeds_next = self.samples is not None and index < len(self.blocks) - 1
             batches = self._batches(index) if feeds_next else Batches(())
             if self.dense_stream is not None and feeds_next:
                 # one by one where the dense outputs came with the gradients: batches round differently
-                alone = index == 0 and self.options.method.uses_gradients and layers
+                alone = index == 0 and self.options.method.uses_gradients and weights
                 self._forward(index, self.dense_stream, batches.one_by_one() if alone else batches)
             if result is not None:
-                for name, layer in layers.items():
-                    layer.weight.copy_(result.weights[name])
-            self.ranks.broadcast_([layer.weight for layer in layers.values()])
+                for name, weight in weights.items():
+                    weight.parameter.copy_(result.weights[name])
+            self.ranks.broadcast_([weight.parameter for weight in weights.values()])
             if self.samples is not None and feeds_next:
                 self._forward(index, self.samples.hidden, batches)
 
@@ -235,11 +236,11 @@ class _BlockSequence:
         if record.tuning is not None and record.tuning.rounds:
             self.rates.append(record.tuning.rate)
 
-    def _check_result(self, index: int, layers: dict[str, nn.Linear], result: BlockResult | None) -> None:
-        shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    def _check_result(self, index: int, weights: dict[str, PrunableWeight], result: BlockResult | None) -> None:
+        shapes = {name: weight.parameter.shape for name, weight in weights.items()}
         if result is not None and {name: weight.shape for name, weight in result.weights.items()} != shapes:
             raise ValueError(
-                f"Expected the finished `{self.name}.{index}` to hold {', '.join(layers)}, but it holds "
+                f"Expected the finished `{self.name}.{index}` to hold {', '.join(weights)}, but it holds "
                 f"{', '.join(result.weights)}; remove the progress and start again"
             )
 
@@ -252,10 +253,10 @@ class _BlockSequence:
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._block(index) as layers:
+        with self._block(index) as prunable:
             block = BlockPruner(
                 index,
-                layers,
+                prunable_layers(self.blocks[index], self.options.exclude_modules, f"{self.name}.{index}"),
                 replace(self.options, pattern=self.options.pattern.of_block(index, len(self.blocks))),
                 partial(self._run, index),
                 partial(self._constant_weights, index),
@@ -268,13 +269,14 @@ class _BlockSequence:
                 kept, loss_after = block.mask_by_score(), None
             else:
                 kept, loss_after = self._prune_calibrated(index, block, self.samples)
-            weights = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+            weights = {name: weight.parameter.detach().to("cpu", copy=True) for name, weight in prunable.items()}
             for name, weight in weights.items():
                 require_finite("pruned weights", name, index, weight)
+            masks, layer_records = _by_parameter(kept, block.records(kept), prunable)
             record = BlockRecord(
                 index,
                 f"{self.name}.{index}",
-                block.records(kept),
+                layer_records,
                 block.loss_before,
                 loss_after,
                 seconds=time.perf_counter() - start,
@@ -284,7 +286,7 @@ class _BlockSequence:
                 tuning=block.tuning,
             )
         self._note_rate(record)
-        return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
+        return BlockResult(weights, {name: mask.cpu() for name, mask in masks.items()}, record)
 
     def _prune_calibrated(
         self, index: int, block: BlockPruner, samples: Samples
@@ -375,16 +377,33 @@ class _BlockSequence:
                     hidden[sample] = states
 
     @contextmanager
-    def _block(self, index: int) -> Iterator[dict[str, nn.Linear]]:
-        """Move a block to the device inside the context; yields its layers to prune."""
+    def _block(self, index: int) -> Iterator[dict[str, PrunableWeight]]:
+        """Move a block to the device inside the context, and split its experts; yields its weights to prune."""
         block = self.blocks[index]
         with parameters_loaded(block):
             home = next(block.parameters()).device
             block.to(self.device)
             try:
-                yield prunable_layers(block, self.options.exclude_modules, f"{self.name}.{index}")
+                weights = prunable_weights(block, self.options.exclude_modules, f"{self.name}.{index}")
+                with split_experts(weight.module for weight in weights.values()):
+                    yield weights
             finally:
                 block.to(home)
+
+
+def _by_parameter(
+    masks: Mapping[str, Tensor], records: Sequence[LayerRecord], weights: Mapping[str, PrunableWeight]
+) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
+    """Join the masks and the records of layers whose weights are slices of one parameter."""
+    groups: dict[str, list[LayerRecord]] = {}
+    for record in records:
+        groups.setdefault(fused_name(record.name), []).append(record)
+    joined, joined_records = {}, []
+    for name, group in groups.items():
+        fused = weights[name].is_fused
+        joined[name] = torch.stack([masks[record.name] for record in group]) if fused else masks[name]
+        joined_records.append(LayerRecord.fused(name, group) if fused else group[0])
+    return joined, tuple(joined_records)
 
 
 def _warn_of_slow_bfloat16(device: torch.device, options: PruneOptions) -> None:

@@ -1,5 +1,6 @@
 """Records of a pruning: what was done to every layer and block, as plain values for JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ class LayerRecord:
 
     Args:
         name: Parameter name relative to the block, such as `mlp.up_proj.weight`.
-        shape: Output features, input features.
+        shape: Output features, input features; the output features of all experts if they are fused.
         pattern: The requested pattern, `2:4` or `50%`.
         sparsity: Fraction of zeros that was reached.
         score_mean: Mean of the final pruning score over the whole matrix; for SparseGPT, which scores one group of
             columns after the other, the mean magnitude.
         score_std: Standard deviation of the final pruning score.
+        expert_tokens: Number of calibration tokens that reached each of the fused experts; those that none reached
+            were pruned by magnitude. Empty for other weights, and without calibration data.
     """
 
     name: str
@@ -26,6 +29,35 @@ class LayerRecord:
     sparsity: float
     score_mean: float
     score_std: float
+    expert_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def fused(cls, name: str, experts: "Sequence[LayerRecord]") -> "LayerRecord":
+        """Return one record of weights that are slices of one parameter.
+
+        Args:
+            name: Name of the parameter.
+            experts: The records of its slices, which all have one shape.
+        """
+        rows, columns = experts[0].shape
+        num = len(experts)
+        mean = sum(record.score_mean for record in experts) / num
+        variance = sum(record.score_std**2 + (record.score_mean - mean) ** 2 for record in experts) / num
+        return cls(
+            name,
+            (num * rows, columns),
+            experts[0].pattern,
+            sum(record.sparsity for record in experts) / num,
+            mean,
+            variance**0.5,
+            tuple(tokens for record in experts for tokens in record.expert_tokens),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LayerRecord":
+        """Build a record from the dictionary that `asdict` returned."""
+        tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list | tuple)}
+        return cls(**{**values, **tuples})
 
 
 @dataclass(frozen=True)
@@ -90,7 +122,7 @@ class BlockRecord:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BlockRecord":
         """Build a record from the dictionary that `to_dict` returned."""
-        layers = tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
+        layers = tuple(LayerRecord.from_dict(layer) for layer in values["layers"])
         tuning = TuningRecord(**values["tuning"]) if values.get("tuning") else None
         return cls(**{**values, "layers": layers, "tuning": tuning})
 
@@ -134,6 +166,17 @@ class PruneReport:
         return max((block.num_tokens for block in self.blocks), default=0)
 
     @property
+    def unreached_experts(self) -> dict[str, tuple[int, ...]]:
+        """Positions of the experts that no calibration token reached, which were pruned by magnitude, by module."""
+        found = {}
+        for block in self.blocks:
+            for layer in block.layers:
+                unreached = tuple(index for index, tokens in enumerate(layer.expert_tokens) if tokens == 0)
+                if unreached:
+                    found[f"{block.name}.{layer.name}".rpartition(".")[0]] = unreached
+        return found
+
+    @property
     def num_layers(self) -> int:
         """Number of pruned layers."""
         return sum(len(block.layers) for block in self.blocks)
@@ -166,8 +209,15 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as nested dictionaries of plain values, with the totals first."""
-        totals = ("sparsity", "num_samples", "num_tokens", "seconds", "peak_memory")
+        totals = ("sparsity", "num_samples", "num_tokens", "seconds", "peak_memory", "unreached_experts")
         return {**{name: getattr(self, name) for name in totals}, **asdict(self)}
+
+    @property
+    def unreached_words(self) -> str:
+        """A sentence that names the experts that no calibration token reached; empty if there are none."""
+        unreached = [f"`{name}` {', '.join(map(str, indices))}" for name, indices in self.unreached_experts.items()]
+        start = "Experts that no calibration token reached, which were pruned by magnitude"
+        return f"{start}: {'; '.join(unreached)}." if unreached else ""
 
     @property
     def gain(self) -> str:

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from helpers.architectures import build
 from helpers.causal_lms import CONFIGS, prompts, tiny_lm
 
 from wandazeta.adapters import InPlaceWeights, Weights, weights
@@ -125,6 +126,19 @@ def test_what_is_pruned_stays_zero():
     ids, _ = prompts(2)
     with torch.no_grad(), in_place(model).use(torch.tensor([[1e-2, 0.0]])):
         torch.testing.assert_close(model(ids).logits, moved(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_pruned_experts_stay_sparse_and_dense_ones_are_trained(name):
+    model, _ = build(name)
+    with torch.no_grad():
+        pruned, dense = (layer.mlp.experts.down_proj for layer in model.model.layers[:2])
+        (pruned.mT if name == "gpt_oss" else pruned)[..., ::2] = 0.0
+        dense[:, 0, 0] = 0.0  # by chance
+    zeros = pruned == 0
+    moved = gone_to(model, [1e-2, 0.0]).model.layers
+    assert torch.equal(moved[0].mlp.experts.down_proj == 0, zeros)
+    assert (moved[1].mlp.experts.down_proj != 0).all()
 
 
 def test_errors_and_signals_see_the_weights_as_they_are():

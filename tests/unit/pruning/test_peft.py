@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from helpers.architectures import build
 from helpers.causal_lms import tiny_lm
 from helpers.prune_model import prune, rows_of
 from safetensors.torch import load_file
@@ -106,3 +107,12 @@ def test_layers_that_do_not_run_as_they_are_are_refused():
     with pytest.raises(ValueError, match=r"`modules_to_save` has made; add `mlp.up_proj` to"):
         prune_adapted(model)
     assert prune_adapted(model, exclude_modules=("mlp.up_proj",)).num_layers == 18
+
+
+def test_adapters_on_fused_experts_are_refused():
+    config = peft.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("mixtral")[0], config).eval()
+    with pytest.raises(ValueError, match=r"experts without adapters, .* add `mlp\.experts` to `exclude_modules`"):
+        prune_adapted(model)
+    report = prune_adapted(model, exclude_modules=("mlp.experts",), method="magnitude")
+    assert report.num_layers == 3 * 4

@@ -65,6 +65,7 @@ def model_card(
         f"zero (method `{report.method_name}`, pattern `{report.sparsity_pattern}`). Embeddings, norms and head are "
         f"unchanged. {calibration if report.num_samples else 'No calibration data were used.'}",
         "",
+        *([report.unreached_words, ""] if report.unreached_words else []),
         report.gain,
         "",
         "```python",

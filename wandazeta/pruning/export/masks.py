@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wandazeta.models.pretrained import names_in_memory
+from wandazeta.models.pretrained import join_on_disk, names_in_memory
+from wandazeta.models.zero3 import full_shape
 from wandazeta.utilities.arguments import closest_names
 
 __all__ = ["MASKS_FILE", "match_masks", "read_masks"]
@@ -58,19 +59,25 @@ def match_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Ten
         masks: Masks by name.
 
     Returns:
-        The same masks by parameter name of `module`.
+        The same masks by parameter name of `module`; those of experts that are fused in memory are put together.
 
     Raises:
-        ValueError: If there is no parameter for a mask.
+        ValueError: If there is no parameter for a mask, or no mask for a part of a parameter.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     if all(name in parameters for name in masks):
         return dict(masks)
     in_memory = names_in_memory(module)
-    for name in masks:
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for name, mask in masks.items():
         if name not in in_memory:
             raise ValueError(
                 f"Expected masks of weights of {type(module).__name__}, but it has no `{name}`; "
                 f"{closest_names(name, in_memory or parameters)}"
             )
-    return {in_memory[name]: mask for name, mask in masks.items()}
+        by_parameter.setdefault(in_memory[name], {})[name] = mask
+    fused = {name for name, parameter in parameters.items() if len(full_shape(parameter)) == 3}
+    return {
+        name: join_on_disk(module, name, pieces) if name in fused else next(iter(pieces.values()))
+        for name, pieces in by_parameter.items()
+    }

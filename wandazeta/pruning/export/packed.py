@@ -1,9 +1,10 @@
 """The 2:4 packed form of a pruned model: one file with the kept values, from which the plain weights are restored.
 
 In every group of 4 consecutive inputs of a row, the 2 kept values are stored in order, and their positions in 2 bits
-each. A group takes two values and half a byte: 9/16 (0.5625) of its dense size in 16-bit precision, 17/32 (0.53125) in
-32-bit. All other tensors are stored unchanged. The file is a safetensors file: a weight NAME becomes `NAME.values` and
-`NAME.indices`, and the metadata entry `wandazeta` holds version, pattern and the packed weights.
+each. The rows of fused experts follow one another. A group takes two values and half a byte: 9/16 (0.5625) of its dense
+size in 16-bit precision, 17/32 (0.53125) in 32-bit. All other tensors are stored unchanged. The file is a safetensors
+file: a weight NAME becomes `NAME.values` and `NAME.indices`, and the metadata entry `wandazeta` holds version, pattern
+and the packed weights.
 
 `python -m wandazeta.pruning.export.packed SRC DST` writes a plain Hugging Face directory from one that holds the
 packed file, so that only the packed file has to be shipped.
@@ -180,10 +181,16 @@ def write_packed(directory: str | os.PathLike[str]) -> Path:
     return directory / PACKED_FILE
 
 
+def _rows(tensor: Tensor, transposed: bool) -> Tensor:
+    """Return a weight, of one layer or of fused experts, with shape (rows, in)."""
+    tensor = tensor.transpose(-1, -2) if transposed else tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def _is_transposed(name: str, mask: Tensor) -> bool:
-    """Whether the groups of a mask lie along its first dimension, as in transformers' `Conv1D`, (in, out)."""
-    for transposed in (False, True) if mask.ndim == 2 else ():
-        rows = mask.t() if transposed else mask
+    """Whether the inputs are the last but one dimension of a mask, as in transformers' `Conv1D`, (in, out)."""
+    for transposed in (False, True) if mask.ndim in (2, 3) else ():
+        rows = _rows(mask, transposed)
         if rows.shape[1] % 4 == 0 and bool((rows.reshape(-1, 4).sum(1) == 2).all()):
             return transposed
     raise ValueError(
@@ -195,16 +202,14 @@ def _is_transposed(name: str, mask: Tensor) -> bool:
 def _pack_entries(
     name: str, weight: LazyTensor, read_mask: Callable[[], Tensor], transposed: bool
 ) -> dict[str, LazyTensor]:
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.t() if transposed else tensor
-
     def values() -> Tensor:
-        return pack_2of4(rows(weight.read()), rows(read_mask()))[0]
+        return pack_2of4(_rows(weight.read(), transposed), _rows(read_mask(), transposed))[0]
 
     def indices() -> Tensor:
-        return _join(_pairs(rows(read_mask())))
+        return _join(_pairs(_rows(read_mask(), transposed)))
 
-    num_rows, width = reversed(weight.shape) if transposed else weight.shape
+    width = weight.shape[-2 if transposed else -1]
+    num_rows = math.prod(weight.shape) // width
     return {
         f"{name}.values": LazyTensor(weight.dtype, (num_rows, width // 2), values),
         f"{name}.indices": LazyTensor("U8", (math.ceil(num_rows * width / 8),), indices),
@@ -283,11 +288,11 @@ def _plain_entries(path: Path) -> dict[str, LazyTensor]:
 
 
 def _unpack(
-    values: Callable[[], Tensor], indices: Callable[[], Tensor], shape: tuple[int, int], transposed: bool
+    values: Callable[[], Tensor], indices: Callable[[], Tensor], shape: tuple[int, ...], transposed: bool
 ) -> Tensor:
-    if transposed:
-        return unpack_2of4(values(), indices(), (shape[1], shape[0])).t().contiguous()
-    return unpack_2of4(values(), indices(), shape)
+    *others, rows, width = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+    weight = unpack_2of4(values(), indices(), (math.prod(others) * rows, width)).view(*others, rows, width)
+    return weight.transpose(-1, -2).contiguous() if transposed else weight
 
 
 def main(args: list[str] | None = None) -> None:

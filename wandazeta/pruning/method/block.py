@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from wandazeta.models.experts import ExpertLayer
 from wandazeta.pruning.method.layers import require_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.regional import (
@@ -16,6 +17,7 @@ from wandazeta.pruning.method.regional import (
     optimise_block,
     regional_gradients,
 )
+from wandazeta.pruning.method.scores import magnitude_score
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tuning import BlockTuner
@@ -71,6 +73,8 @@ class BlockPruner:
         keeps_pruned = self.optimisation is not None and self.optimisation.mask_mode == "straight_through"
         self.master = MasterWeights(layers, keep_pruned=keeps_pruned)
         self.gradients: dict[str, Tensor] = {}
+        # of the layers of experts, in the dense block
+        self.expert_tokens: dict[str, int] = {}
         seed = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(seed[:4], "big"))
         self.score_moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -94,8 +98,14 @@ class BlockPruner:
             outputs = self._measure_gradients(hidden, keep_outputs)
         else:
             outputs = self._measure_inputs(hidden, len(hidden) if keep_outputs else self.num_probes)
+        experts = [name for name, layer in self.layers.items() if isinstance(layer, ExpertLayer)]
+        self.expert_tokens = {name: self.statistics.num_tokens(name) for name in experts}
         self._require_finite()
         return outputs
+
+    def _is_unreached(self, name: str) -> bool:
+        """Whether a layer is that of an expert that no calibration token is routed to."""
+        return self.expert_tokens.get(name) == 0
 
     def _measure_gradients(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
         outputs: list[Tensor] = []
@@ -128,7 +138,7 @@ class BlockPruner:
     def _require_finite(self) -> None:
         """Refuse statistics that are not finite; the weights were checked before the first block."""
         for name in self.layers:
-            values = {"inputs": self.statistics.norm(name)}
+            values = {} if self._is_unreached(name) else {"inputs": self.statistics.norm(name)}
             if name in self.gradients:
                 values["gradients"] = self.gradients[name]
             for what, tensor in values.items():
@@ -156,17 +166,18 @@ class BlockPruner:
         Returns:
             Masks in the layout of the weights, True where a weight is kept.
         """
-        kept = {}
-        for name, layer in self.layers.items():
-            score = self._score(name)
-            self.score_moments[name] = _std_mean(score)
-            kept[name] = weight_view(layer, make_mask(score, self.pattern)).contiguous()
+        kept = {name: self._mask_of(name) for name in self.layers}
         self.master.apply_masks(kept)
         return kept
 
+    def _mask_of(self, name: str) -> Tensor:
+        score = self._score(name)
+        self.score_moments[name] = _std_mean(score)
+        return weight_view(self.layers[name], make_mask(score, self.pattern)).contiguous()
+
     def _solve(self) -> dict[str, Tensor]:
         """Prune by SparseGPT, which chooses masks and adjusts the other weights."""
-        kept = {}
+        kept = {name: self._mask_of(name) for name in self.layers if self._is_unreached(name)}
         for gram, names in self.statistics.gram_groups():
             views = [weight_view(self.layers[name], self.master.masters[name].detach()) for name in names]
             for name, view, (solved, mask) in zip(names, views, sparsegpt(views, gram, self.pattern), strict=True):
@@ -248,7 +259,9 @@ class BlockPruner:
             out_features, in_features = weight_view(layer).shape
             sparsity = 1 - kept[name].sum().item() / kept[name].numel()
             std, mean = (value.item() for value in self.score_moments[name])
-            records.append(LayerRecord(name, (out_features, in_features), self.pattern.label, sparsity, mean, std))
+            tokens = (self.expert_tokens[name],) if name in self.expert_tokens else ()
+            shape = (out_features, in_features)
+            records.append(LayerRecord(name, shape, self.pattern.label, sparsity, mean, std, tokens))
         return tuple(records)
 
     @contextmanager
@@ -264,8 +277,11 @@ class BlockPruner:
 
     def _score(self, name: str) -> Tensor:
         layer, gradient = self.layers[name], self.gradients.get(name)
+        weight = weight_view(layer, self.master.masters[name].detach())
+        if self._is_unreached(name):
+            return magnitude_score(weight)
         return self.method.score(
-            weight_view(layer, self.master.masters[name].detach()),
+            weight,
             self.statistics.norm(name) if self.method.uses_calibration else None,
             None if gradient is None else weight_view(layer, gradient),
         )

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from wandazeta.models.blocks import ReadTensors
+from wandazeta.models.experts import ExpertLayer, expert_layers, find_routers, fused_weights
 from wandazeta.models.peft_layers import adapter_modules, is_adapted
 from wandazeta.models.streaming import is_file_backed, materialize
 from wandazeta.pruning.options import PruneOptions
@@ -22,8 +23,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer stores its weight as (in, out), as transformers' `Conv1D` does."""
-    return type(layer).__name__ == "Conv1D"
+    """Whether a layer stores its weight as (in, out), as transformers' `Conv1D` and some of its experts do."""
+    return _is_conv1d(layer) or (isinstance(layer, ExpertLayer) and layer.is_transposed)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
 
 
 def weight_view(layer: nn.Linear, tensor: Tensor | None = None) -> Tensor:
@@ -40,8 +45,35 @@ def weight_view(layer: nn.Linear, tensor: Tensor | None = None) -> Tensor:
     return tensor.t() if is_transposed(layer) else tensor
 
 
-def prunable_layers(block: nn.Module, exclude_modules: Sequence[str] = (), name: str = "") -> dict[str, nn.Linear]:
-    """Find the layers of a block that are pruned: its Linears, but not the adapters that peft has added to them.
+class PrunableWeight(NamedTuple):
+    """A parameter that is pruned: the weight of a Linear layer, or the fused weights of experts.
+
+    Args:
+        module: The module that runs with it.
+        parameter: The parameter.
+    """
+
+    module: nn.Module
+    parameter: nn.Parameter
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the parameter holds a weight for every expert."""
+        return bool(fused_weights(self.module))
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs of the layer, or of each expert's layer."""
+        inputs_first = self.module.is_transposed if self.is_fused else _is_conv1d(self.module)
+        return self.parameter.shape[-2 if inputs_first else -1]
+
+
+def prunable_weights(
+    block: nn.Module, exclude_modules: Sequence[str] = (), name: str = ""
+) -> dict[str, PrunableWeight]:
+    """Find the parameters of a block that are pruned: weights of Linears, and fused weights of experts.
+
+    Routers stay dense, and so do the adapters that peft has added.
 
     Args:
         block: The block.
@@ -49,17 +81,44 @@ def prunable_layers(block: nn.Module, exclude_modules: Sequence[str] = (), name:
         name: Dotted name of the block in the model.
 
     Returns:
-        The layers by the name of their weight relative to the block, such as `mlp.up_proj.weight`.
+        The weights by parameter name relative to the block, such as `mlp.up_proj.weight` or `mlp.experts.down_proj`.
     """
-    adapters = adapter_modules(block)
-    # Conv1D is not a Linear, but has the same attributes
+    dense = adapter_modules(block) | find_routers(block)
     return {
-        f"{layer_name}.weight": cast(nn.Linear, layer)
-        for layer_name, layer in block.named_modules()
-        if (isinstance(layer, nn.Linear) or is_transposed(layer))
-        and layer not in adapters
-        and not _excluded(f"{name}.{layer_name}.weight", exclude_modules)
+        f"{module_name}.{parameter_name}": PrunableWeight(module, getattr(module, parameter_name))
+        for module_name, module in block.named_modules()
+        if module not in dense
+        for parameter_name in _own_weight_names(module)
+        if not _excluded(f"{name}.{module_name}.{parameter_name}", exclude_modules)
     }
+
+
+def _own_weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's own parameters that pruning methods apply to."""
+    return ("weight",) if isinstance(module, nn.Linear) or _is_conv1d(module) else tuple(fused_weights(module))
+
+
+def prunable_layers(block: nn.Module, exclude_modules: Sequence[str] = (), name: str = "") -> dict[str, nn.Linear]:
+    """Find the layers of a block that are pruned: those with the weights that `prunable_weights` finds.
+
+    Args:
+        block: The block, inside `split_experts` if it has fused experts.
+        exclude_modules: Names of modules that stay dense, or regular expressions.
+        name: Dotted name of the block in the model.
+
+    Returns:
+        The layers by the name of their weight relative to the block, such as `mlp.up_proj.weight`, or
+        `mlp.experts.down_proj[3]` for the fourth expert.
+    """
+    layers: dict[str, nn.Module] = {}
+    for weight_name, weight in prunable_weights(block, exclude_modules, name).items():
+        if weight.is_fused:
+            own = expert_layers(weight.module, weight_name.rpartition(".")[2])
+            layers |= {f"{weight_name}[{index}]": layer for index, layer in enumerate(own)}
+        else:
+            layers[weight_name] = weight.module
+    # Conv1D and the layers of experts are not Linears, but have the same attributes
+    return cast(dict[str, nn.Linear], layers)
 
 
 class _Refusal(ValueError):
@@ -135,17 +194,17 @@ def _bypassed_layers(
     blocks: nn.ModuleList, options: PruneOptions, block_name: str, forward: Callable[[], object]
 ) -> tuple[list[str], set[int]]:
     """Return the names in the blocks of layers whose weights are used without a call, and the ids of read tensors."""
-    layers = [
-        (name.removesuffix(".weight"), layer)
+    weights = [
+        (name.removesuffix(".weight"), weight)
         for i, block in enumerate(blocks)
-        for name, layer in prunable_layers(block, options.exclude_modules, f"{block_name}.{i}").items()
+        for name, weight in prunable_weights(block, options.exclude_modules, f"{block_name}.{i}").items()
     ]
     called: set[nn.Module] = set()
     with ExitStack() as hooks, torch.no_grad(), ReadTensors() as mode:
-        for _, layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)).remove)
+        for _, weight in weights:
+            hooks.callback(weight.module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
         forward()
-    bypassed = [name for name, layer in layers if layer not in called and id(layer.weight) in mode.read]
+    bypassed = [name for name, weight in weights if weight.module not in called and id(weight.parameter) in mode.read]
     return list(dict.fromkeys(bypassed)), mode.read
 
 
@@ -196,30 +255,31 @@ def _validate_once(blocks: nn.ModuleList, options: PruneOptions, model: nn.Modul
                 f"Expected argument `exclude_modules` to name modules inside `{block_name}`, but {pattern!r} matches "
                 f"none; {closest_names(pattern, sorted(known))}"
             )
-    adapters = adapter_modules(blocks)
-    wanted = {name: module for name, module in names.items() if module not in adapters}
+    dense = adapter_modules(blocks) | find_routers(blocks)
+    wanted = {name: module for name, module in names.items() if module not in dense}
     for name, module in wanted.items():
-        if not _excluded(f"{name}.weight", options.exclude_modules):
-            _check_weight(name, module, block_name)
+        for parameter_name in _own_weight_names(module):
+            if not _excluded(f"{name}.{parameter_name}", options.exclude_modules):
+                _check_weight(name, module, parameter_name, block_name)
     _check_copies(names, options, block_name)
     _check_own_matrices(wanted, options, block_name)
-    layers: dict[str, nn.Linear] = {}
+    weights: dict[str, PrunableWeight] = {}
     for i, block in enumerate(blocks):
         prefix = f"{block_name}.{i}"
-        of_block = {f"{prefix}.{n}": m for n, m in prunable_layers(block, options.exclude_modules, prefix).items()}
-        for name, layer in of_block.items():
-            _check_width(name, layer, options.pattern.of_block(i, len(blocks)), block_name)
-        layers |= of_block
-    if not layers:
+        of_block = {f"{prefix}.{n}": w for n, w in prunable_weights(block, options.exclude_modules, prefix).items()}
+        for name, weight in of_block.items():
+            _check_width(name, weight, options.pattern.of_block(i, len(blocks)), block_name)
+        weights |= of_block
+    if not weights:
         raise _Refusal(
             f"Expected Linear layers to prune in `{block_name}`, but found none",
             alternative="check `exclude_modules` and the name of the list of blocks",
         )
-    _check_shared(layers, model, block_name)
+    _check_shared(weights, model, block_name)
 
 
-def _check_width(name: str, layer: nn.Linear, pattern: SparsityPattern, block_name: str) -> None:
-    in_features = weight_view(layer).shape[1]
+def _check_width(name: str, weight: PrunableWeight, pattern: SparsityPattern, block_name: str) -> None:
+    in_features = weight.in_features
     problem = None
     if pattern.group is not None and in_features % pattern.group[1]:
         problem = (
@@ -235,16 +295,14 @@ def _check_width(name: str, layer: nn.Linear, pattern: SparsityPattern, block_na
         raise _Refusal(problem, [_module_in_block(name, block_name)], "choose another pattern")
 
 
-def _check_weight(name: str, module: nn.Module, block_name: str) -> None:
-    if not (isinstance(module, nn.Linear) or is_transposed(module)):
-        return
+def _check_weight(name: str, module: nn.Module, parameter_name: str, block_name: str) -> None:
     exclude = [_name_in_block(name, block_name)]
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(parameter_name)
     if weight is None:
         raise _Refusal(f"Expected plain weights, but the weight of `{name}` is computed", exclude)
     if (weight.is_meta and not is_file_backed(weight)) or weight.numel() == 0:
         raise ValueError(f"Expected complete weights, but `{name}` is on the meta device or sharded; load it first")
-    if weight.dtype not in _DTYPES or weight.ndim != 2:
+    if weight.dtype not in _DTYPES or weight.ndim != (2 if parameter_name == "weight" else 3):
         raise _Refusal(
             f"Expected floating-point matrices, but `{name}` ({type(module).__name__}) holds {weight.dtype} of "
             f"shape {tuple(weight.shape)}",
@@ -260,10 +318,12 @@ def _check_copies(modules: Mapping[str, nn.Module], options: PruneOptions, block
             continue
         exclude = [_name_in_block(name, block_name)]
         copied = module._modules.get("original_module") if "modules_to_save" in module._modules else None
-        if copied is not None and prunable_layers(copied):
+        if copied is not None and prunable_weights(copied):
             raise _Refusal(
                 f"Expected layers that run, but `{name}` runs a copy that peft's `modules_to_save` has made", exclude
             )
+        if is_adapted(module) and fused_weights(module.get_submodule("base_layer")):
+            raise _Refusal(f"Expected experts without adapters, but peft has put some on those of `{name}`", exclude)
         if is_adapted(module) and getattr(module, "merged", False):
             raise _Refusal(
                 f"Expected adapters beside their base layers, but those of `{name}` are merged into its weight",
@@ -273,22 +333,22 @@ def _check_copies(modules: Mapping[str, nn.Module], options: PruneOptions, block
 
 
 def _check_own_matrices(modules: Mapping[str, nn.Module], options: PruneOptions, block_name: str) -> None:
-    """Refuse matrices outside Linear layers: routers, fused 3-D experts, `in_proj_weight` of MultiheadAttention."""
+    """Refuse matrices that are neither of Linears nor experts of transformers, such as those of MultiheadAttention."""
     found: dict[str, str] = {}
     for name, module in modules.items():
-        if isinstance(module, (nn.Linear, *_LEFT_DENSE)) or is_transposed(module):
+        if isinstance(module, _LEFT_DENSE) or _own_weight_names(module):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if _excluded(f"{name}.{parameter_name}", options.exclude_modules):
                 continue
             if sum(size > 1 for size in parameter.shape) >= 2:
-                kind = "fused experts" if parameter.ndim == 3 else "a matrix"
+                kind = "fused experts of an unknown kind" if parameter.ndim == 3 else "a matrix"
                 what = (
                     f"`{name}` ({type(module).__name__}) holds {kind}, `{parameter_name}` of {tuple(parameter.shape)}"
                 )
                 # the Linears of a module can be pruned without its own matrices, but that of MultiheadAttention never
                 # runs as a module
-                by_parameter = bool(prunable_layers(module)) and not isinstance(module, nn.MultiheadAttention)
+                by_parameter = bool(prunable_weights(module)) and not isinstance(module, nn.MultiheadAttention)
                 exclude = f"{name}.{parameter_name}" if by_parameter else name
                 found.setdefault(_name_in_block(exclude, block_name), what)
     if found:
@@ -299,16 +359,16 @@ def _check_own_matrices(modules: Mapping[str, nn.Module], options: PruneOptions,
         )
 
 
-def _check_shared(layers: dict[str, nn.Linear], model: nn.Module | None, block_name: str) -> None:
+def _check_shared(weights: dict[str, PrunableWeight], model: nn.Module | None, block_name: str) -> None:
     owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        other = owners.setdefault(_identity(layer.weight), name)
+    for name, weight in weights.items():
+        other = owners.setdefault(_identity(weight.parameter), name)
         if other != name:
             raise _Refusal(
                 f"Expected weights of their own in every layer, but `{name}` and `{other}` share one",
                 dict.fromkeys(_module_in_block(owner, block_name) for owner in (name, other)),
             )
-    own = {id(layer) for layer in layers.values()}
+    own = {id(weight.module) for weight in weights.values()}
     # `named_modules` yields each module once, so a second name of the blocks does not count as tied weights
     for name, module in model.named_modules() if model is not None else ():
         for parameter_name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():

@@ -163,14 +163,14 @@ class MasterWeights:
                 master.grad = weight.grad.to(master.dtype).div_(scale)
                 weight.grad = None
 
-    def gradients(self, complete: bool) -> list[Tensor]:
-        """Gradients of the masters.
+    def gradients(self) -> list[Tensor]:
+        """Gradients of all masters.
 
-        Args:
-            complete: Create missing gradients as zeros, for a rank without a sample in this step.
+        They are zeros where there are none: on a rank without a sample in this step, and for experts that the sample
+        does not reach, so that optimizers treat these alike on any number of ranks.
         """
         for master in self.masters.values():
-            if complete and master.grad is None:
+            if master.grad is None:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
@@ -235,7 +235,7 @@ def optimise_block(
                         output = run([index], hidden[index].clone())
                         (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
                     master.take_gradients(scale)
-                ranks.all_reduce_(master.gradients(complete=ranks.size > 1))
+                ranks.all_reduce_(master.gradients())
                 optimizer.step()
                 scheduler.step()
                 master.clear_gradients()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.blocks import StopForward
+from wandazeta.models.experts import ExpertLayer
 from wandazeta.pruning.method.layers import weight_view
 from wandazeta.utilities.ranks import Ranks
 
@@ -36,11 +37,13 @@ class InputStatistics:
         self._layers = dict(layers)
         self._with_gram = with_gram
         self._mask: Tensor | None = None
-        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._last: tuple[Tensor, int, Tensor, Tensor | None] | None = None
         self._seen: list[str] = []
         self._stop_at: str | None = None
         # name of the layer that runs last, by shape of the hidden states; None if a layer runs twice or not at all
         self._last_layers: dict[torch.Size, str | None] = {}
+        # layers without an entry were reached by no token
+        self._num_tokens: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._grams: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}
@@ -49,6 +52,7 @@ class InputStatistics:
     def reset(self) -> None:
         """Discard all samples; a layer that does not run afterwards, such as a rare expert, keeps its last norm."""
         self._earlier.update({name: self.norm(name) for name in self._sums})
+        self._num_tokens.clear()
         self._sums.clear()
         self._grams.clear()
         self.num_samples = 0
@@ -118,17 +122,30 @@ class InputStatistics:
         self._require(name)
         return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
 
+    def num_tokens(self, name: str) -> int:
+        """Number of tokens that have reached a layer since the last `reset`.
+
+        Args:
+            name: Name of the layer.
+        """
+        return self._num_tokens.get(name, 0)
+
     def gram_groups(self) -> list[tuple[Tensor, list[str]]]:
         """Gram matrices with the layers that share each of them, such as query, key and value.
 
         Returns:
-            Pairs of a float32 matrix of shape (in, in), summed over all positions, and layer names.
+            Pairs of a float32 matrix of shape (in, in), summed over all positions, and layer names. Layers of experts
+            share none, and those that no token has reached are left out.
 
         Raises:
             ValueError: If a layer did not run.
         """
         found: list[tuple[Tensor, list[str]]] = []
-        for name in self._layers:
+        of_experts: list[tuple[Tensor, list[str]]] = []
+        for name, layer in self._layers.items():
+            if isinstance(layer, ExpertLayer):
+                of_experts += [(self._grams[name], [name])] if name in self._grams else []
+                continue
             self._require(name)
             gram = self._grams[name]
             group = next((names for other, names in found if torch.equal(other, gram)), None)
@@ -136,7 +153,7 @@ class InputStatistics:
                 found.append((gram, [name]))
             else:
                 group.append(name)
-        return found
+        return found + of_experts
 
     def all_reduce(self, ranks: Ranks) -> None:
         """Sum the statistics over all ranks.
@@ -148,9 +165,10 @@ class InputStatistics:
             return
         for name, layer in self._layers.items():
             width = weight_view(layer).shape[1]
-            ran = ranks.sum(float(name in self._sums))
-            if not ran:
+            num_tokens = int(ranks.sum(self.num_tokens(name)))
+            if not num_tokens:
                 continue
+            self._num_tokens[name] = num_tokens
             device = layer.weight.device
             sums = self._sums.setdefault(name, torch.zeros(width, dtype=torch.float64, device=device))
             ranks.all_reduce_([sums])
@@ -171,11 +189,14 @@ class InputStatistics:
             x = args[0] if args else next(iter(kwargs.values()))
             # query, key and value get the same tensor: compute its products once
             if self._last is None or self._last[0] is not x:
-                self._last = (x, *self._products(name, x))
-            _, squares, gram = self._last
-            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
-            if gram is not None:
-                self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
+                routed = args[1:] if isinstance(layer, ExpertLayer) else ()
+                self._last = (x, *self._products(name, x, *routed))
+            _, num_tokens, squares, gram = self._last
+            if num_tokens:
+                self._num_tokens[name] = self.num_tokens(name) + num_tokens
+                self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+                if gram is not None:
+                    self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
             self._seen.append(name)
             # if the order has changed, the layer that ran last before may run earlier than others
             if name == self._stop_at and len(set(self._seen)) == len(self._layers):
@@ -183,21 +204,33 @@ class InputStatistics:
 
         return hook
 
-    def _products(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _products(
+        self, name: str, x: Tensor, tokens: Tensor | None = None, num_positions: int | None = None
+    ) -> tuple[int, Tensor, Tensor | None]:
+        """Return the number of rows that are no padding, their Σx² and their Σxxᵀ.
+
+        Args:
+            name: Name of the layer.
+            x: Its input.
+            tokens: For an expert, the position of each row among all tokens; None if the rows are all of them.
+            num_positions: For an expert, the number of all tokens.
+        """
         rows = x.detach().reshape(-1, x.shape[-1])
         if self._mask is not None:
-            if rows.shape[0] != self._mask.numel():
+            num_positions = rows.shape[0] if num_positions is None else num_positions
+            if num_positions != self._mask.numel():
                 raise ValueError(
-                    f"Expected {self._mask.numel()} positions at the input of `{name}`, but got {rows.shape[0]}: "
+                    f"Expected {self._mask.numel()} positions at the input of `{name}`, but got {num_positions}: "
                     "padding cannot be told from text there; calibrate on samples without padding, or exclude the layer"
                 )
-            rows = rows[self._mask.reshape(-1)]
+            is_text = self._mask.reshape(-1)
+            rows = rows[is_text if tokens is None else is_text[tokens]]
         if not self._with_gram:
-            return _square_sums(rows), None
+            return len(rows), _square_sums(rows), None
         rows = rows.float()
         # without the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
-            return _square_sums(rows), _gram(rows)
+            return len(rows), _square_sums(rows), _gram(rows)
 
 
 def _square_sums(rows: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ class BlockTuner:
                     error = relative_error(output, self._targets[index], self._weights[index])
                     (error * scale).backward()
                 self._master.take_gradients(scale)
-            self._ranks.all_reduce_(self._master.gradients(complete=self._ranks.size > 1))
+            self._ranks.all_reduce_(self._master.gradients())
             trial.optimizer.step()
             trial.scheduler.step()
             self._master.clear_gradients()

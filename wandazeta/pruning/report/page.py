@@ -150,7 +150,8 @@ def _lead(report: PruneReport) -> str:
     )
     if not report.num_samples:
         return f"{words}, without calibration data."
-    return f"{words}, calibrated on {report.num_samples:,} samples with {report.num_tokens:,} tokens in total."
+    words = f"{words}, calibrated on {report.num_samples:,} samples with {report.num_tokens:,} tokens in total."
+    return f"{words} {report.unreached_words.replace('`', '')}".strip()
 
 
 def _pattern_words(patterns: list[str]) -> str:

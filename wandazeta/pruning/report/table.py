@@ -22,7 +22,7 @@ def report_table(report: PruneReport) -> "Table":
     from rich.table import Table  # pruning itself needs torch only
 
     title = f"Pruned by {report.method_name} to {report.sparsity_pattern}: {report.block_name}"
-    table = Table(title=title, caption=report.gain)
+    table = Table(title=title, caption=f"{report.unreached_words} {report.gain}".strip())
     for heading in ("block", "weights", "sparsity", "loss\nbefore", "loss\nafter", "seconds", "peak\nGiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for block in report.blocks:

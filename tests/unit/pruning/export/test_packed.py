@@ -101,18 +101,27 @@ def save_model(folder, num_shards=1, dtype=torch.bfloat16):
     """A directory as `prune` writes it: of every kind of tensor one, in shards or not."""
     up, up_mask = random_2of4(12, 20, dtype, 1)
     conv, conv_mask = random_2of4(6, 12, dtype, 2)
+    # three experts of 2 rows
+    experts, experts_mask = (tensor.view(3, 2, 20) for tensor in random_2of4(6, 20, dtype, 3))
     tensors = {
         "embed.weight": torch.randn(7, 5).to(dtype),
         "layers.0.up.weight": up,
         # Conv1D keeps (in, out)
         "layers.0.conv.weight": conv.t().contiguous(),
+        "layers.0.experts.up_proj": experts,
+        "layers.0.experts.down_proj": experts.mT.contiguous(),
         "layers.0.norm.weight": torch.randn(3),
         "layers.0.flag": torch.tensor([True, False, True]),
         "positions": torch.arange(3),
         "scale": torch.tensor(0.5, dtype=torch.float64),
         "empty": torch.empty(0, 4, dtype=dtype),
     }
-    masks = {"layers.0.up.weight": up_mask, "layers.0.conv.weight": conv_mask.t().contiguous()}
+    masks = {
+        "layers.0.up.weight": up_mask,
+        "layers.0.conv.weight": conv_mask.t().contiguous(),
+        "layers.0.experts.up_proj": experts_mask,
+        "layers.0.experts.down_proj": experts_mask.mT.contiguous(),
+    }
     folder.mkdir()
     names = list(tensors)
     for shard in range(num_shards):

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from helpers.causal_lms import tiny_lm
-from helpers.reports import made_up
+from helpers.reports import made_up, with_unreached_expert
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +43,11 @@ def test_the_card_says_when_no_data_were_used(tmp_path):
     assert "method `magnitude`, pattern `4:8`" in card
     assert "No calibration data were used." in card
     assert "model.2of4" not in card
+
+
+def test_the_card_names_experts_that_no_token_reached(tmp_path):
+    export_pretrained(tiny_lm(), None, tmp_path / "out", with_unreached_expert(made_up()), {})
+    assert "`model.layers.0.mlp.experts` 2." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_mask_that_does_not_belong_is_refused(tmp_path):

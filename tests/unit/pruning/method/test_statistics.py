@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from wandazeta.models.experts import ExpertLayer
 from wandazeta.pruning.method import statistics
 from wandazeta.pruning.method.statistics import InputStatistics
 
@@ -84,6 +85,28 @@ def test_a_batch_counts_as_its_samples():
     with together.collect(), together.sample(num_samples=4):
         layer(x)
     torch.testing.assert_close(together.norm("layer"), measure(layer, list(x.split(1)), [None] * 4).norm("layer"))
+
+
+def test_an_expert_counts_its_own_tokens_and_shares_nothing_with_another():
+    experts = {name: ExpertLayer(torch.randn(2, 3), None, False) for name in ("a", "b", "padded", "never")}
+    x, mask = torch.randn(6, 3), torch.tensor([[True] * 4 + [False] * 2])
+    statistics = InputStatistics(experts, with_gram=True)
+    with statistics.collect(), torch.no_grad(), statistics.sample(mask):
+        for name, tokens in {"a": [0, 2, 5], "b": [0, 2], "padded": [4, 5]}.items():
+            experts[name](x[tokens], torch.tensor(tokens), 6)
+    assert [statistics.num_tokens(name) for name in experts] == [2, 2, 0, 0]
+    torch.testing.assert_close(statistics.norm("a"), x[[0, 2]].norm(dim=0))
+    # although their inputs are the same
+    (gram, first), (other, second) = statistics.gram_groups()
+    assert (first, second) == (["a"], ["b"])
+    assert torch.equal(gram, other)
+    torch.testing.assert_close(gram, x[[0, 2]].t() @ x[[0, 2]])
+    with (
+        pytest.raises(ValueError, match="Expected 6 positions at the input of `a`, but got 5"),
+        statistics.collect(),
+        statistics.sample(mask),
+    ):
+        experts["a"](x[:1], torch.tensor([0]), 5)
 
 
 class Counted(nn.Module):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from helpers.reports import evaluation, made_up
+from helpers.reports import evaluation, made_up, with_unreached_expert
 
 from wandazeta.pruning.records import PruneReport
 from wandazeta.pruning.report.evaluation import EvaluatedModel, EvaluationSummary
@@ -261,3 +261,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
         (tmp_path / "report.json").write_text(content)
         with pytest.raises(SystemExit, match=r"error: Expected '.*report.json' to hold the report of a pruning"):
             main([str(tmp_path / "report.json")])
+
+
+def test_experts_that_no_token_reached_are_named(tmp_path):
+    text = Page(written(tmp_path, with_unreached_expert(made_up()))).text
+    assert "pruned by magnitude: model.layers.0.mlp.experts 2." in text

@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from helpers.reports import made_up
+from helpers.reports import made_up, with_unreached_expert
 from rich.console import Console
 
 from wandazeta.pruning.records import PruneReport
@@ -23,6 +23,11 @@ def test_table_has_a_line_for_each_block_and_says_what_it_buys():
     assert rows[3] == ["all", "1,920", "25.00%", "", "", "4.5", "1.00"]
     assert "Pruned by tuned-ro to 2:4: model.layers" in text
     assert report.gain in " ".join(text.split())
+
+
+def test_experts_that_no_token_reached_are_named():
+    words = " ".join(printed(with_unreached_expert(made_up())).split())
+    assert "which were pruned by magnitude: `model.layers.0.mlp.experts` 2." in words
 
 
 def test_what_was_not_measured_is_a_dash():
