@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from wandazeta.protocols import HasStepBudget
 
@@ -208,11 +207,7 @@ def num_training_steps(trainer: Trainer) -> int | None:
     Args:
         trainer: The trainer, inside `fit`.
     """
-    try:
-        numbers = [trainer.estimated_stepping_batches]
-    except MisconfigurationException:
-        # gradients are accumulated over another number of batches in each epoch
-        numbers = []
+    numbers = [trainer.estimated_stepping_batches]
     if isinstance(trainer.lightning_module, HasStepBudget):
         numbers.append(trainer.lightning_module.step_budget or float("inf"))
     # Lightning has -1 for a dataset without a length

@@ -1,7 +1,7 @@
 import pytest
 from helpers.pruning import Tiny, loader, trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wandazeta.callbacks import RunProgressBar
 
@@ -62,11 +62,6 @@ def test_without_a_known_end_the_bar_is_that_of_the_epoch():
     seen = fit(max_epochs=-1, callbacks=[Stop()], min_steps=6)
     assert [completed for completed, _, _ in seen] == [1, 2, 3, 4, 1, 2]
     assert {total for _, total, _ in seen} == {4}
-
-
-def test_accumulation_that_changes_leaves_the_end_unknown():
-    seen = fit(max_epochs=2, callbacks=[GradientAccumulationScheduler({0: 1, 1: 2})])
-    assert [completed for completed, _, _ in seen] == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 def test_it_can_be_turned_off():
