@@ -3,8 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-from wandazeta.cli import functions
-from wandazeta.cli.help import short_help, without_all
+from wandazeta.cli.help import is_function, short_help, without_all
 
 
 def main() -> None:
@@ -18,7 +17,9 @@ def main() -> None:
     arguments = without_all(sys.argv[1:])
     wants_everything = arguments != sys.argv[1:]
     # of `prune`, everything is what LightningCLI has
-    if functions.handles(arguments) and not (wants_everything and arguments[0] == "prune"):
+    if is_function(arguments) and not (wants_everything and arguments[0] == "prune"):
+        from wandazeta.cli import functions
+
         functions.main(arguments)
     elif (text := short_help(sys.argv[1:])) is not None:
         sys.stdout.write(f"{text}\n")

@@ -11,6 +11,7 @@ import yaml
 from helpers.tokenizer import byte_tokenizer
 
 from wandazeta.cli import functions
+from wandazeta.cli.help import is_function
 from wandazeta.cli.main import main
 from wandazeta.models.loading import load_tokenizer
 
@@ -169,7 +170,7 @@ def parsed(monkeypatch, capsys):
 
 def test_configs_that_prune_do_not_share_their_progress(parsed):
     prune = (ROOT / "docs" / "prune.md").read_text()
-    runs = [parsed(arguments) for arguments in commands(prune, "prune") if not functions.handles(arguments)]
+    runs = [parsed(arguments) for arguments in commands(prune, "prune") if not is_function(arguments)]
     folders = [run["run_dir"] for run in runs]
     assert None not in folders
     assert len(set(folders)) == len(folders) >= 3
@@ -179,7 +180,7 @@ def test_configs_that_prune_do_not_share_their_progress(parsed):
 def test_commands_parse(page, parsed):
     for command in ("fit", "prune", "diagnose", "test", "evaluate", "export-adapters"):
         for arguments in commands(page.read_text(), command):
-            if functions.handles(arguments):
+            if is_function(arguments):
                 assert functions.parse(arguments)
             elif "--model.help" not in arguments:
                 assert parsed([argument for argument in arguments if argument != "--print_config"])

@@ -24,10 +24,8 @@ from typing_extensions import override
 
 from wandazeta.cli.help import COMMANDS
 
-__all__ = ["handles", "main", "parse"]
+__all__ = ["main", "parse"]
 
-# `prune` with a configuration is a command of LightningCLI
-_LIGHTNING = ("-c", "--config", "--model", "--data", "--trainer", "--prune", "--print_config")
 _EXAMPLES = {
     "prune": "wandazeta prune path/or/name --text my.txt --sparsity 0.5 --method wanda --output_dir out\n"
     "  wandazeta prune -c preset:best -c my.yaml … has all options of Lightning (`--help all`)",
@@ -54,18 +52,6 @@ class CommandParser(ArgumentParser):
         (action,) = (action for action in self._actions if action.dest == found[1])
         value = re.findall(r"(?:Got|Given) value: (.*)", message)[-1]
         raise ValueError(f"Expected argument `{found[1]}` to be {_words(action)}, but got {value!r}")
-
-
-def handles(args: Sequence[str]) -> bool:
-    """Whether arguments of the command line are those of a command in this module.
-
-    Args:
-        args: The arguments, from the command on.
-    """
-    if not args or args[0] not in COMMANDS:
-        return False
-    names = (arg.partition("=")[0].partition(".")[0] for arg in args[1:])
-    return args[0] != "prune" or not any(name in _LIGHTNING for name in names)
 
 
 def main(args: Sequence[str]) -> None:

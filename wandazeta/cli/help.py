@@ -10,7 +10,7 @@ from textwrap import fill, wrap
 
 from wandazeta.version import __version__
 
-__all__ = ["COMMANDS", "PAGES", "Page", "short_help", "without_all"]
+__all__ = ["COMMANDS", "PAGES", "Page", "is_function", "short_help", "without_all"]
 
 _HELP = ("-h", "--help")
 _WIDTH = 80
@@ -38,6 +38,8 @@ COMMANDS = {
     "export-adapters": "write the adapters of a run for `wandazeta.load_adapters`",
 }
 """The commands that are functions (`wandazeta.cli.functions`), and what each does."""
+
+_LIGHTNING = ("-c", "--config", "--model", "--data", "--trainer", "--prune", "--print_config")
 
 _CONFIG = ("-c run.yaml", "Settings in YAML, or preset:best, preset:paper; later files and options override.")
 _MODEL = ("--model.model_name_or_path NAME", "Directory or Hugging Face name of the model.")
@@ -125,6 +127,18 @@ PAGES = {
         ),
     ),
 }
+
+
+def is_function(arguments: Sequence[str]) -> bool:
+    """Whether the command is one of `wandazeta.cli.functions`; `prune` with a configuration is one of LightningCLI.
+
+    Args:
+        arguments: The arguments of the command line.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        return False
+    names = (argument.partition("=")[0].partition(".")[0] for argument in arguments[1:])
+    return arguments[0] != "prune" or not any(name in _LIGHTNING for name in names)
 
 
 def short_help(arguments: Sequence[str]) -> str | None:

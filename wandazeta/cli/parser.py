@@ -84,7 +84,7 @@ def command_first(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: The arguments of the command line.
 
-    Example:
+    Examples:
         >>> command_first(["-c", "run.yaml", "fit", "--run_dir", "here"])
         ['fit', '-c', 'run.yaml', '--run_dir', 'here']
     """
