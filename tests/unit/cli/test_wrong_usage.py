@@ -117,7 +117,7 @@ CASES = {
     "GPU to prune on": ((*PRUNE, "--prune.device", "cuda"), "`device` to be one of this machine, but got 'cuda'"),
     "two devices to prune on": (
         (*PRUNE, "--trainer.devices", "2"),
-        "Expected one process to prune with a configuration, but got 2",
+        "one process to prune with a configuration, but got 2",
     ),
     "indices of CPUs": (("test", *MODEL, *DATA, *CPU, "--trainer.devices", "[0,1]"), "got [0, 1]; use 2"),
     "peft": (
