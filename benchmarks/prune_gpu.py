@@ -3,9 +3,8 @@
     python benchmarks/prune_gpu.py
     python benchmarks/prune_gpu.py --device cpu --shape tiny
 
-The second line is a smoke test, and all that has been run so far: no GPU was available. The values of the weights do
-not affect the time, so they are drawn at random, one block at a time. 128 samples of 2048 tokens and K = 5 rounds of
-M = 32 samples are the paper's settings.
+The second line is a smoke test. The values of the weights do not affect the time, so they are drawn at random, one
+block at a time. 128 samples of 2048 tokens and K = 5 rounds of M = 32 samples are the paper's settings.
 
 Seconds are wall-clock, each phase without the phases inside it, with the device synchronised at its ends: `capture`
 (the inputs of the first block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of
@@ -19,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -213,7 +212,7 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
 
 def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Prune a new model; returns one record per phase and one for the total."""
-    shape, device = SHAPES[name], arguments.device
+    shape, device = replace(SHAPES[name], blocks=arguments.blocks), arguments.device
     torch.manual_seed(0)
     model = random_model(shape, device, arguments.home)
     generator = torch.Generator().manual_seed(0)
@@ -295,6 +294,7 @@ def parse() -> argparse.Namespace:
     """Parse the command line; exits with one line where a needed device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--blocks", type=int, help="number of blocks; by default that of the shape")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the compute device")
     parser.add_argument("--home", type=torch.device, help="device of the other blocks; by default the compute device")
@@ -317,6 +317,7 @@ def parse() -> argparse.Namespace:
             "for a smoke test use `--shape tiny`"
         )
     arguments.home = arguments.home or arguments.device
+    arguments.blocks = arguments.blocks or SHAPES[arguments.shape].blocks
     arguments.num_samples = arguments.num_samples or (8 if is_tiny else 128)
     arguments.sequence_length = arguments.sequence_length or (16 if is_tiny else 2048)
     arguments.samples_per_round = arguments.samples_per_round or max(1, arguments.num_samples // 4)
@@ -337,8 +338,8 @@ def main() -> None:
 
     def save() -> None:
         if arguments.result is not None:
-            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "kernels": kernels}
-            write(arguments.result, describe("prune_gpu", records, **more))
+            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "blocks": arguments.blocks}
+            write(arguments.result, describe(arguments.result.stem, records, **more, kernels=kernels))
 
     for method in arguments.methods:
         settings = {"rounds": arguments.rounds, "samples_per_round": arguments.samples_per_round}

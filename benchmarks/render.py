@@ -21,6 +21,11 @@ from tables import (
     demo_table,
     epsilon_table,
     finetune_table,
+    gpu_kernels_table,
+    gpu_peer_table,
+    gpu_phases_table,
+    gpu_table,
+    gpu_zo_table,
     memory_sentence,
     memory_table,
     projection_table,
@@ -38,7 +43,7 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("ablation", "estimators", "finetune", "recovery", "results", "scaling", "trainables")
+        for name in ("ablation", "estimators", "finetune", "gpu", "recovery", "results", "scaling", "trainables")
     ),
 )
 PLAIN, OURS = "#9aa0a6", "#1a73e8"
@@ -63,6 +68,11 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "scaling": (("scaling",), scaling_table),
     "scaling_projection": (("scaling",), projection_table),
     "scaling_memory": (("scaling",), memory_table),
+    "gpu": (("prune_gpu", "prune_gpu_home_cpu"), gpu_table),
+    "gpu_phases": (("prune_gpu", "prune_gpu_home_cpu"), gpu_phases_table),
+    "gpu_peer": (("peer_gpu",), gpu_peer_table),
+    "gpu_zo": (("zo_gpu",), gpu_zo_table),
+    "gpu_kernels": (("prune_gpu",), gpu_kernels_table),
 }
 
 

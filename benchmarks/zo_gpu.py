@@ -3,11 +3,11 @@
     python benchmarks/zo_gpu.py
     python benchmarks/zo_gpu.py --device cpu --shape tiny
 
-The second line is a smoke test, and all that has been run so far: no GPU was available. The weights are random
-bfloat16, pruned to 2:4 by magnitude in both cases, so that both models compute the same. A step is that of
-`ZerothOrderModule` without the trainer: prompts of equal length with two answers, tensor-train adapters in every block,
-two-sided queries, the mean over the queries, plain SGD. Tokens are counted over all forward passes of a step; the share
-of the peak counts the operations of the dense weights over the card's dense peak in both cases.
+The second line is a smoke test. The weights are random bfloat16, pruned to 2:4 by magnitude in both cases, so that both
+models compute the same. A step is that of `ZerothOrderModule` without the trainer: prompts of equal length with two
+answers, tensor-train adapters in every block, two-sided queries, the mean over the queries, plain SGD. Tokens are
+counted over all forward passes of a step; the share of the peak counts the operations of the dense weights over the
+card's dense peak in both cases.
 """
 
 import argparse
