@@ -142,6 +142,9 @@ def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
         )
         assert 0 < record["peak_share"] < 1
         assert record["peak_gib"] > 0
+        assert record["step_over_forwards"] == pytest.approx(
+            statistics.median(record["seconds"]) / statistics.median(record["seconds_forwards"])
+        )
 
 
 @pytest.mark.samples
