@@ -10,16 +10,15 @@ Seconds are wall-clock, each phase without the phases inside it, with the device
 (the inputs of the first block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of
 the optimised block), `prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and
 `rest` (moving blocks, the report). The utilisation (MFU) is the number of operations that the method needs, by formula,
-over the peak of the card. Afterwards the Linears of that shape are timed dense and on torch's 2:4 sparse kernels.
+over the peak of the card.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,9 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from wandazeta.pruning import PruneOptions, prune_model, pruner
-from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
-from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.utilities.memory import peak_memory
 
 RESULT = RESULTS / "prune_gpu.json"
@@ -235,40 +232,7 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     return records
 
 
-def seconds_of(function: Callable[[], object], repeats: int = 20) -> float:
-    """Measure the median seconds of a call on the GPU."""
-    durations = []
-    for repeat in range(repeats + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        if repeat >= 3:  # the first calls choose kernels
-            durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
-
-
-@torch.no_grad()
-def measure_kernels(name: str, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
-    """Time each kind of Linear of a shape, dense and on the sparse kernels, in bfloat16."""
-    records = []
-    for out_features, in_features in dict.fromkeys(SHAPES[name].linears.values()):
-        dense = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
-        zero_where_false(dense.weight, group_mask(dense.weight.abs().float(), 2, 4))
-        sparse = nn.Sequential(nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16))
-        sparse[0].weight.copy_(dense.weight)
-        to_semi_structured(sparse)
-        for count in rows:
-            x = torch.randn(count, in_features, device=device, dtype=torch.bfloat16)
-            wanted, got = dense(x), sparse(x)
-            plain, fast = seconds_of(partial(dense, x)), seconds_of(partial(sparse, x))
-            record = {"model": name, "out_features": out_features, "in_features": in_features, "rows": count}
-            record |= {"dense_seconds": plain, "sparse_seconds": fast, "times_faster": plain / fast}
-            records.append(record | {"relative_error": float((got - wanted).norm() / wanted.norm())})
-    return records
-
-
-def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
+def show(records: list[dict[str, Any]]) -> None:
     """Print the records."""
     table = Table(title="seconds of a pruning")
     for column in ("model", "method", "phase", "seconds", "GiB", "TFLOP", "MFU"):
@@ -277,16 +241,6 @@ def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
         mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
         figures = (f"{r['seconds']:.2f}", f"{r['peak_gib']:.2f}", f"{r['tflop']:,.2f}" if r["tflop"] else "", mfu)
         table.add_row(r["model"], r["method"], r["phase"], *figures)
-    console.print(table)
-    if not kernels:
-        return
-    table = Table(title="2:4 kernels against dense ones, bfloat16")
-    for column in ("out", "in", "rows", "dense µs", "sparse µs", "times faster"):
-        table.add_column(column, justify="right")
-    for r in kernels:
-        times = [f"{1e6 * r[side]:.0f}" for side in ("dense_seconds", "sparse_seconds")]
-        sizes = (str(r["out_features"]), str(r["in_features"]), str(r["rows"]))
-        table.add_row(*sizes, *times, f"{r['times_faster']:.2f}")
     console.print(table)
 
 
@@ -303,7 +257,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the optimisation, K")
     parser.add_argument("--samples-per-round", type=int, help="samples of a round, M; a quarter of all by default")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
-    parser.add_argument("--rows", type=int, nargs="*", default=[16, 64, 256, 1024, 4096], help="batches of the kernels")
     parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
     arguments = parser.parse_args()
     is_tiny, is_gpu = arguments.shape == "tiny", arguments.device.type == "cuda"
@@ -331,25 +284,17 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure; the result file is written after each pruning and after the kernels."""
+    """Measure; the result file is written after each pruning."""
     arguments = parse()
     records: list[dict[str, Any]] = []
-    kernels: list[dict[str, Any]] = []
-
-    def save() -> None:
-        if arguments.result is not None:
-            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "blocks": arguments.blocks}
-            write(arguments.result, describe(arguments.result.stem, records, **more, kernels=kernels))
-
     for method in arguments.methods:
         settings = {"rounds": arguments.rounds, "samples_per_round": arguments.samples_per_round}
         options = used_options({"method": method} | settings)
         records += measure_method(arguments.shape, options, arguments)
-        save()
-    if arguments.device.type == "cuda" and arguments.rows:
-        kernels += measure_kernels(arguments.shape, arguments.device, arguments.rows)
-        save()
-    show(records, kernels)
+        if arguments.result is not None:
+            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "blocks": arguments.blocks}
+            write(arguments.result, describe(arguments.result.stem, records, **more))
+    show(records)
 
 
 if __name__ == "__main__":

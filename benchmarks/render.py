@@ -68,11 +68,11 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "scaling": (("scaling",), scaling_table),
     "scaling_projection": (("scaling",), projection_table),
     "scaling_memory": (("scaling",), memory_table),
-    "gpu": (("prune_gpu", "prune_gpu_home_cpu"), gpu_table),
+    "gpu": (("prune_gpu", "prune_gpu_home_cpu", "kernels_gpu"), gpu_table),
     "gpu_phases": (("prune_gpu", "prune_gpu_home_cpu"), gpu_phases_table),
     "gpu_peer": (("peer_gpu",), gpu_peer_table),
     "gpu_zo": (("zo_gpu",), gpu_zo_table),
-    "gpu_kernels": (("prune_gpu",), gpu_kernels_table),
+    "gpu_kernels": (("kernels_gpu",), gpu_kernels_table),
 }
 
 

@@ -478,14 +478,14 @@ def memory_rows() -> list[list[str]]:
     return found
 
 
-def gpu_table(on_gpu: dict[str, Any], at_home: dict[str, Any]) -> str:
+def gpu_table(on_gpu: dict[str, Any], at_home: dict[str, Any], kernels: dict[str, Any]) -> str:
     """Seconds per block and peak memory of pruning a 7B shape on one GPU, for README."""
     totals = {r["method"]: r for r in on_gpu["records"] if r["phase"] == "total"}
     (home,) = (r for r in at_home["records"] if r["phase"] == "total")
     names = {"wanda": "Wanda", "wanda++": "Wanda++"}
     body = [[name, _per_block(on_gpu, totals[method]), _gib(totals[method])] for method, name in names.items()]
     body += [["Wanda++, other blocks in CPU memory", _per_block(at_home, home), _gib(home)]]
-    speed = [r["times_faster"] for r in on_gpu["kernels"]]
+    speed = kernel_speeds(kernels).values()
     return (
         f"{rows([on_gpu['hardware']['gpu'] + ', 7B', 'seconds a block', 'peak GiB'], body)}\n\nThere, torch's 2:4 "
         f"kernels ran at {min(speed):.2f} to {max(speed):.2f} times the speed of dense ones."
@@ -550,13 +550,31 @@ def gpu_zo_table(result: dict[str, Any]) -> str:
 
 def gpu_kernels_table(result: dict[str, Any]) -> str:
     """Speed of torch's 2:4 kernels relative to dense ones, by layer and batch."""
-    speed = {(r["out_features"], r["in_features"], r["rows"]): r["times_faster"] for r in result["kernels"]}
-    batches = sorted({batch for *_, batch in speed})
+    names = {"cusparselt": "cuSPARSELt", "cutlass": "CUTLASS"}
+    speed = kernel_speeds(result)
+    batches = sorted({key[2] for key in speed})
     body = [
-        [f"{out} x {width}", *(f"{speed[out, width, batch]:.2f}" for batch in batches)]
-        for out, width in dict.fromkeys(key[:2] for key in speed)
+        [
+            f"{out} x {width}, {names[kernel]}, {'in a CUDA graph' if graph else 'eager'}",
+            *(f"{speed[out, width, batch, kernel, graph]:.2f}" for batch in batches),
+        ]
+        for out, width, kernel, graph in dict.fromkeys((*key[:2], *key[3:]) for key in speed)
     ]
-    return rows(["weight", *(f"{batch} rows" for batch in batches)], body)
+    return (
+        f"{rows(['weight', *(f'{batch} rows' for batch in batches)], body)}\n\n{result['hardware']['gpu']}, torch "
+        f"{result['versions']['torch']}; commit {result['commit']}."
+    )
+
+
+def kernel_speeds(result: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+    """Return the dense time over that of each sparse kernel, 0 where it failed."""
+    names = ("out_features", "in_features", "rows", "kernel", "cuda_graph")
+    seconds = {tuple(r[name] for name in names): r["seconds"] for r in result["records"]}
+    return {
+        (*size, kernel, graph): seconds[*size, "dense", graph] / value if value else 0.0
+        for (*size, kernel, graph), value in seconds.items()
+        if kernel != "dense"
+    }
 
 
 def _per_block(result: dict[str, Any], record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Zeroth-order steps on one GPU for a model of the shape of LLaMA-7B, dense and on torch's 2:4 sparse kernels.
+"""Zeroth-order steps on one GPU for a model of the shape of LLaMA-7B, dense and on 2:4 kernels where those are faster.
 
     python benchmarks/zo_gpu.py
     python benchmarks/zo_gpu.py --device cpu --shape tiny
@@ -140,8 +140,9 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
     torch.manual_seed(0)
     model = random_model(shape, device, device).requires_grad_(False)
     prune_by_magnitude(model)
-    if sparse:
-        to_semi_structured(model)
+    if sparse and not to_semi_structured(model, arguments.batch * arguments.tokens * arguments.chunk):
+        console.print("No 2:4 kernel is faster for this batch: there are no steps on them to measure.")
+        return []
     batch = random_batch(shape.vocabulary, arguments.batch, arguments.tokens, device)
     forwards = Forwards(model, batch, arguments.chunk)
     bare = {queries: seconds_of(forwards.run, queries, arguments.steps) for queries in arguments.queries}

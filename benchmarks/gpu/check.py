@@ -85,20 +85,23 @@ STEPS: dict[str, Step] = {
     "prune": Step(
         "pruning, phase by phase, and the peak of every block",
         190,
-        lambda call: ["benchmarks/prune_gpu.py", *call.shape(), "--rows"],
+        lambda call: ["benchmarks/prune_gpu.py", *call.shape()],
     ),
     "prune_home_cpu": Step(
         "pruning with the other blocks in CPU memory",
         60,
-        lambda call: [
-            *("benchmarks/prune_gpu.py", *call.shape(blocks=4), "--rows"),
-            *("--home", "cpu", "--methods", "wanda++"),
-        ],
+        lambda call: ["benchmarks/prune_gpu.py", *call.shape(blocks=4), "--home", "cpu", "--methods", "wanda++"],
     ),
     "zo": Step(
         "zeroth-order steps, beside their forward passes",
         60,
         lambda call: ["benchmarks/zo_gpu.py", *call.shape()],
+    ),
+    "kernels": Step(
+        "2:4 kernels beside dense ones, eagerly and in CUDA graphs",
+        45,
+        lambda call: [f"{HERE}/kernels.py"],
+        needs_gpu=True,
     ),
     "peer": Step(
         "Wanda and SparseGPT beside llm-compressor",
