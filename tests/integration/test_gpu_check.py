@@ -50,7 +50,7 @@ def test_steps_that_are_named_are_added_to_the_file_and_the_page(tmp_path):
 
 @pytest.mark.slow
 def test_everything_runs_without_a_gpu(tmp_path, check):
-    done = run(tmp_path, "--minutes", "20")
+    done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = results(tmp_path)
     assert list(found) == list(check.STEPS)
@@ -75,7 +75,7 @@ Path(sys.argv[2]).parent.mkdir(parents=True)
 Path(sys.argv[2]).write_text(json.dumps({"records": [{"child": child.pid}]}))
 time.sleep(600)
 """
-    monkeypatch.setitem(check.STEPS, "zo", step(check, tmp_path, code, limit=10))
+    monkeypatch.setitem(check.STEPS, "zo", step(check, tmp_path, code, limit=2))
     record = check.run_step("zo", check.Call("cpu", tmp_path / "check"), 100)
     assert record["status"] == "stopped after 10 s"
     (child,) = (r["child"] for r in record["records"])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wandazeta.models.attention import differentiable_attention
 from wandazeta.models.blocks import call_block
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.streaming import parameters_loaded
@@ -333,7 +334,7 @@ class _BlockSequence:
 
     def _run(self, index: int, batch: Sequence[int], hidden: Tensor) -> Tensor:
         assert self.samples is not None
-        with self._autocast():
+        with self._autocast(), differentiable_attention(hidden.device, hidden.shape[1] if hidden.ndim > 2 else None):
             return call_block(self.blocks[index], hidden, self.samples.calls[batch[0]][index])
 
     def _autocast(self) -> AbstractContextManager[Any]:
