@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from wandazeta.pruning import PruneOptions, prune_model, pruner
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
+from wandazeta.pruning.records import BlockRecord
 from wandazeta.utilities.memory import peak_memory
 
 RESULT = RESULTS / "prune_gpu.json"
@@ -124,6 +125,8 @@ class Phases:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.block_peaks: list[int] = []
+        self._peak = 0
         self._open = ["rest"]
         self._start = 0.0
 
@@ -133,10 +136,17 @@ class Phases:
             torch.cuda.synchronize(self.device)
         now, name = time.perf_counter(), self._open[-1]
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._start
+        self._peak = max(self._peak, peak_memory(self.device))
         self.peaks[name] = max(self.peaks.get(name, 0), peak_memory(self.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._start = now
+
+    def end_block(self, record: BlockRecord, num_blocks: int) -> None:
+        """Note the peak memory of a block; called after it."""
+        self._boundary()
+        self.block_peaks.append(self._peak)
+        self._peak = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -217,7 +227,8 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
     phases = Phases(device)
     with phases.watch():
-        prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
+        forward = partial(model, use_cache=False)
+        prune_model(model, lambda batch: forward(**batch), batches, options, device=device, on_block=phases.end_block)
     counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
     seconds = phases.seconds | {"total": sum(phases.seconds.values())}
     peaks = phases.peaks | {"total": max(phases.peaks.values())}
@@ -229,6 +240,8 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
         if arguments.peak_tflops and phase in counts:
             record["mfu"] = record["tflop"] / duration / arguments.peak_tflops
         records.append(record | {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length})
+    # one number would not show whether memory grows from block to block
+    records[-1]["block_peaks_gib"] = [peak / 2**30 for peak in phases.block_peaks]
     return records
 
 

@@ -72,6 +72,13 @@ class BlockPruner:
         self.score_moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.loss_before: float | None = None
 
+    def close(self) -> None:
+        """Drop all tensors of the block, whoever still refers to this object."""
+        self.statistics.close()
+        self.master.close()
+        for tensors in (self.layers, self.gradients, self.score_moments):
+            tensors.clear()
+
     def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
         """Run the dense block to collect input statistics and, if the score uses them, regional gradients.
 

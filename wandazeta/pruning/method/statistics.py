@@ -53,6 +53,12 @@ class InputStatistics:
         self._grams.clear()
         self.num_samples = 0
 
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        for tensors in (self._layers, self._sums, self._grams, self._earlier):
+            tensors.clear()
+        self._mask = self._last = None
+
     @contextmanager
     def collect(self) -> Iterator[None]:
         """Collect statistics from every forward of the layers inside the context."""
