@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -246,7 +246,18 @@ class _BlockSequence:
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._block(index) as layers, closing(self._block_pruner(index, layers)) as block:
+        with self._block(index) as layers, ExitStack() as stack:
+            block = BlockPruner(
+                index,
+                layers,
+                replace(self.options, pattern=self.options.pattern.of_block(index, len(self.blocks))),
+                partial(self._run, index),
+                partial(self._constant_weights, index),
+                self._batches(index),
+                self.samples.masks if self.samples is not None else (),
+                self.ranks,
+            )
+            stack.callback(block.close)
             if self.samples is None:
                 kept, loss_after = block.mask_by_score(), None
             else:
@@ -266,18 +277,6 @@ class _BlockSequence:
                 num_tokens=int(self.ranks.sum(self.samples.num_tokens)) if self.samples is not None else 0,
             )
         return BlockResult(weights, {name: mask.cpu() for name, mask in kept.items()}, record)
-
-    def _block_pruner(self, index: int, layers: dict[str, nn.Linear]) -> BlockPruner:
-        return BlockPruner(
-            index,
-            layers,
-            replace(self.options, pattern=self.options.pattern.of_block(index, len(self.blocks))),
-            partial(self._run, index),
-            partial(self._constant_weights, index),
-            self._batches(index),
-            self.samples.masks if self.samples is not None else (),
-            self.ranks,
-        )
 
     def _prune_calibrated(
         self, index: int, block: BlockPruner, samples: Samples

@@ -129,11 +129,12 @@ class BlockPruner:
 
     def _require_finite(self) -> None:
         """Refuse statistics that are not finite; the weights were checked before the first block."""
-        for name in self.layers:
-            values = {"inputs": self.statistics.norm(name)}
-            if name in self.gradients:
-                values["gradients"] = self.gradients[name]
-            for what, tensor in values.items():
+        values = [("inputs", name, self.statistics.norm(name)) for name in self.layers]
+        values += [("gradients", name, gradient) for name, gradient in self.gradients.items()]
+        # one read of the device for all
+        finite = torch.stack([tensor.isfinite().all() for *_, tensor in values]).tolist()
+        for (what, name, tensor), is_finite in zip(values, finite, strict=True):
+            if not is_finite:
                 require_finite(what, name, self.index, tensor)
 
     def finish(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -217,7 +218,8 @@ class BlockPruner:
             targets: Target output for each sample.
         """
         pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
-        losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
+        losses = [optimisation_loss(output, target, mask) for output, target, mask in pairs]
+        losses = torch.stack(losses).tolist() if losses else []
         return self.ranks.sum(sum(losses)) / self.ranks.sum(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
@@ -226,11 +228,15 @@ class BlockPruner:
         Args:
             kept: The final masks.
         """
+        if not self.layers:
+            return ()
         records = []
-        for name, layer in self.layers.items():
+        # one read of the device for each kind of figure
+        counts = torch.stack([kept[name].sum() for name in self.layers]).tolist()
+        moments = torch.stack([torch.stack(self.score_moments[name]) for name in self.layers]).tolist()
+        for (name, layer), count, (std, mean) in zip(self.layers.items(), counts, moments, strict=True):
             out_features, in_features = weight_view(layer).shape
-            sparsity = 1 - kept[name].sum().item() / kept[name].numel()
-            std, mean = (value.item() for value in self.score_moments[name])
+            sparsity = 1 - count / kept[name].numel()
             records.append(LayerRecord(name, (out_features, in_features), self.pattern.label, sparsity, mean, std))
         return tuple(records)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wandazeta.pruning.method.masks import zero_where_false
 from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.pruning.methods import RegionalOptimisation
 from wandazeta.utilities.ranks import Ranks
 
@@ -29,7 +30,7 @@ def select_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
         states: Shape (1, tokens, width).
         mask: Bool of shape (1, tokens); None selects all.
     """
-    states = states if mask is None else states[mask]
+    states = states if mask is None else select_rows(states.flatten(0, -2), mask)
     return states if states.dtype == torch.float64 else states.float()
 
 

@@ -1,7 +1,8 @@
 """Input statistics of layers, collected by forward hooks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from wandazeta.models.blocks import StopForward
 from wandazeta.pruning.method.layers import weight_view
+from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.utilities.ranks import Ranks
 
 # values squared at once: one MiB of float32
@@ -133,13 +135,18 @@ class InputStatistics:
         Raises:
             ValueError: If a layer did not run.
         """
-        found: list[tuple[Tensor, list[str]]] = []
         for name in self._layers:
             self._require(name)
-            gram = self._grams[name]
-            group = next((names for other, names in found if torch.equal(other, gram)), None)
+        names = list(self._layers)
+        # nearly all pairs that differ do so on the diagonal; each round of comparisons is one read of the device
+        pairs = [(a, b) for a, b in combinations(names, 2) if self._grams[a].shape == self._grams[b].shape]
+        pairs = _equal_pairs(pairs, {name: self._grams[name].diagonal() for name in names})
+        same = set(_equal_pairs(pairs, self._grams))
+        found: list[tuple[Tensor, list[str]]] = []
+        for name in names:
+            group = next((group for _, group in found if (group[0], name) in same), None)
             if group is None:
-                found.append((gram, [name]))
+                found.append((self._grams[name], [name]))
             else:
                 group.append(name)
         return found
@@ -197,13 +204,21 @@ class InputStatistics:
                     f"Expected {self._mask.numel()} positions at the input of `{name}`, but got {rows.shape[0]}: "
                     "padding cannot be told from text there; calibrate on samples without padding, or exclude the layer"
                 )
-            rows = rows[self._mask.reshape(-1)]
+            rows = select_rows(rows, self._mask)
         if not self._with_gram:
             return _square_sums(rows), None
         rows = rows.float()
         # without the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
             return _square_sums(rows), _gram(rows)
+
+
+def _equal_pairs(pairs: Sequence[tuple[str, str]], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Return the pairs of names whose tensors are equal."""
+    if not pairs:
+        return []
+    equal = torch.stack([(tensors[a] == tensors[b]).all() for a, b in pairs]).tolist()
+    return [pair for pair, is_equal in zip(pairs, equal, strict=True) if is_equal]
 
 
 def _square_sums(rows: Tensor) -> Tensor:
