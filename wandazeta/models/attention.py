@@ -9,7 +9,7 @@ from torch.torch_version import TorchVersion
 __all__ = ["differentiable_attention", "is_faulty"]
 
 # the first release that prefers cuDNN's attention on Hopper; none without the fault is known
-_FIRST_FAULTY = (2, 11)
+_FIRST_FAULTY = "2.11"
 _TILE, _FAULTY_REST = 128, 64
 
 

@@ -120,7 +120,8 @@ def measure_kernels(
         The dense time and those of `KERNELS`, for each way of calling them.
     """
     timer = timer or seconds_of_call
-    x = torch.randn(num_tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    out_features, in_features = weight.shape
+    x = torch.randn(num_tokens, in_features, device=weight.device, dtype=weight.dtype)
     expected = F.linear(x, weight)
     found = []
     for kernel in ("dense", *KERNELS):
@@ -136,7 +137,7 @@ def measure_kernels(
                     seconds = timer(partial(F.linear, x, kept), graph)
                 except RuntimeError:  # not every kernel can be captured
                     seconds = None
-            found.append(KernelTime(*weight.shape, num_tokens, kernel, graph, seconds, error))
+            found.append(KernelTime(out_features, in_features, num_tokens, kernel, graph, seconds, error))
     return found
 
 

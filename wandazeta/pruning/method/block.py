@@ -218,8 +218,8 @@ class BlockPruner:
             targets: Target output for each sample.
         """
         pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
-        losses = [optimisation_loss(output, target, mask) for output, target, mask in pairs]
-        losses = torch.stack(losses).tolist() if losses else []
+        found = [optimisation_loss(output, target, mask) for output, target, mask in pairs]
+        losses: list[float] = torch.stack(found).tolist() if found else []
         return self.ranks.sum(sum(losses)) / self.ranks.sum(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
