@@ -100,7 +100,7 @@ STEPS: dict[str, Step] = {
     "kernels": Step(
         "2:4 kernels beside dense ones, eagerly and in CUDA graphs",
         45,
-        lambda call: [f"{HERE}/kernels.py"],
+        lambda call: [f"{HERE}/sparse_kernels.py"],
         needs_gpu=True,
     ),
     "peer": Step(

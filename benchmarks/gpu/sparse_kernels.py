@@ -1,6 +1,6 @@
 """Products of 2:4 weights on torch's sparse kernels and on dense ones, for the Linears of LLaMA-7B in bfloat16.
 
-    python benchmarks/gpu/kernels.py
+    python benchmarks/gpu/sparse_kernels.py
 
 Each is timed eagerly and inside a CUDA graph, which leaves out the host's work for each call. Needs a GPU.
 """
