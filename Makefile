@@ -15,10 +15,10 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup samples demo test lint installed types contracts docs dist format clean
+.PHONY: help setup samples demo gpu-check test lint installed types contracts docs dist format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## create .venv with the tested versions
 
@@ -38,6 +38,10 @@ samples: setup  ## fetch and convert the sample model and texts
 demo: samples  ## prune SmolLM2-135M, fine-tune it, show the table
 	$(BIN)/wandazeta fit -c configs/demo.yaml
 	$(BIN)/python benchmarks/demo.py
+
+# without a GPU, with tiny shapes and without the samples
+gpu-check: setup  ## check correctness, time and memory on the GPU; see benchmarks/gpu/README.md
+	$(BIN)/python benchmarks/gpu/check.py
 
 test: samples  ## run every test
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)

@@ -3,23 +3,21 @@
     python benchmarks/prune_gpu.py
     python benchmarks/prune_gpu.py --device cpu --shape tiny
 
-The second line is a smoke test, and all that has been run so far: no GPU was available. The values of the weights do
-not affect the time, so they are drawn at random, one block at a time. 128 samples of 2048 tokens and K = 5 rounds of
-M = 32 samples are the paper's settings.
+The second line is a smoke test. The values of the weights do not affect the time, so they are drawn at random, one
+block at a time. 128 samples of 2048 tokens and K = 5 rounds of M = 32 samples are the paper's settings.
 
 Seconds are wall-clock, each phase without the phases inside it, with the device synchronised at its ends: `capture`
 (the inputs of the first block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of
 the optimised block), `prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and
 `rest` (moving blocks, the report). The utilisation (MFU) is the number of operations that the method needs, by formula,
-over the peak of the card. Afterwards the Linears of that shape are timed dense and on torch's 2:4 sparse kernels.
+over the peak of the card.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -34,9 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from wandazeta.pruning import PruneOptions, prune_model, pruner
-from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
-from wandazeta.pruning.method.masks import group_mask, zero_where_false
+from wandazeta.pruning.records import BlockRecord
 from wandazeta.utilities.memory import peak_memory
 
 RESULT = RESULTS / "prune_gpu.json"
@@ -128,6 +125,8 @@ class Phases:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.block_peaks: list[int] = []
+        self._peak = 0
         self._open = ["rest"]
         self._start = 0.0
 
@@ -137,10 +136,17 @@ class Phases:
             torch.cuda.synchronize(self.device)
         now, name = time.perf_counter(), self._open[-1]
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._start
+        self._peak = max(self._peak, peak_memory(self.device))
         self.peaks[name] = max(self.peaks.get(name, 0), peak_memory(self.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._start = now
+
+    def end_block(self, record: BlockRecord, num_blocks: int) -> None:
+        """Note the peak memory of a block; called after it."""
+        self._boundary()
+        self.block_peaks.append(self._peak)
+        self._peak = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -213,7 +219,7 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
 
 def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Prune a new model; returns one record per phase and one for the total."""
-    shape, device = SHAPES[name], arguments.device
+    shape, device = replace(SHAPES[name], blocks=arguments.blocks), arguments.device
     torch.manual_seed(0)
     model = random_model(shape, device, arguments.home)
     generator = torch.Generator().manual_seed(0)
@@ -221,7 +227,8 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
     phases = Phases(device)
     with phases.watch():
-        prune_model(model, lambda batch: model(**batch, use_cache=False), batches, options, device=device)
+        forward = partial(model, use_cache=False)
+        prune_model(model, lambda batch: forward(**batch), batches, options, device=device, on_block=phases.end_block)
     counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
     seconds = phases.seconds | {"total": sum(phases.seconds.values())}
     peaks = phases.peaks | {"total": max(phases.peaks.values())}
@@ -233,43 +240,12 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
         if arguments.peak_tflops and phase in counts:
             record["mfu"] = record["tflop"] / duration / arguments.peak_tflops
         records.append(record | {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length})
+    # one number would not show whether memory grows from block to block
+    records[-1]["block_peaks_gib"] = [peak / 2**30 for peak in phases.block_peaks]
     return records
 
 
-def seconds_of(function: Callable[[], object], repeats: int = 20) -> float:
-    """Measure the median seconds of a call on the GPU."""
-    durations = []
-    for repeat in range(repeats + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        if repeat >= 3:  # the first calls choose kernels
-            durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
-
-
-@torch.no_grad()
-def measure_kernels(name: str, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
-    """Time each kind of Linear of a shape, dense and on the sparse kernels, in bfloat16."""
-    records = []
-    for out_features, in_features in dict.fromkeys(SHAPES[name].linears.values()):
-        dense = nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16)
-        zero_where_false(dense.weight, group_mask(dense.weight.abs().float(), 2, 4))
-        sparse = nn.Sequential(nn.Linear(in_features, out_features, bias=False, device=device, dtype=torch.bfloat16))
-        sparse[0].weight.copy_(dense.weight)
-        to_semi_structured(sparse)
-        for count in rows:
-            x = torch.randn(count, in_features, device=device, dtype=torch.bfloat16)
-            wanted, got = dense(x), sparse(x)
-            plain, fast = seconds_of(partial(dense, x)), seconds_of(partial(sparse, x))
-            record = {"model": name, "out_features": out_features, "in_features": in_features, "rows": count}
-            record |= {"dense_seconds": plain, "sparse_seconds": fast, "times_faster": plain / fast}
-            records.append(record | {"relative_error": float((got - wanted).norm() / wanted.norm())})
-    return records
-
-
-def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
+def show(records: list[dict[str, Any]]) -> None:
     """Print the records."""
     table = Table(title="seconds of a pruning")
     for column in ("model", "method", "phase", "seconds", "GiB", "TFLOP", "MFU"):
@@ -279,22 +255,13 @@ def show(records: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
         figures = (f"{r['seconds']:.2f}", f"{r['peak_gib']:.2f}", f"{r['tflop']:,.2f}" if r["tflop"] else "", mfu)
         table.add_row(r["model"], r["method"], r["phase"], *figures)
     console.print(table)
-    if not kernels:
-        return
-    table = Table(title="2:4 kernels against dense ones, bfloat16")
-    for column in ("out", "in", "rows", "dense µs", "sparse µs", "times faster"):
-        table.add_column(column, justify="right")
-    for r in kernels:
-        times = [f"{1e6 * r[side]:.0f}" for side in ("dense_seconds", "sparse_seconds")]
-        sizes = (str(r["out_features"]), str(r["in_features"]), str(r["rows"]))
-        table.add_row(*sizes, *times, f"{r['times_faster']:.2f}")
-    console.print(table)
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line; exits with one line where a needed device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--blocks", type=int, help="number of blocks; by default that of the shape")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the compute device")
     parser.add_argument("--home", type=torch.device, help="device of the other blocks; by default the compute device")
@@ -303,7 +270,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the optimisation, K")
     parser.add_argument("--samples-per-round", type=int, help="samples of a round, M; a quarter of all by default")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
-    parser.add_argument("--rows", type=int, nargs="*", default=[16, 64, 256, 1024, 4096], help="batches of the kernels")
     parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
     arguments = parser.parse_args()
     is_tiny, is_gpu = arguments.shape == "tiny", arguments.device.type == "cuda"
@@ -317,6 +283,7 @@ def parse() -> argparse.Namespace:
             "for a smoke test use `--shape tiny`"
         )
     arguments.home = arguments.home or arguments.device
+    arguments.blocks = arguments.blocks or SHAPES[arguments.shape].blocks
     arguments.num_samples = arguments.num_samples or (8 if is_tiny else 128)
     arguments.sequence_length = arguments.sequence_length or (16 if is_tiny else 2048)
     arguments.samples_per_round = arguments.samples_per_round or max(1, arguments.num_samples // 4)
@@ -330,25 +297,17 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure; the result file is written after each pruning and after the kernels."""
+    """Measure; the result file is written after each pruning."""
     arguments = parse()
     records: list[dict[str, Any]] = []
-    kernels: list[dict[str, Any]] = []
-
-    def save() -> None:
-        if arguments.result is not None:
-            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "kernels": kernels}
-            write(arguments.result, describe("prune_gpu", records, **more))
-
     for method in arguments.methods:
         settings = {"rounds": arguments.rounds, "samples_per_round": arguments.samples_per_round}
         options = used_options({"method": method} | settings)
         records += measure_method(arguments.shape, options, arguments)
-        save()
-    if arguments.device.type == "cuda" and arguments.rows:
-        kernels += measure_kernels(arguments.shape, arguments.device, arguments.rows)
-        save()
-    show(records, kernels)
+        if arguments.result is not None:
+            more = {"peak_tflops": arguments.peak_tflops, "home": str(arguments.home), "blocks": arguments.blocks}
+            write(arguments.result, describe(arguments.result.stem, records, **more))
+    show(records)
 
 
 if __name__ == "__main__":

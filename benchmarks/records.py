@@ -52,13 +52,19 @@ def describe(name: str, records: Any, **more: Any) -> dict[str, Any]:
     return {
         "name": name,
         "command": command(),
-        "commit": commit(),
+        "commit": commit() or _carried_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "hardware": hardware(),
         **more,
         "records": records,
     }
+
+
+def _carried_commit() -> str | None:
+    """Return the commit of a checkout that benchmarks/gpu/bundle.sh has carried to another machine, without git."""
+    path = ROOT / "COMMIT"
+    return path.read_text().strip() if path.exists() else None
 
 
 def finished(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,11 @@ from tables import (
     demo_table,
     epsilon_table,
     finetune_table,
+    gpu_kernels_table,
+    gpu_peer_table,
+    gpu_phases_table,
+    gpu_table,
+    gpu_zo_table,
     memory_sentence,
     memory_table,
     projection_table,
@@ -36,7 +41,10 @@ from tables import (
     zo_step_table,
 )
 
-DOCS = ("ablation", "estimators", "finetune_results", "recovery", "replication", "results", "scaling", "trainables")
+DOCS = (
+    *("ablation", "estimators", "finetune_results", "gpu", "recovery", "replication", "results", "scaling"),
+    "trainables",
+)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 METHOD_NAMES = {
     "adazeta": "AdaZeta, the paper's settings",
@@ -71,6 +79,11 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "scaling": (("scaling",), scaling_table),
     "scaling_projection": (("scaling",), projection_table),
     "scaling_memory": (("scaling",), memory_table),
+    "gpu": (("prune_gpu", "prune_gpu_home_cpu", "kernels_gpu"), gpu_table),
+    "gpu_phases": (("prune_gpu", "prune_gpu_home_cpu"), gpu_phases_table),
+    "gpu_peer": (("peer_gpu",), gpu_peer_table),
+    "gpu_zo": (("zo_gpu",), gpu_zo_table),
+    "gpu_kernels": (("kernels_gpu",), gpu_kernels_table),
 }
 
 

@@ -47,6 +47,16 @@ EXAMPLES = {
     "70B on two nodes of eight": ("llama-70b", 16, True, False),
 }
 COPIES, PROMPTS, TOKENS = 4, 16, 256
+PHASES = {
+    "capture": "inputs of the first block",
+    "measure": "input norms and regional gradients",
+    "optimise": "regional optimisation",
+    "norms": "input norms of the optimised block",
+    "prune": "scores and masks",
+    "propagate": "outputs for the next block",
+    "rest": "moving results to the CPU, the report",
+    "total": "total",
+}
 
 
 def rows(heading: list[str], body: list[list[str]]) -> str:
@@ -574,3 +584,117 @@ def replication_table(
         ],
     ]
     return rows(["claim", "published", "run here", "outcome", "needed to say more"], body)
+
+
+def gpu_table(on_gpu: dict[str, Any], at_home: dict[str, Any], kernels: dict[str, Any]) -> str:
+    """Seconds per block and peak memory of pruning a 7B shape on one GPU, for README."""
+    totals = {r["method"]: r for r in on_gpu["records"] if r["phase"] == "total"}
+    (home,) = (r for r in at_home["records"] if r["phase"] == "total")
+    names = {"wanda": "Wanda", "wanda++": "Wanda++"}
+    body = [[name, _per_block(on_gpu, totals[method]), _gib(totals[method])] for method, name in names.items()]
+    body += [["Wanda++, other blocks in CPU memory", _per_block(at_home, home), _gib(home)]]
+    speed = kernel_speeds(kernels).values()
+    return (
+        f"{rows([on_gpu['hardware']['gpu'] + ', 7B', 'seconds a block', 'peak GiB'], body)}\n\nThere, torch's 2:4 "
+        f"kernels ran at {min(speed):.2f} to {max(speed):.2f} times the speed of dense ones."
+    )
+
+
+def gpu_phases_table(on_gpu: dict[str, Any], at_home: dict[str, Any]) -> str:
+    """Seconds and utilisation of the phases of pruning a 7B shape on one GPU."""
+    heading, columns = [""], []
+    for result, place in ((on_gpu, ""), (at_home, ", blocks in CPU memory")):
+        for method in dict.fromkeys(r["method"] for r in result["records"]):
+            heading.append(f"{method}, {result['blocks']} blocks{place}")
+            columns.append({r["phase"]: r for r in result["records"] if r["method"] == method})
+    body = [[title, *(_phase(column.get(phase)) for column in columns)] for phase, title in PHASES.items()]
+    body += [["peak GiB", *(_gib(column["total"]) for column in columns)]]
+    first, hardware = on_gpu["records"][0], on_gpu["hardware"]
+    return (
+        f"{rows(heading, body)}\n\nSeconds, in brackets the share of the card's {on_gpu['peak_tflops']:.0f} TFLOP/s in "
+        f"bfloat16. LLaMA-7B's shape with random weights, {first['num_samples']} x {first['sequence_length']} tokens, "
+        f"2:4, the paper's settings; {hardware['gpu']}, {hardware['cores']} CPU cores, torch "
+        f"{on_gpu['versions']['torch']}; commit {on_gpu['commit']}."
+    )
+
+
+def gpu_peer_table(result: dict[str, Any]) -> str:
+    """Seconds per block and peak memory beside llm-compressor on one GPU."""
+    tools = {"wandazeta": "wandazeta", "llmcompressor": "llm-compressor"}
+    places = {None: "", "cpu": ", model and activations on the CPU (its default)", "cuda": ", all on the GPU"}
+    body = [
+        [f"{r['method']}, {tools[r['tool']]}{places[r['offload']]}", f"{r['seconds_per_block']:.2f}", _gib(r)]
+        for r in result["records"]
+    ]
+    first = result["records"][0]
+    return (
+        f"{rows(['', 'seconds a block', 'peak GiB'], body)}\n\n{first['blocks']} blocks of LLaMA-7B's shape, 2:4, "
+        f"{first['samples']} x {first['tokens']} tokens; {result['hardware']['gpu']}, llm-compressor "
+        f"{result['versions']['llmcompressor']}; commit {result['commit']}."
+    )
+
+
+def gpu_zo_table(result: dict[str, Any]) -> str:
+    """Seconds of zeroth-order steps of a 7B shape on one GPU, on dense and on sparse kernels."""
+    body = [
+        [
+            "2:4 kernels" if r["sparse"] else "dense kernels",
+            str(r["num_queries"]),
+            f"{median(r['seconds']):.3f}",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['peak_share']:.0%}",
+            _gib(r),
+        ]
+        for r in result["records"]
+    ]
+    heading = ["", "queries", "seconds a step", "tokens a second", "of the peak", "peak GiB"]
+    first, hardware = result["records"][0], result["hardware"]
+    return (
+        f"{rows(heading, body)}\n\nLLaMA-7B's shape, tensor trains in every block, {first['batch']} prompts of "
+        f"{first['prompt_tokens']} tokens, {first['query_chunk_size']} copies per forward pass; {hardware['gpu']}, "
+        f"torch {result['versions']['torch']}; commit {result['commit']}."
+    )
+
+
+def gpu_kernels_table(result: dict[str, Any]) -> str:
+    """Speed of torch's 2:4 kernels relative to dense ones, by layer and batch."""
+    names = {"cusparselt": "cuSPARSELt", "cutlass": "CUTLASS"}
+    speed = kernel_speeds(result)
+    batches = sorted({key[2] for key in speed})
+    body = [
+        [
+            f"{out} x {width}, {names[kernel]}, {'in a CUDA graph' if graph else 'eager'}",
+            *(f"{speed[out, width, batch, kernel, graph]:.2f}" for batch in batches),
+        ]
+        for out, width, kernel, graph in dict.fromkeys((*key[:2], *key[3:]) for key in speed)
+    ]
+    return (
+        f"{rows(['weight', *(f'{batch} rows' for batch in batches)], body)}\n\n{result['hardware']['gpu']}, torch "
+        f"{result['versions']['torch']}; commit {result['commit']}."
+    )
+
+
+def kernel_speeds(result: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+    """Return the dense time over that of each sparse kernel, 0 where it failed."""
+    names = ("out_features", "in_features", "rows", "kernel", "cuda_graph")
+    seconds = {tuple(r[name] for name in names): r["seconds"] for r in result["records"]}
+    return {
+        (*size, kernel, graph): seconds[*size, "dense", graph] / value if value else 0.0
+        for (*size, kernel, graph), value in seconds.items()
+        if kernel != "dense"
+    }
+
+
+def _per_block(result: dict[str, Any], record: dict[str, Any]) -> str:
+    return f"{record['seconds'] / result['blocks']:.2f}"
+
+
+def _phase(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    share = "" if record["mfu"] is None else f" ({record['mfu']:.0%})"
+    return f"{record['seconds']:.1f}{share}"
+
+
+def _gib(record: dict[str, Any]) -> str:
+    return f"{record['peak_gib']:.1f}"

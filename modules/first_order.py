@@ -17,6 +17,7 @@ from wandazeta.adapters import AdapterVector, PeftLoRA, TensorTrainAdapters, Wei
 from wandazeta.adapters.files import describe_backbone, require_same, written_backbone
 from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer, is_fitting
+from wandazeta.models.attention import differentiable_attention
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.zero3 import gathered
 from wandazeta.modules.checkpoints import require_checkpoint_of
@@ -154,7 +155,8 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = objective_losses(None, self.scorer, self.scorer.prepare(batch))[0]
+        with differentiable_attention(self.device):
+            loss = objective_losses(None, self.scorer, self.scorer.prepare(batch))[0]
         self._require_finite(loss.detach())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])

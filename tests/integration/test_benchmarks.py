@@ -128,6 +128,8 @@ def test_prune_gpu_times_all_phases(tmp_path):
         assert total["seconds"] == pytest.approx(sum(r["seconds"] for r in records.values()))
         assert all(r["seconds"] > 0 and r["peak_gib"] > 0 for r in records.values())
         assert 0 < total["mfu"] < 1
+        assert len(total["block_peaks_gib"]) == 2
+        assert max(total["block_peaks_gib"]) == total["peak_gib"]
 
 
 def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
@@ -144,6 +146,9 @@ def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
         )
         assert 0 < record["peak_share"] < 1
         assert record["peak_gib"] > 0
+        assert record["step_over_forwards"] == pytest.approx(
+            statistics.median(record["seconds"]) / statistics.median(record["seconds_forwards"])
+        )
 
 
 @pytest.mark.samples

@@ -1,4 +1,4 @@
-"""The commands that are functions: `prune MODEL`, `evaluate MODEL` and `export-adapters RUN`.
+"""The commands that are functions: `prune MODEL`, `evaluate MODEL`, `export-adapters RUN` and `bench MODEL`.
 
 Options, defaults and help of `prune` and `evaluate` come from the functions of `wandazeta.api`.
 """
@@ -31,6 +31,7 @@ _EXAMPLES = {
     "  wandazeta prune -c preset:best -c my.yaml … has all options of Lightning (`--help all`)",
     "evaluate": "wandazeta evaluate out --baseline path/or/name --text my.txt",
     "export-adapters": "wandazeta export-adapters runs/demo adapters",
+    "bench": "wandazeta bench out --batch_sizes 1 32",
 }
 
 
@@ -72,7 +73,7 @@ def main(args: Sequence[str]) -> None:
     # after the options: it takes seconds
     from wandazeta.cli.errors import reported_errors
 
-    runs = {"prune": _prune, "evaluate": _evaluate, "export-adapters": _export_adapters}
+    runs = {"prune": _prune, "evaluate": _evaluate, "export-adapters": _export_adapters, "bench": _bench}
     with reported_errors():
         try:
             runs[args[0]](options)
@@ -103,6 +104,13 @@ def parse(args: Sequence[str]) -> Namespace:
         parser.add_argument("run", type=str, help="Folder of the run (`run_dir`).")
         parser.add_argument("output_dir", type=str, help="Folder to write, new or empty.")
         parser.add_argument("--ckpt_path", type=str, default="last", help="Checkpoint of the run, by default the last.")
+    elif command == "bench":
+        parser.add_argument("model", type=str, help="Directory or Hugging Face name of a 2:4 model.")
+        sizes = "Sequences in a batch. (default: 1 8 32)"
+        parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], metavar="SIZE", help=sizes)
+        parser.add_argument("--num_tokens", type=int, default=128, help="Tokens of a sequence. (default: 128)")
+        dtype = "Precision of the weights, bfloat16 or float16. (default: bfloat16)"
+        parser.add_argument("--dtype", type=Literal["bfloat16", "float16"], default="bfloat16", help=dtype)
     else:
         _add_function(parser, _stand_in(command))
     return _parsed(parser, args[1:])
@@ -214,6 +222,13 @@ def _export_adapters(options: Namespace) -> None:
     _hide_bars()
     export_adapters(options.run, options.output_dir, ckpt_path=options.ckpt_path)
     sys.stdout.write(f"adapters: {Path(options.output_dir).absolute()}\n")
+
+
+def _bench(options: Namespace) -> None:
+    from wandazeta.cli.bench import run
+
+    _hide_bars()
+    run(options.model, options.batch_sizes, options.num_tokens, options.dtype)
 
 
 def _read_texts(options: Namespace) -> list[str]:

@@ -36,6 +36,7 @@ COMMANDS = {
     "prune": "prune a model by its name or directory: a Hugging Face directory comes out",
     "evaluate": "measure a model, and another one beside it: perplexity, sample text, tasks",
     "export-adapters": "write the adapters of a run for `wandazeta.load_adapters`",
+    "bench": "measure the speed of a 2:4 model on a GPU, dense and on sparse kernels",
 }
 """The commands that are functions (`wandazeta.cli.functions`), and what each does."""
 

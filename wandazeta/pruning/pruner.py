@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wandazeta.models.attention import differentiable_attention
 from wandazeta.models.blocks import call_block
 from wandazeta.models.experts import fused_name, split_experts
 from wandazeta.models.modes import evaluation_mode, frozen
@@ -253,7 +254,7 @@ class _BlockSequence:
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._block(index) as prunable:
+        with self._block(index) as prunable, ExitStack() as stack:
             block = BlockPruner(
                 index,
                 prunable_layers(self.blocks[index], self.options.exclude_modules, f"{self.name}.{index}"),
@@ -265,6 +266,7 @@ class _BlockSequence:
                 self.ranks,
                 self.rates,
             )
+            stack.callback(block.close)
             if self.samples is None:
                 kept, loss_after = block.mask_by_score(), None
             else:
@@ -345,7 +347,7 @@ class _BlockSequence:
 
     def _run(self, index: int, batch: Sequence[int], hidden: Tensor) -> Tensor:
         assert self.samples is not None
-        with self._autocast():
+        with self._autocast(), differentiable_attention(hidden.device, hidden.shape[1] if hidden.ndim > 2 else None):
             return call_block(self.blocks[index], hidden, self.samples.calls[batch[0]][index])
 
     def _autocast(self) -> AbstractContextManager[Any]:

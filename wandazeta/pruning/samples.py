@@ -34,10 +34,9 @@ class Samples:
     @property
     def num_tokens(self) -> int:
         """Number of tokens, without padding."""
-        counts = (
-            h.shape[:-1].numel() if m is None else int(m.sum()) for h, m in zip(self.hidden, self.masks, strict=True)
-        )
-        return sum(counts)
+        whole = sum(h.shape[:-1].numel() for h, m in zip(self.hidden, self.masks, strict=True) if m is None)
+        padded = [m.sum() for m in self.masks if m is not None]
+        return whole + (int(torch.stack(padded).sum()) if padded else 0)
 
     def batches(self, block_index: int) -> "Batches":
         """Find the samples that can run through a block in one batch: without padding, and with equal arguments.

@@ -81,6 +81,13 @@ class BlockPruner:
         self.loss_before: float | None = None
         self.tuning: TuningRecord | None = None
 
+    def close(self) -> None:
+        """Drop all tensors of the block, whoever still refers to this object."""
+        self.statistics.close()
+        self.master.close()
+        for tensors in (self.layers, self.gradients, self.score_moments):
+            tensors.clear()
+
     def measure(self, hidden: Sequence[Tensor], keep_outputs: bool) -> list[Tensor]:
         """Run the dense block to collect input statistics and, if the score uses them, regional gradients.
 
@@ -137,11 +144,13 @@ class BlockPruner:
 
     def _require_finite(self) -> None:
         """Refuse statistics that are not finite; the weights were checked before the first block."""
-        for name in self.layers:
-            values = {} if self._is_unreached(name) else {"inputs": self.statistics.norm(name)}
-            if name in self.gradients:
-                values["gradients"] = self.gradients[name]
-            for what, tensor in values.items():
+        reached = [name for name in self.layers if not self._is_unreached(name)]
+        values = [("inputs", name, self.statistics.norm(name)) for name in reached]
+        values += [("gradients", name, gradient) for name, gradient in self.gradients.items()]
+        # one read of the device for all
+        finite = torch.stack([tensor.isfinite().all() for *_, tensor in values]).tolist() if values else []
+        for (what, name, tensor), is_finite in zip(values, finite, strict=True):
+            if not is_finite:
                 require_finite(what, name, self.index, tensor)
 
     def finish(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -245,7 +254,8 @@ class BlockPruner:
             targets: Target output for each sample.
         """
         pairs = zip(outputs[: self.num_probes], targets, self.masks, strict=False)
-        losses = [optimisation_loss(output, target, mask).item() for output, target, mask in pairs]
+        found = [optimisation_loss(output, target, mask) for output, target, mask in pairs]
+        losses: list[float] = torch.stack(found).tolist() if found else []
         return self.ranks.sum(sum(losses)) / self.ranks.sum(len(losses))
 
     def records(self, kept: Mapping[str, Tensor]) -> tuple[LayerRecord, ...]:
@@ -254,11 +264,15 @@ class BlockPruner:
         Args:
             kept: The final masks.
         """
+        if not self.layers:
+            return ()
         records = []
-        for name, layer in self.layers.items():
+        # one read of the device for each kind of figure
+        counts = torch.stack([kept[name].sum() for name in self.layers]).tolist()
+        moments = torch.stack([torch.stack(self.score_moments[name]) for name in self.layers]).tolist()
+        for (name, layer), count, (std, mean) in zip(self.layers.items(), counts, moments, strict=True):
             out_features, in_features = weight_view(layer).shape
-            sparsity = 1 - kept[name].sum().item() / kept[name].numel()
-            std, mean = (value.item() for value in self.score_moments[name])
+            sparsity = 1 - count / kept[name].numel()
             tokens = (self.expert_tokens[name],) if name in self.expert_tokens else ()
             shape = (out_features, in_features)
             records.append(LayerRecord(name, shape, self.pattern.label, sparsity, mean, std, tokens))

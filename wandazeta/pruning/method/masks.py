@@ -84,12 +84,10 @@ class OneGroup:
     def __init__(self, num_kept: int, group_size: int, device: torch.device | str = "cpu") -> None:
         self._num_pruned = group_size - num_kept
         self._later, self._earlier = torch.tril_indices(group_size, group_size, -1, device=device)
-        pairs = torch.arange(len(self._later), device=device)
         # a column beats all earlier ones except those that are larger
         self._beaten = torch.arange(group_size, dtype=torch.float32, device=device)[:, None]
         self._change = torch.zeros(group_size, len(self._later), dtype=torch.float32, device=device)
-        self._change[self._earlier, pairs] = 1.0
-        self._change[self._later, pairs] = -1.0
+        self._change.scatter_(0, self._earlier[None], 1.0).scatter_(0, self._later[None], -1.0)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Return the mask of one group.
@@ -119,7 +117,8 @@ def row_mask(score: Tensor, sparsity: float) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=1, keepdim=True).values
     kept = score > threshold
-    if bool((kept.sum(1) == score.shape[1] - count).all()):
+    # a CPU knows at once; a GPU would have to be waited for, and counts ties faster
+    if score.device.type == "cpu" and bool((kept.sum(1) == score.shape[1] - count).all()):
         return kept
     # ties at the threshold: prune from the left until the row has its count
     tied = score == threshold

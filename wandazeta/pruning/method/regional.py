@@ -3,14 +3,16 @@
 Shapes: hidden states of a sample are (1, tokens, width); weights and gradients have the layout of the layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from wandazeta.pruning.method.masks import zero_where_false
 from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.pruning.methods import RegionalOptimisation
 from wandazeta.utilities.ranks import Ranks
 
@@ -28,7 +30,7 @@ def select_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
         states: Shape (1, tokens, width).
         mask: Bool of shape (1, tokens); None selects all.
     """
-    states = states if mask is None else states[mask]
+    states = states if mask is None else select_rows(states.flatten(0, -2), mask)
     return states if states.dtype == torch.float64 else states.float()
 
 
@@ -101,7 +103,9 @@ def regional_gradients(
             on_output(output.detach())
     statistics.all_reduce(ranks)
     ranks.all_reduce_(list(squares.values()))
-    return {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
+    gradients = {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
+    squares.clear()  # whoever still refers to the hooks holds nothing large
+    return gradients
 
 
 class MasterWeights:
@@ -174,6 +178,13 @@ class MasterWeights:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        self.clear_gradients()
+        self._masks = {}
+        self.weights.clear()
+        self.masters.clear()
+
     def clear_gradients(self) -> None:
         """Set all gradients to None."""
         for parameter in (*self.weights.values(), *self.masters.values()):
@@ -213,42 +224,61 @@ def optimise_block(
     """
     assert optimisation.samples_per_round is not None
     parameters = list(master.masters.values())
-    optimizer = _make_optimizer(parameters, optimisation)
-    num_steps = optimisation.rounds * optimisation.samples_per_round
-    decay = (lambda step: 1 - step / num_steps) if optimisation.lr_schedule == "linear" else (lambda step: 1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     half = any(weight.dtype == torch.float16 for weight in master.weights.values())
     num_samples = int(ranks.sum(len(hidden)))
+    steps = itertools.count()
 
-    for number in range(optimisation.rounds):
-        kept = start_round(number)
-        statistics.reset()
-        order = torch.randperm(num_samples, generator=generator, device="cpu")
-        drawn = order[: optimisation.samples_per_round].tolist()
-        with statistics.collect():
-            for sample in drawn:
-                # on one rank only; the others add zeros
-                for index in ranks.local_indices([sample]):
-                    scale = float(targets[index].numel()) if half else 1.0
-                    with statistics.sample(masks[index]), torch.enable_grad():
-                        # in memory of its own: how a view of a batch is aligned may change the rounding of products
-                        output = run([index], hidden[index].clone())
-                        (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
-                    master.take_gradients(scale)
-                ranks.all_reduce_(master.gradients())
-                optimizer.step()
-                scheduler.step()
-                master.clear_gradients()
-                if optimisation.mask_mode == "fixed":
-                    master.apply_masks(kept)
-                else:
-                    master.publish()
-        statistics.all_reduce(ranks)
-    if not all(bool(torch.isfinite(parameter.sum())) for parameter in parameters):
+    with _optimizer(parameters, optimisation) as optimizer:
+        for number in range(optimisation.rounds):
+            kept = start_round(number)
+            statistics.reset()
+            order = torch.randperm(num_samples, generator=generator, device="cpu")
+            drawn = order[: optimisation.samples_per_round].tolist()
+            with statistics.collect():
+                for sample in drawn:
+                    # on one rank only; the others add zeros
+                    for index in ranks.local_indices([sample]):
+                        scale = float(targets[index].numel()) if half else 1.0
+                        with statistics.sample(masks[index]), torch.enable_grad():
+                            # in memory of its own: how a view of a batch is aligned may change the rounding of products
+                            output = run([index], hidden[index].clone())
+                            (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
+                        master.take_gradients(scale)
+                    ranks.all_reduce_(master.gradients())
+                    for group in optimizer.param_groups:
+                        group["lr"] = _learning_rate(optimisation, next(steps))
+                    optimizer.step()
+                    master.clear_gradients()
+                    if optimisation.mask_mode == "fixed":
+                        master.apply_masks(kept)
+                    else:
+                        master.publish()
+            statistics.all_reduce(ranks)
+    # one read of the device for all
+    if not bool(torch.stack([parameter.sum() for parameter in parameters]).isfinite().all()):
         raise ValueError(
             f"Expected argument `learning_rate` to keep the weights finite, but {optimisation.learning_rate:g} did "
             "not; lower it"
         )
+
+
+def _learning_rate(optimisation: RegionalOptimisation, step: int) -> float:
+    """Learning rate of a step, counted over all rounds."""
+    if optimisation.lr_schedule == "constant":
+        return optimisation.learning_rate
+    assert optimisation.samples_per_round is not None
+    return optimisation.learning_rate * (1 - step / (optimisation.rounds * optimisation.samples_per_round))
+
+
+@contextmanager
+def _optimizer(parameters: list[Tensor], optimisation: RegionalOptimisation) -> Iterator[torch.optim.Optimizer]:
+    """Context of an optimizer, whose moments and references are dropped at the end, whoever still refers to it."""
+    optimizer = _make_optimizer(parameters, optimisation)
+    try:
+        yield optimizer
+    finally:
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
 
 
 def _make_optimizer(parameters: list[Tensor], optimisation: RegionalOptimisation) -> torch.optim.Optimizer:

@@ -54,7 +54,7 @@ class _Solver:
         self.mask_size = pattern.group[1] if pattern.group is not None else _MASK_BLOCK
         self.group_mask = OneGroup(*pattern.group, gram.device) if pattern.group is not None else None
         dead = gram.diagonal() == 0
-        self.columns[dead] = 0.0  # these inputs are always zero, so any value does
+        self.columns.masked_fill_(dead[:, None], 0.0)  # these inputs are always zero, so any value does
         self.factor = _inverse_factor(gram, dead, damping)
 
     def solve(self, start: int, stop: int, chosen: bool = False) -> None:
@@ -107,10 +107,10 @@ class _Solver:
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Gram matrix."""
     damped = gram.float().clone()
-    damped.diagonal()[dead] = 1.0
+    damped.diagonal().masked_fill_(dead, 1.0)
     damped.diagonal().add_(damping * damped.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
+    if not bool((info == 0) & factor.diagonal().isfinite().all()):
         raise ValueError(
             "Expected calibration data whose Gram matrix can be inverted, but it cannot; calibrate on more samples, "
             "and check that the activations are finite"

@@ -1,7 +1,8 @@
 """Input statistics of layers, collected by forward hooks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from wandazeta.models.blocks import StopForward
 from wandazeta.models.experts import ExpertLayer
 from wandazeta.pruning.method.layers import weight_view
+from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.utilities.ranks import Ranks
 
 # values squared at once: one MiB of float32
@@ -56,6 +58,12 @@ class InputStatistics:
         self._sums.clear()
         self._grams.clear()
         self.num_samples = 0
+
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        for tensors in (self._layers, self._sums, self._grams, self._earlier):
+            tensors.clear()
+        self._mask = self._last = None
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -140,17 +148,23 @@ class InputStatistics:
         Raises:
             ValueError: If a layer did not run.
         """
-        found: list[tuple[Tensor, list[str]]] = []
         of_experts: list[tuple[Tensor, list[str]]] = []
+        names: list[str] = []
         for name, layer in self._layers.items():
             if isinstance(layer, ExpertLayer):
                 of_experts += [(self._grams[name], [name])] if name in self._grams else []
-                continue
-            self._require(name)
-            gram = self._grams[name]
-            group = next((names for other, names in found if torch.equal(other, gram)), None)
+            else:
+                self._require(name)
+                names.append(name)
+        # nearly all pairs that differ do so on the diagonal; each round of comparisons is one read of the device
+        pairs = [(a, b) for a, b in combinations(names, 2) if self._grams[a].shape == self._grams[b].shape]
+        pairs = _equal_pairs(pairs, {name: self._grams[name].diagonal() for name in names})
+        same = set(_equal_pairs(pairs, self._grams))
+        found: list[tuple[Tensor, list[str]]] = []
+        for name in names:
+            group = next((group for _, group in found if (group[0], name) in same), None)
             if group is None:
-                found.append((gram, [name]))
+                found.append((self._grams[name], [name]))
             else:
                 group.append(name)
         return found + of_experts
@@ -223,14 +237,21 @@ class InputStatistics:
                     f"Expected {self._mask.numel()} positions at the input of `{name}`, but got {num_positions}: "
                     "padding cannot be told from text there; calibrate on samples without padding, or exclude the layer"
                 )
-            is_text = self._mask.reshape(-1)
-            rows = rows[is_text if tokens is None else is_text[tokens]]
+            rows = select_rows(rows, self._mask) if tokens is None else rows[self._mask.reshape(-1)[tokens]]
         if not self._with_gram:
             return len(rows), _square_sums(rows), None
         rows = rows.float()
         # without the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
             return len(rows), _square_sums(rows), _gram(rows)
+
+
+def _equal_pairs(pairs: Sequence[tuple[str, str]], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Return the pairs of names whose tensors are equal."""
+    if not pairs:
+        return []
+    equal = torch.stack([(tensors[a] == tensors[b]).all() for a, b in pairs]).tolist()
+    return [pair for pair, is_equal in zip(pairs, equal, strict=True) if is_equal]
 
 
 def _square_sums(rows: Tensor) -> Tensor:

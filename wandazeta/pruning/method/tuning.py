@@ -5,7 +5,7 @@ Shapes: hidden states of a sample are (1, tokens, width); weights have the layou
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -80,16 +80,24 @@ class _Trial:
     Args:
         rate: The rate.
         optimizer: Its optimizer.
-        scheduler: Its schedule.
+        num_steps: Steps of all rounds.
+        step: Steps that were taken.
         error: Held-out error.
         weights: Values of the masters.
     """
 
     rate: float
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    error: float
-    weights: list[Tensor]
+    num_steps: int
+    step: int = 0
+    error: float = float("inf")
+    weights: list[Tensor] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Drop the moments and the weights, whoever still refers to this object."""
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        self.weights = []
 
 
 class BlockTuner:
@@ -129,7 +137,9 @@ class BlockTuner:
         self._generator = generator
         self._ranks = ranks
         self._parameters = list(master.masters.values())
-        self._sizes = [float(parameter.detach().square().mean().sqrt()) for parameter in self._parameters]
+        # one read of the device for all
+        sizes = [parameter.detach().square().mean().sqrt() for parameter in self._parameters]
+        self._sizes: list[float] = torch.stack(sizes).tolist()
         self._half = any(weight.dtype == torch.float16 for weight in master.weights.values())
         self._train, self._held_out = split_held_out(int(ranks.sum(len(hidden))))
 
@@ -174,6 +184,7 @@ class BlockTuner:
             if trial.error < best:
                 best, best_round, weights = trial.error, number, trial.weights
         self._restore(weights)
+        trial.close()
         return TuningRecord(trial.rate, best_round, len(self._held_out), before, best)
 
     def _start(self, rate: float, num_steps: int) -> _Trial:
@@ -183,9 +194,7 @@ class BlockTuner:
         ]
         # without decay, which would pull the weights away from the target
         fused = self._parameters[0].dtype == torch.float32
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
-        return _Trial(rate, optimizer, scheduler, float("inf"), [])
+        return _Trial(rate, torch.optim.AdamW(groups, weight_decay=0.0, fused=fused), num_steps)
 
     def _draw(self) -> list[int]:
         order = torch.randperm(len(self._train), generator=self._generator, device="cpu")
@@ -204,8 +213,11 @@ class BlockTuner:
                     (error * scale).backward()
                 self._master.take_gradients(scale)
             self._ranks.all_reduce_(self._master.gradients())
+            decay = 1 - trial.step / trial.num_steps
+            for group, size in zip(trial.optimizer.param_groups, self._sizes, strict=True):
+                group["lr"] = trial.rate * size * decay
             trial.optimizer.step()
-            trial.scheduler.step()
+            trial.step += 1
             self._master.clear_gradients()
             self._master.apply_masks(self._kept)
         trial.error, trial.weights = self._held_out_error(), self._copy()
@@ -243,7 +255,9 @@ def _search(first_round: Callable[[float], _Trial], best: _Trial, before: float)
         for _ in range(_MAX_DOUBLINGS):
             trial = first_round(best.rate * factor)
             if best.error < before and not trial.error < best.error:
+                trial.close()
                 break
+            best.close()
             best = trial
         if best.rate > start:
             break
