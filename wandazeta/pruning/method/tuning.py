@@ -6,7 +6,6 @@ Shapes: hidden states of a sample are (1, tokens, width); weights have the layou
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ _FLOOR = 0.1
 # rate that the search of the first block starts from, and how many factors of two every search moves at most
 _FIRST_RATE = 0.01
 _MAX_DOUBLINGS = 4
-# blocks that search; later ones take the median of as many blocks before them
+# the first blocks search, and then one in so many; the others take the rate of the block before
 _NUM_SEARCHES = 3
+_SEARCH_EVERY = 4
 
 
 def split_held_out(num_samples: int) -> tuple[list[int], list[int]]:
@@ -146,9 +146,9 @@ class BlockTuner:
     def tune(self, rounds: int, rates: Sequence[float]) -> TuningRecord:
         """Optimise the block and keep the round with the smallest held-out error.
 
-        The first blocks search the rate: their first round is run at rates a factor of two apart, as long as the
-        held-out error falls. Later blocks take the median of the three rates before, and search only if their first
-        round ends above its start.
+        The first three blocks and every fourth after them search the rate from that of the block before: the first
+        round is run at rates a factor of two apart, as long as the held-out error falls. The others take the rate of
+        the block before, and search only if their first round ends above its start.
 
         Args:
             rounds: Number of rounds.
@@ -171,9 +171,9 @@ class BlockTuner:
             self._round(trial, order)
             return trial
 
-        rate = median(rates[-_NUM_SEARCHES:]) if rates else _FIRST_RATE
-        trial = first_round(rate)
-        if len(rates) < _NUM_SEARCHES or not trial.error < before:
+        trial = first_round(rates[-1] if rates else _FIRST_RATE)
+        searches = len(rates) < _NUM_SEARCHES or len(rates) % _SEARCH_EVERY == 0
+        if searches or not trial.error < before:
             trial = _search(first_round, trial, before)
         best, best_round, weights = before, 0, start
         for number in range(1, rounds + 1):
