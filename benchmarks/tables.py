@@ -14,6 +14,7 @@ from scipy.stats import t as student
 
 from wandazeta.adapters import AdapterLayout
 
+TEXTS = {"wikipedia": "Wikipedia", "brown": "Brown"}
 METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
 ACCURACIES = {
     "majority": "majority class",
@@ -99,15 +100,20 @@ def quality_groups(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[st
 
 def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     """The table of README: perplexity of 2:4 prunings, and accuracy before and after fine-tuning."""
-    texts = {"wikipedia": "Wikipedia", "brown": "Brown"}
-    patterns = {"dense": "dense", "wanda": "2:4, Wanda", "sparsegpt": "2:4, SparseGPT", "best": "2:4, **tuned RO**"}
+    patterns = {
+        "dense": "dense",
+        "wanda": "2:4, Wanda",
+        "sparsegpt": "2:4, SparseGPT",
+        "best_straight_through": "2:4, Wanda++ with settings for this model",
+        "best": "2:4, **tuned RO**, the default",
+    }
     final = [r for r in finetune["records"] if (r["phase"], r["model"]) == ("final", "smollm2-135m")]
 
     records = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
 
     def perplexities(method: str) -> list[str]:
         found = [r for r in records if settings_of(r) == method and r["pattern"] in ("dense", "2:4")]
-        return [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in texts]
+        return [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in TEXTS]
 
     def accuracy(method: str, pattern: str) -> str:
         found = [r for r in final if (r["task"], r["method"], r["pattern"]) == ("topics", method, pattern)]
@@ -120,14 +126,30 @@ def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     body += [[f"50% by Wanda++, {forward_only}", "", "", accuracy("best", "50%")]]
     body += [["dense, LoRA by back-propagation", "", "", accuracy("lora", "dense")]]
     body += [["dense and frozen, logistic regression on its hidden states", "", "", accuracy("linear_probe", "dense")]]
-    heading = ["SmolLM2-135M", *(f"perplexity, {name}" for name in texts.values()), "accuracy, news topics"]
+    heading = ["SmolLM2-135M", *(f"perplexity, {name}" for name in TEXTS.values()), "accuracy, news topics"]
     (tuned, *_) = (r for r in final if r["method"] == "best")
     return (
-        f"{rows(heading, body)}\n\nMeans over {len({r['seed'] for r in final})} seeds with the range in brackets. "
-        f"Calibration: {quality['calibration']} of Wikipedia. Fine-tuning: {tuned['data']['num_train']} examples, "
+        f"{rows(heading, body)}\n\nMeans over up to {len({r['seed'] for r in final})} seeds with the range in brackets. "
+        f"Calibration: {quality['calibration']} of Wikipedia. {_second_decoder(quality)} Fine-tuning: {tuned['data']['num_train']} examples, "
         f"{tuned['forwards']} forward passes of {tuned['data']['batch_size']} examples each, or the same cost by "
         "back-propagation. The accuracy in the dense row is zero-shot."
     )
+
+
+def _second_decoder(quality: dict[str, Any]) -> str:
+    """One sentence on the other models at 2:4, each with the calibration that it has."""
+    names = {"dense": "dense", "sparsegpt": "SparseGPT", "best": "tuned RO"}
+    sentences = []
+    for (model, calibration), records in quality_groups(quality).items():
+        if model == "SmolLM2-135M":
+            continue
+        parts = []
+        for method, name in names.items():
+            found = [r for r in records if settings_of(r) == method and r["pattern"] in ("dense", "2:4")]
+            values = [spread([r["perplexity"] for r in found if r["text"] == text], ",.1f") for text in TEXTS]
+            parts.append(f"{name} {' and '.join(values)}")
+        sentences.append(f"{model} at 2:4, {calibration}: {', '.join(parts)}.")
+    return " ".join(sentences)
 
 
 def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Recommended settings as YAML files: `wandazeta prune -c preset:best …`.
 
-- `best`: the settings that prune best, on all models that were tried (docs/ablation.md).
+- `best`: the default method, which prunes best on the models that were tried (docs/results.md), in bfloat16.
 - `paper`: the settings of the Wanda++ paper (arXiv 2503.04992), for its models of width 4096 and more.
 """
 

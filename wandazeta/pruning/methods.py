@@ -311,8 +311,8 @@ class TunedRO(SparseGPT):
     As in the regional optimisation of Wanda++ (section 4.2), each block is trained to reproduce its output. It differs
     in that nothing has to be chosen for a model: the target is the hidden states of the unpruned model, the error of a
     token is relative to its size, steps are relative to the size of a layer's weights, and one calibration sample in
-    eight is held out to choose the rate in the first blocks and the round that is kept. No block ends with a larger
-    held-out error than SparseGPT's. Findings and figures: docs/ablation.md.
+    eight is held out to choose the rate and the round that is kept. No block ends with a larger held-out error than
+    SparseGPT's. Findings and figures: docs/ablation.md.
 
     Args:
         rounds: Passes over the calibration samples that are not held out, with one optimizer step per sample. By
