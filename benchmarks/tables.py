@@ -129,10 +129,10 @@ def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     heading = ["SmolLM2-135M", *(f"perplexity, {name}" for name in TEXTS.values()), "accuracy, news topics"]
     (tuned, *_) = (r for r in final if r["method"] == "best")
     return (
-        f"{rows(heading, body)}\n\nMeans over up to {len({r['seed'] for r in final})} seeds with the range in brackets. "
-        f"Calibration: {quality['calibration']} of Wikipedia. {_second_decoder(quality)} Fine-tuning: {tuned['data']['num_train']} examples, "
-        f"{tuned['forwards']} forward passes of {tuned['data']['batch_size']} examples each, or the same cost by "
-        "back-propagation. The accuracy in the dense row is zero-shot."
+        f"{rows(heading, body)}\n\nMeans over up to {len({r['seed'] for r in final})} seeds, range in brackets; "
+        f"calibrated on {quality['calibration']} of Wikipedia. {_second_decoder(quality)} Fine-tuning: "
+        f"{tuned['data']['num_train']} examples, {tuned['forwards']} forward passes of {tuned['data']['batch_size']} "
+        "examples each, or the same cost by back-propagation. The accuracy in the dense row is zero-shot."
     )
 
 
