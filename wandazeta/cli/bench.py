@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -104,14 +104,14 @@ def verdict(speeds: Sequence[Speed], gpu: str) -> str:
     return f"On this {gpu} 2:4 sparsity pays: {gain:.2f} times the dense speed {where}."
 
 
-def run(directory: str, batch_sizes: Sequence[int], num_tokens: int, dtype: str) -> None:
+def run(directory: str, batch_sizes: Sequence[int], num_tokens: int, dtype: Literal["bfloat16", "float16"]) -> None:
     """Run the command.
 
     Args:
         directory: Directory or Hugging Face name of a 2:4 model.
         batch_sizes: Sequences in a batch.
         num_tokens: Tokens of a sequence.
-        dtype: Precision of the weights, `bfloat16` or `float16`.
+        dtype: Precision of the weights.
 
     Raises:
         ValueError: If the model or an argument does not fit.
