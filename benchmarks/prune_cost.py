@@ -91,14 +91,18 @@ console = Console()
 
 
 def options_of(method: str, num_samples: int, compute_dtype: str) -> dict[str, Any]:
-    """Return the options of this project's methods; Wanda++ has those of `best` with the paper's rounds."""
+    """Return the options of this project's methods; Wanda++ has those of the preset `paper`."""
     if method in COMPARED:
         return {"compute_dtype": compute_dtype}
-    chosen = prune_settings("best")
+    chosen = prune_settings("paper")
     kept = ("alpha", "optimizer", "learning_rate", "lr_schedule", "target", "mask_mode")
     options = {name: chosen[name] for name in kept}
-    # K = 5 rounds of M = 32 of N = 128 samples
-    return options | {"rounds": 5, "samples_per_round": max(1, num_samples // 4), "compute_dtype": compute_dtype}
+    # M = 32 of N = 128 samples, whatever N is here
+    return options | {
+        "rounds": chosen["rounds"],
+        "samples_per_round": max(1, num_samples // 4),
+        "compute_dtype": compute_dtype,
+    }
 
 
 def speed_runs(arguments: argparse.Namespace, versions: dict[str, str]) -> Iterator[dict[str, Any]]:
