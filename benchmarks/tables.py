@@ -575,7 +575,7 @@ def replication_table(
         [
             "Wanda++: a 7B in under ten minutes on one H100",
             "290 s",
-            "random weights of LLaMA-7B's shape on one H100: see [results.md](results.md)",
+            "random weights of LLaMA-7B's shape on one H100: see [gpu.md](gpu.md)",
             "yes",
             "trained weights of this size",
         ],

@@ -158,7 +158,7 @@ def test_a_pattern_is_pruned_once(tmp_path, benchmark, monkeypatch):
         written = yaml.safe_load(Path(command[command.index("-c") + 1]).read_text())
         options = written["trainer"]["callbacks"][0]["init_args"]
         chosen = ("sparsity_pattern", "sparsity", "sparsity_slope", "num_calibration_samples")
-        assert options["method"]["init_args"]["optimisation"]["rounds"] == 12
+        assert options["method"]["class_path"] == "wandazeta.pruning.TunedRO"
         assert [options[name] for name in chosen] == ["unstructured", 0.5, 0.2, 64]
         assert written["model"]["init_args"] == {"model_name_or_path": "models/tiny", "loading": {"num_classes": 2}}
     finally:
@@ -173,25 +173,26 @@ def test_unknown_names_are_one_line(tmp_path, config, benchmark):
 def test_the_table_and_the_curves(tmp_path, benchmark):
     pytest.importorskip("matplotlib")
     render = benchmark.render
-    same = {"task": "words", "pattern": "dense", "phase": "final"}
+    options = {"data": {"options": [" a", " b"]}}
+    same = {"task": "topics", "pattern": "dense", "phase": "final", **options}
     curve = {"forwards": 12, "curve": [[6, 0.5], [12, 0.75]]}
     records = [
         {**same, "model": "none", "pattern": "none", "method": "tfidf", "seed": 0, "accuracy": 0.9, "forwards": 0},
-        {**same, **curve, "model": "m", "method": "adazeta", "seed": 0, "accuracy": 0.7},
-        {**same, **curve, "model": "m", "method": "adazeta", "seed": 1, "accuracy": 0.8},
-        {**same, **curve, "model": "m", "method": "adazeta", "seed": 0, "accuracy": 0.1, "phase": "grid"},
+        {**same, **curve, "model": "minilm-l6", "method": "adazeta", "seed": 0, "accuracy": 0.7},
+        {**same, **curve, "model": "minilm-l6", "method": "adazeta", "seed": 1, "accuracy": 0.8},
+        {**same, **curve, "model": "minilm-l6", "method": "adazeta", "seed": 0, "accuracy": 0.1, "phase": "grid"},
     ]
     records[0]["curve"] = []
     assert render.finetune_table({"records": records}).splitlines() == [
-        "### m, dense",
+        "### minilm-l6, dense",
         "",
-        "|  | words | forwards | seeds |",
+        "|  | topics | forwards | seeds |",
         "| --- | ---: | ---: | ---: |",
         "| `adazeta` | 0.750 (0.700 to 0.800) | 12 | 2 |",
         "| `tfidf` | 0.900 | 0 | 1 |",
     ]
     render.finetune_curves({"records": records}, tmp_path / "curves.svg")
-    assert (tmp_path / "curves.svg").read_text().count("adazeta") > 0
+    assert (tmp_path / "curves.svg").read_text().count("AdaZeta") > 0
 
 
 def test_the_committed_methods_can_be_built(benchmark):
