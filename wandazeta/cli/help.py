@@ -103,7 +103,7 @@ PAGES = {
             _SOURCE,
             ("--data.sequence_length 512", "Tokens of a calibration sample."),
             ("--prune.num_calibration_samples 64", "Calibration samples; by default 128, or all if there are fewer."),
-            ("--prune.method wanda", "Method: magnitude, wanda, rgs, ro, wanda++ or sparsegpt."),
+            ("--prune.method wanda", "Method: tuned-ro (default), magnitude, wanda, rgs, ro, wanda++ or sparsegpt."),
             ("--prune.sparsity_pattern 2:4", "N:M (N of M weights are kept) or unstructured."),
             ("--prune.sparsity 0.5", "Fraction of zeros, for the pattern unstructured."),
             _RUN_DIR,
