@@ -1,6 +1,6 @@
 """What a step of zeroth-order training costs, reported at the start of a fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -10,15 +10,20 @@ __all__ = ["StepCost"]
 
 
 class StepCost:
-    """Reports the forwards of a step before the first one, and seconds and time left after the second one."""
+    """Reports the forwards of a step before the first one, and seconds and time left after the second one.
 
-    def __init__(self) -> None:
+    While steps fill the cache of frozen prefixes, they take longer than later ones: their time is reported as such, and
+    the time left only after the first step that finds all prefixes.
+
+    Args:
+        cached_bytes: Returns the size of the cache.
+    """
+
+    def __init__(self, cached_bytes: Callable[[], int]) -> None:
+        self._cached_bytes = cached_bytes
         self._num_measured = 0
-
-    @property
-    def is_reported(self) -> bool:
+        self.is_reported = False
         """Whether everything is said."""
-        return self._num_measured > 1
 
     @contextmanager
     def measured(self, num_forwards: int, num_examples: int, num_left: int | None) -> Iterator[None]:
@@ -29,18 +34,26 @@ class StepCost:
             num_examples: Examples in each.
             num_left: Steps of the run from this one on; None if it has no end.
         """
-        # the first step also fills caches
-        is_last = self._num_measured == 1 or num_left == 1
         if self._num_measured == 0:
             rank_zero_info(f"A step is {num_forwards:,} forwards of {num_examples:,} examples.")
-        start = perf_counter()
+        before, start = self._cached_bytes(), perf_counter()
         yield
         seconds = perf_counter() - start
-        self._num_measured = 2 if is_last else 1
-        if is_last:
-            more = 0 if num_left is None else num_left - 1
-            rest = f"; {more:,} more steps take about {_duration(more * seconds)}" if more else ""
-            rank_zero_info(f"A step takes {_duration(seconds)}{rest}.")
+        self._num_measured += 1
+        # the first step also warms up
+        if self._num_measured == 1 and num_left != 1:
+            return
+        more = 0 if num_left is None else num_left - 1
+        if self._cached_bytes() > before and more:
+            if self._num_measured == 2:
+                rank_zero_info(
+                    f"A step takes {_duration(seconds)} at first, while the layers below the adapters run once for each "
+                    "example; later steps are faster."
+                )
+            return
+        self.is_reported = True
+        rest = f"; {more:,} more steps take about {_duration(more * seconds)}" if more else ""
+        rank_zero_info(f"A step takes {_duration(seconds)}{rest}.")
 
 
 def _duration(seconds: float) -> str:

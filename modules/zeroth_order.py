@@ -203,7 +203,7 @@ class ZerothOrderModule(LanguageModel):
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
         self._rank_sync: RankSync | None = None
-        self._step_cost = StepCost()
+        self._step_cost = StepCost(self._cached_bytes)
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update.num_states)
 
@@ -346,7 +346,7 @@ class ZerothOrderModule(LanguageModel):
             self._updates = step
             self.progress[0] = step
         self.trainer.should_stop |= self._exceeds_budget(step)
-        self._step_cost = StepCost()
+        self._step_cost = StepCost(self._cached_bytes)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -362,6 +362,9 @@ class ZerothOrderModule(LanguageModel):
         optimizer.step()
         self._advance_scheduler(step + 1)
         self.trainer.should_stop |= self._exceeds_budget(step + 1)
+
+    def _cached_bytes(self) -> int:
+        return 0 if self.scorer.prefix is None else self.scorer.prefix.num_bytes
 
     def _measured(self, batch: dict[str, Tensor], step: int) -> AbstractContextManager[None]:
         if self._step_cost.is_reported:

@@ -31,8 +31,6 @@ STEPS = 200
 def tiny_arguments(folder: Path, job: str) -> list[str]:
     """Return the arguments that make a run small enough for the CPU."""
     sizes = ["--prune.num_calibration_samples", "4"]
-    optimisation = "--prune.method.init_args.optimisation"
-    sizes += [f"{optimisation}.rounds", "1", f"{optimisation}.samples_per_round", "2"]
     model = ["--model.init_args.model_name_or_path", str(folder / "model")]
     if job == "best":
         data = ["--data.init_args.source", str(folder / "text.txt"), "--data.init_args.sequence_length", "16"]

@@ -144,7 +144,7 @@ def test_the_pruned_model_is_measured_beside_the_dense_one(folder, pruned):
         assert f"{found['perplexity']:.2f}" in shown
     assert (record["model"], record["baseline"]["model"]) == ("whole", "model")
     page = (pruned / "prune_report.html").read_text()
-    assert f"{record['perplexity']:,.1f}" in page
+    assert f"{record['perplexity']:,.2f}" in page
 
 
 @pytest.mark.samples

@@ -50,7 +50,7 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert f"example:\n  wandazeta {command} " in done.stdout
-    if command != "export-adapters":
+    if command in ("prune", "evaluate"):
         for name in inspect.signature(getattr(wandazeta, command)).parameters:
             assert f"--{name} " in done.stdout or name in ("model", "tokenizer", "texts")
 

@@ -21,23 +21,32 @@ def said(caplog):
 
 
 def test_a_step_is_described_before_the_first_and_timed_after_the_second(model_dir, tmp_path, caplog):
-    train(model_dir, tmp_path, steps=5, queries=3, batch_size=4)
+    train(model_dir, tmp_path, steps=5, queries=3, batch_size=4, prefix_cache_gib=0)
     first, second = said(caplog)
     assert first == "A step is 6 forwards of 4 examples."
     assert re.fullmatch(r"A step takes [\d.]+ (ms|s); 3 more steps take about [\d.]+ (ms|s|min)\.", second)
 
 
 def test_the_end_of_a_resumed_fit_and_that_of_a_budget_are_told(model_dir, tmp_path, caplog):
-    train(model_dir, tmp_path, steps=3, queries=3, save_every=3)
+    without = {"prefix_cache_gib": 0}
+    train(model_dir, tmp_path, steps=3, queries=3, save_every=3, **without)
     caplog.clear()
-    train(model_dir, tmp_path, steps=9, queries=3, save_every=3, resume=True)
+    train(model_dir, tmp_path, steps=9, queries=3, save_every=3, resume=True, **without)
     assert said(caplog)[1].endswith(tuple(f"{unit}." for unit in ("ms", "s", "min")))
     assert "; 4 more steps take" in said(caplog)[1]
     caplog.clear()
     # 4 steps of 6 forwards
-    trainer, _, _ = train(model_dir, tmp_path / "budget", steps=-1, queries=3, max_forwards=25)
+    trainer, _, _ = train(model_dir, tmp_path / "budget", steps=-1, queries=3, max_forwards=25, **without)
     assert trainer.global_step == num_training_steps(trainer) == 4
     assert "; 2 more steps take" in said(caplog)[1]
+
+
+def test_the_time_left_is_that_of_steps_that_find_all_prefixes(model_dir, tmp_path, caplog):
+    # 5 steps run through the 20 examples
+    train(model_dir, tmp_path, steps=8, batch_size=4, num_examples=20, adapter_layers="last:1")
+    _, filling, finding = said(caplog)
+    assert "at first, while the layers below the adapters run once for each example" in filling
+    assert "; 2 more steps take" in finding
 
 
 def test_the_only_step_is_timed(model_dir, tmp_path, caplog):
