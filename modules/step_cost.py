@@ -47,8 +47,8 @@ class StepCost:
         if self._cached_bytes() > before and more:
             if self._num_measured == 2:
                 rank_zero_info(
-                    f"A step takes {_duration(seconds)} at first, while the layers below the adapters run once for each "
-                    "example; later steps are faster."
+                    f"A step takes {_duration(seconds)} at first, while the layers below the adapters run once for "
+                    "each example; later steps are faster."
                 )
             return
         self.is_reported = True
