@@ -44,7 +44,12 @@ def test_the_wheel_holds_every_package_and_nothing_else(wheel):
     folders = ("callbacks", "modules", "datamodules")
     expected = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
     package = ROOT / "wandazeta"
-    code = {*package.rglob("*.py"), *package.glob("presets/*.yaml"), package / "py.typed"}
+    code = {
+        *package.rglob("*.py"),
+        *package.glob("presets/*.yaml"),
+        *package.glob("data/tasks/*.yaml"),
+        package / "py.typed",
+    }
     expected |= {str(path.relative_to(package)) for path in code} | {"pruning/report/page.html"}
     inside = {name.removeprefix("wandazeta/") for name in names if name.startswith("wandazeta/")}
     assert inside == expected
@@ -95,6 +100,6 @@ def test_the_wheel_runs_from_another_directory(wheel, tmp_path):
     assert "prune" in shown.stdout
     model = ("--model", "LanguageModel", "--model.model_name_or_path", "x", "--data", "TextDataModule")
     printed = run(folder / "bin" / "wandazeta", "prune", "-c", "preset:best", *model, "--print_config")
-    assert "straight_through" in printed.stdout, printed.stderr
+    assert "tuned-ro" in printed.stdout, printed.stderr
     where = run(python, "-c", "import wandazeta.callbacks as m; print(m.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stderr
