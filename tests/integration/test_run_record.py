@@ -57,7 +57,7 @@ def test_the_terminal_is_rank_zeros_but_for_errors(two_ranks):
     assert shown.count("Pruned by wanda++") == 1
     assert shown.count("2/2 blocks") == 1
     assert shown.count("Epoch 0:   0%") == 1
-    assert shown.count("Loading weights: 100%") == 1
+    assert "Loading weights" not in shown
     for said in ("warning of", "transformers of", "library of", "info of"):
         assert shown.count(f"{said} 0") == 1
         assert f"{said} 1" not in shown
