@@ -41,11 +41,11 @@ from tables import (
     zo_step_table,
 )
 
-DOCS = (
-    *("ablation", "estimators", "finetune_results", "gpu", "recovery", "replication", "results", "scaling"),
-    "trainables",
+PAGES = tuple(
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if "written by benchmarks/render.py" in page.read_text()
 )
-PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 METHOD_NAMES = {
     "adazeta": "AdaZeta, the paper's settings",
     "adazeta_identity_start": "AdaZeta, identity start",

@@ -536,7 +536,7 @@ def memory_rows() -> list[list[str]]:
 def replication_table(
     quality: dict[str, Any], recovery: dict[str, Any], finetune: dict[str, Any], zo_memory: dict[str, Any]
 ) -> str:
-    """The claims of both abstracts, each with what was run here and what would be needed to say more."""
+    """Claims of both papers' abstracts: published figures, measurements here, and experiments still needed."""
     small = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
     full_size = "a GPU, LLaMA weights and C4"
 
@@ -606,7 +606,7 @@ def replication_table(
             "runs of 10,000 steps and more",
         ],
     ]
-    return rows(["claim", "published", "run here", "outcome", "needed to say more"], body)
+    return rows(["claim", "published", "measured here", "confirmed", "experiment still needed"], body)
 
 
 def gpu_table(on_gpu: dict[str, Any], at_home: dict[str, Any], kernels: dict[str, Any]) -> str:

@@ -243,8 +243,7 @@ class FirstOrderModule(LanguageModel):
             ValueError: If there are no LoRA adapters, the backbone is pruned and `keep_mask` is False, or ZeRO stage 3
                 has sharded its weights.
         """
-        self._training.check_merge(keep_mask)
-        self._training.merge()
+        self._training.merge(keep_mask)
 
     def _description(self) -> dict[str, Any]:
         """Return what a checkpoint has to agree with."""

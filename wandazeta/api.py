@@ -220,6 +220,9 @@ def evaluate(
     texts = list(texts)
     if not texts and not tasks:
         raise ValueError("Expected texts or `tasks`, but got neither; give some text to measure on")
+    if isinstance(baseline, str):
+        # the other model is measured first, for minutes
+        stored_dtype(baseline)
     manager = load_tasks(tasks, [FOLDER, *([] if include_path is None else [include_path])]) if tasks else None
     report_file = Path(model if isinstance(model, str) else "") / REPORT_FILE
     beside_report = output_file is None and isinstance(model, str) and report_file.exists()
@@ -236,11 +239,11 @@ def evaluate(
         # one model at a time is in memory
         loaded = _loaded(model).to(place)
         nll, num_tokens, sample = None, 0, None
+        name = model if isinstance(model, str) else _name(model) or type(model).__name__
         if windows:
-            nll, num_tokens = mean_nll(loaded, windows, batch_size, place)
+            nll, num_tokens = mean_nll(loaded, windows, batch_size, place, name)
             sample = _sample_text(loaded, tokenizer, windows[0])
         options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
-        name = model if isinstance(model, str) else _name(model) or type(model).__name__
         return Evaluation(
             model=name,
             num_parameters=sum(parameter.numel() for parameter in loaded.parameters()),

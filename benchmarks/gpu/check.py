@@ -138,7 +138,7 @@ def run_step(name: str, call: Call, seconds: float) -> dict[str, Any]:
     record: dict[str, Any] = {"step": name, "title": step.title, "seconds": 0.0, "records": []}
     if step.needs_gpu and call.is_tiny:
         return record | {"status": "needs a GPU"}
-    # shared cores may take several times as long for what is little work
+    # tiny shapes take little work, but other processes may slow down a CPU several times
     limit = min(step.limit * (5 if call.is_tiny else 1), seconds)
     if limit < 1:
         return record | {"status": "no time left"}
@@ -179,7 +179,7 @@ def run_step(name: str, call: Call, seconds: float) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a step's session."""
+    """Kill all processes that a step has started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

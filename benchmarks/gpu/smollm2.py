@@ -4,8 +4,8 @@
     python benchmarks/gpu/smollm2.py demo
     python benchmarks/gpu/smollm2.py demo --device cpu
 
-Both run the command line on the configs as they are. On the CPU, a tiny random model and a few texts take the place of
-SmolLM2 and of the samples.
+Both run `wandazeta` with the committed configs. On the CPU they use a tiny random model and a few texts instead of
+SmolLM2 and the samples.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def best(folder: Path, tiny: bool) -> list[dict[str, Any]]:
 
 
 def demo(folder: Path, tiny: bool) -> list[dict[str, Any]]:
-    """Run the demo with fewer steps, and read what it logged."""
+    """Run the demo with fewer steps, and return its last logged metrics and its time."""
     steps = str(2 if tiny else STEPS)
     more = tiny_arguments(folder, "demo") if tiny else []
     start = time.perf_counter()

@@ -296,3 +296,9 @@ def test_a_model_without_a_name_needs_a_tokenizer():
     for function in (wandazeta.prune, wandazeta.evaluate):
         with pytest.raises(ValueError, match="`tokenizer`"):
             function(tiny_lm(), None, TEXTS)
+
+
+def test_a_baseline_that_is_missing_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("wandazeta.api.mean_nll", lambda *_: pytest.fail("the model was measured first"))
+    with pytest.raises(ValueError, match="nowhere"):
+        wandazeta.evaluate(tiny_lm(), byte_tokenizer(), TEXTS, baseline=str(tmp_path / "nowhere"), sequence_length=32)

@@ -109,23 +109,19 @@ class GradientTraining(ABC):
             is_main_process: Whether this rank writes.
         """
 
-    def check_merge(self, keep_mask: bool) -> None:
-        """Check that the adapters can be merged into the weights of the model.
+    def merge(self, keep_mask: bool) -> None:
+        """Merge the adapters into the weights of the model.
 
         Args:
             keep_mask: Whether weights that were zero before are set to zero after the merge.
 
         Raises:
-            ValueError: If there are no such adapters, or `keep_mask` is missing for a pruned model.
+            ValueError: If there are no such adapters, or `keep_mask` is missing for a pruned model; before any change.
         """
         raise ValueError(
             f"Expected argument `trainable` to be PeftLoRA to merge adapters, but got {self.trainable}; use PeftLoRA, "
             "or load the adapters beside the weights"
         )
-
-    def merge(self) -> None:
-        """Merge the adapters into the weights of the model, after `check_merge`; pruned weights stay zero."""
-        raise NotImplementedError
 
 
 class PeftLoRATraining(GradientTraining):
@@ -200,7 +196,7 @@ class PeftLoRATraining(GradientTraining):
         Path(directory, "README.md").write_text(peft_card(backbone, self._num_classes))
 
     @override
-    def check_merge(self, keep_mask: bool) -> None:
+    def merge(self, keep_mask: bool) -> None:
         self.require_adapters("merge")
         assert self._backbone is not None
         if any(map(is_zero3_sharded, self._backbone.parameters())):
@@ -216,15 +212,11 @@ class PeftLoRATraining(GradientTraining):
                 f"`{next(iter(pruned))}` are sparse; keep the adapters beside the weights (`save_adapters`), "
                 "or merge with keep_mask=True, which drops the values that the adapters add to pruned weights"
             )
-
-    @override
-    def merge(self) -> None:
-        assert self._backbone is not None
-        zeros = {name: weight == 0 for name, weight in self._pruned_weights().items()}
+        zeros = {name: weight == 0 for name, weight in pruned.items()}
         self._peft_model.merge_and_unload(safe_merge=True)
         self._peft_model = None
-        for name, pruned in zeros.items():
-            self._backbone.get_submodule(name).weight.masked_fill_(pruned, 0.0)  # type: ignore[operator]
+        for name, is_zero in zeros.items():
+            self._backbone.get_submodule(name).weight.masked_fill_(is_zero, 0.0)  # type: ignore[operator]
 
     def _pruned_weights(self) -> dict[str, torch.Tensor]:
         """Return the pruned weights under adapters by the names of their modules."""

@@ -69,22 +69,29 @@ class Evaluation:
         return asdict(self)
 
 
-def mean_nll(model: nn.Module, windows: Sequence[Tensor], batch_size: int, device: torch.device) -> tuple[float, int]:
-    """Measure the mean negative log-likelihood of the tokens of windows that do not overlap.
+def mean_nll(
+    model: nn.Module, windows: Sequence[Tensor], batch_size: int, device: torch.device, name: str
+) -> tuple[float, int]:
+    """Measure the mean negative log-likelihood of the tokens of windows that do not overlap, with a progress bar.
 
     Args:
         model: The model, on the device.
         windows: Windows of equal length, each `(T,)` int64.
         batch_size: Windows per batch.
         device: The device.
+        name: Name of the model, for the progress bar.
 
     Returns:
         The mean, and the number of tokens: all but the first of each window.
     """
+    from rich.console import Console  # not at import: this package needs torch only
+    from rich.progress import track
+
     scorer = Scorer(model)
     total, num_tokens = 0.0, 0
+    starts = range(0, len(windows), batch_size)
     with evaluation_mode(model.modules()), torch.inference_mode():
-        for start in range(0, len(windows), batch_size):
+        for start in track(starts, f"Evaluating {name}", console=Console(stderr=True), transient=True):
             ids = torch.stack(list(windows[start : start + batch_size])).to(device)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             total += float(scorer.token_nll(scorer.prepare(batch)).double().sum())

@@ -307,7 +307,7 @@ class ForwardMode(Estimator):
 
         try:
             return in_chunks(value_and_derivative, points, chunk_size, self.num_values, theta.device)
-        except RuntimeError as error:  # its subclass NotImplementedError included
+        except RuntimeError as error:  # torch raises it, or its subclass NotImplementedError
             text = str(error)
             if "forward AD" not in text and "forward mode AD" not in text and "jvp" not in text:
                 raise

@@ -74,6 +74,14 @@ def test_waits_of_a_block_do_not_grow_with_samples_or_rounds(options, padding):
     assert sum(few.values()) <= num_layers + 6
 
 
+def test_the_tuned_optimisation_waits_once_a_round_and_not_for_samples():
+    options = {"method": "tuned-ro", "rounds": 2}
+    # layers, figures of the block, and the held-out error before, of each round and of each rate that the search tries
+    most = 7 + 10 + 1 + 2 + 8
+    num_samples = 2 * most
+    assert sum(waits_of_a_block(options, num_samples).values()) <= most
+
+
 @pytest.mark.parametrize("estimator", [TwoSided(1e-3), OneSided(1e-3)], ids=lambda estimator: type(estimator).__name__)
 def test_waits_of_a_zeroth_order_step_do_not_grow_with_queries(estimator):
     def waits(num_queries):
