@@ -1,6 +1,7 @@
 """The command line: `wandazeta fit | prune | diagnose | validate | test | predict`."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -71,6 +72,9 @@ def _hide_known_noise() -> None:
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
+    if int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        # a hint for those who asked for several tasks
+        warnings.filterwarnings("ignore", r"The `srun` command is available on your system but is not used")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_noise)
     # bars of every file that is loaded or written, however small

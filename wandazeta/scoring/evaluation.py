@@ -90,8 +90,10 @@ def mean_nll(
     scorer = Scorer(model)
     total, num_tokens = 0.0, 0
     starts = range(0, len(windows), batch_size)
+    console = Console(stderr=True)
     with evaluation_mode(model.modules()), torch.inference_mode():
-        for start in track(starts, f"Evaluating {name}", console=Console(stderr=True), transient=True):
+        # in a notebook a bar that is gone leaves an empty output
+        for start in track(starts, f"Evaluating {name}", console=console, transient=True, disable=console.is_jupyter):
             ids = torch.stack(list(windows[start : start + batch_size])).to(device)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             total += float(scorer.token_nll(scorer.prepare(batch)).double().sum())
