@@ -58,6 +58,28 @@ def use_kernels(monkeypatch):
     return use
 
 
+def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
+    """The interpreter runs code that no compiler would take."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from wandazeta.pruning.method import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors = dict.fromkeys(("master", "square", "average", "rate", "schedule", "scale", "total"), "*fp32")
+    tensors |= {"gradient": "*bf16", "weight": "*bf16", "mask": "*u8", "number": "*i32", "num_values": "i32"}
+    constants = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "keep_pruned": True, "size": 4096}
+    for kernel in (kernels._step, kernels._add_square):
+        types = {name: tensors.get(name, "constexpr") for name in kernel.arg_names}
+        values = {(at,): constants[name] for at, name in enumerate(kernel.arg_names) if name in constants}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in tensors}
+        source = ASTSource(kernel, types, values, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        # 16 bytes at once
+        assert "ld.global.v4.b32" in compiled.asm["ptx"]
+
+
 @pytest.fixture
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
