@@ -92,6 +92,11 @@ STEPS: dict[str, Step] = {
         60,
         lambda call: ["benchmarks/prune_gpu.py", *call.shape(blocks=4), "--home", "cpu", "--methods", "wanda++"],
     ),
+    "block_steps": Step(
+        "optimizer steps of a block, by fused kernels and by torch",
+        30,
+        lambda call: [f"{HERE}/block_steps.py", *call.shape()],
+    ),
     "zo": Step(
         "zeroth-order steps, beside their forward passes",
         60,

@@ -1,5 +1,7 @@
 """Compare a device with the CPU: masks and losses of prunings, and trajectories of zeroth-order training.
 
+On a GPU, the fused optimizer steps of a block are compared with those of torch, too.
+
     python benchmarks/gpu/correctness.py --device cuda
 
 The model is a random LLaMA with two blocks in float32. The order of sums differs between devices, so that nearly equal
@@ -18,6 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zo_gpu
+from block_steps import ALGORITHMS, Block
 from prune_gpu import SHAPES, random_model
 from records import describe, write
 
@@ -34,6 +37,8 @@ BOUNDS = {
 }
 # largest distance of the trained vectors, relative to how far the steps have moved them
 TRAJECTORY, STEPS = 1e-2, 10
+# largest distance of float32 masters after fused steps, relative to how far the steps have moved them: rounding
+FUSED = 1e-4
 
 
 def prune(model: nn.Module, ids: torch.Tensor, options: PruneOptions, device: torch.device) -> tuple[Any, float | None]:
@@ -79,6 +84,23 @@ def compare_trajectory(device: torch.device) -> dict[str, Any]:
     return record | {"passed": difference <= TRAJECTORY}
 
 
+def compare_fused_steps(algorithm: str, device: torch.device) -> dict[str, Any]:
+    """Return the record of fused optimizer steps beside those of torch on the same device."""
+    masters: list[torch.Tensor] = []
+    for fused in (False, True):
+        block = Block(SHAPES["tiny"], device)
+        start = torch.cat([layer.weight.detach().float().flatten() for layer in block.layers.values()])
+        optimizer = block.optimizer(algorithm, fused, STEPS)
+        optimizer.hold(block.masks)
+        for _ in range(STEPS):
+            block.step(optimizer)
+        masters.append(torch.cat([values.detach().flatten() for values in optimizer._master.masters.values()]))
+    start *= torch.cat([mask.flatten() for mask in block.masks.values()])
+    difference = float((masters[1] - masters[0]).norm() / (masters[0] - start).norm())
+    record = {"what": f"{STEPS} fused steps of {algorithm}: masters", "difference": difference, "most": FUSED}
+    return record | {"passed": difference <= FUSED}
+
+
 def main() -> None:
     """Compare, and write the result file after each comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,6 +118,9 @@ def main() -> None:
     for method in BOUNDS:
         add(compare_pruning(method, arguments.device))
     add(compare_trajectory(arguments.device))
+    if arguments.device.type == "cuda":
+        for algorithm in ALGORITHMS:
+            add(compare_fused_steps(algorithm, arguments.device))
     failed = [record["what"] for record in records if not record["passed"]]
     if failed:
         raise SystemExit(f"error: outside the bounds: {'; '.join(failed)}")

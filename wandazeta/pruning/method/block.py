@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from wandazeta.models.experts import ExpertLayer
 from wandazeta.pruning.method.layers import require_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
+from wandazeta.pruning.method.optimizer import MasterWeights
 from wandazeta.pruning.method.regional import (
-    MasterWeights,
     RunBlock,
     optimisation_loss,
     optimise_block,

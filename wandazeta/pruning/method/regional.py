@@ -3,14 +3,13 @@
 Shapes: hidden states of a sample are (1, tokens, width); weights and gradients have the layout of the layer.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 
 import torch
 from torch import Tensor, nn
 
-from wandazeta.pruning.method.masks import zero_where_false
+from wandazeta.pruning.method.optimizer import MasterWeights, load_kernels, make_optimizer
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.pruning.methods import RegionalOptimisation
@@ -83,12 +82,16 @@ def regional_gradients(
     squares = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
     scale = _HALF_SCALE if half else 1.0
+    kernels = load_kernels(layer.weight for layer in layers.values())
 
     def add_square(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient = weight.grad.float()
-            squares[name].addcmul_(gradient, gradient)
+            if kernels is not None:
+                kernels.add_square_(squares[name], weight.grad)
+            else:
+                gradient = weight.grad.float()
+                squares[name].addcmul_(gradient, gradient)
             weight.grad = None  # gradients are squared sample by sample
 
         return hook
@@ -106,89 +109,6 @@ def regional_gradients(
     gradients = {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
     squares.clear()  # whoever still refers to the hooks holds nothing large
     return gradients
-
-
-class MasterWeights:
-    """Float32 copies of 16-bit weights for the optimizer; weights of higher precision are optimised directly.
-
-    RMSprop at the paper's learning rate changes a weight by less than half an ulp of bfloat16 in all 160 steps.
-
-    Args:
-        layers: The layers by name.
-        keep_pruned: Keep the values of pruned weights in the masters, as the straight-through estimator needs them.
-            The masters are copies then, whatever the precision, and only the weights of the block are set to zero.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear], keep_pruned: bool = False) -> None:
-        self._keep_pruned = keep_pruned
-        self._masks: Mapping[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
-        self.masters: dict[str, Tensor] = {name: self._master(weight) for name, weight in self.weights.items()}
-
-    def _master(self, weight: Tensor) -> Tensor:
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            return nn.Parameter(weight.detach().float())
-        return nn.Parameter(weight.detach().clone()) if self._keep_pruned else weight
-
-    @torch.no_grad()
-    def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Set weights to zero where the mask is False, and so the masters, unless they keep pruned values.
-
-        Args:
-            masks: Bool masks in the layout of the weights, True where a weight is kept.
-        """
-        if self._keep_pruned:
-            self._masks = masks
-            self.publish()
-            return
-        for name, mask in masks.items():
-            zero_where_false(self.masters[name], mask)
-        self.publish()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters to the weights, rounded to their precision, with zeros for pruned values."""
-        for name, weight in self.weights.items():
-            if self.masters[name] is not weight:
-                weight.copy_(self.masters[name])
-            if name in self._masks:
-                zero_where_false(weight, self._masks[name])
-
-    @torch.no_grad()
-    def take_gradients(self, scale: float) -> None:
-        """Move the gradients of the weights to the masters.
-
-        Args:
-            scale: Factor of the loss, by which the gradients are divided.
-        """
-        for name, weight in self.weights.items():
-            master = self.masters[name]
-            if master is not weight and weight.grad is not None:
-                master.grad = weight.grad.to(master.dtype).div_(scale)
-                weight.grad = None
-
-    def gradients(self) -> list[Tensor]:
-        """Gradients of all masters.
-
-        They are zeros where there are none: on a rank without a sample in this step, and for experts that the sample
-        does not reach, so that optimizers treat these alike on any number of ranks.
-        """
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters.values() if master.grad is not None]
-
-    def close(self) -> None:
-        """Drop all tensors, whoever still refers to this object."""
-        self.clear_gradients()
-        self._masks = {}
-        self.weights.clear()
-        self.masters.clear()
-
-    def clear_gradients(self) -> None:
-        """Set all gradients to None."""
-        for parameter in (*self.weights.values(), *self.masters.values()):
-            parameter.grad = None
 
 
 def optimise_block(
@@ -224,13 +144,20 @@ def optimise_block(
     """
     assert optimisation.samples_per_round is not None
     parameters = list(master.masters.values())
-    half = any(weight.dtype == torch.float16 for weight in master.weights.values())
     num_samples = int(ranks.sum(len(hidden)))
-    steps = itertools.count()
-
-    with _optimizer(parameters, optimisation) as optimizer:
+    optimizer = make_optimizer(
+        master,
+        optimisation.optimizer,
+        [optimisation.learning_rate] * len(parameters),
+        optimisation.lr_schedule,
+        optimisation.rounds * optimisation.samples_per_round,
+        ranks,
+    )
+    with closing(optimizer):
         for number in range(optimisation.rounds):
             kept = start_round(number)
+            if optimisation.mask_mode != "free":
+                optimizer.hold(kept)
             statistics.reset()
             order = torch.randperm(num_samples, generator=generator, device="cpu")
             drawn = order[: optimisation.samples_per_round].tolist()
@@ -238,21 +165,12 @@ def optimise_block(
                 for sample in drawn:
                     # on one rank only; the others add zeros
                     for index in ranks.local_indices([sample]):
-                        scale = float(targets[index].numel()) if half else 1.0
                         with statistics.sample(masks[index]), torch.enable_grad():
                             # in memory of its own: how a view of a batch is aligned may change the rounding of products
                             output = run([index], hidden[index].clone())
-                            (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
-                        master.take_gradients(scale)
-                    ranks.all_reduce_(master.gradients())
-                    for group in optimizer.param_groups:
-                        group["lr"] = _learning_rate(optimisation, next(steps))
+                            loss = optimisation_loss(output, targets[index], masks[index])
+                            optimizer.backward(loss, targets[index].numel())
                     optimizer.step()
-                    master.clear_gradients()
-                    if optimisation.mask_mode == "fixed":
-                        master.apply_masks(kept)
-                    else:
-                        master.publish()
             statistics.all_reduce(ranks)
     # one read of the device for all
     if not bool(torch.stack([parameter.sum() for parameter in parameters]).isfinite().all()):
@@ -260,30 +178,3 @@ def optimise_block(
             f"Expected argument `learning_rate` to keep the weights finite, but {optimisation.learning_rate:g} did "
             "not; lower it"
         )
-
-
-def _learning_rate(optimisation: RegionalOptimisation, step: int) -> float:
-    """Learning rate of a step, counted over all rounds."""
-    if optimisation.lr_schedule == "constant":
-        return optimisation.learning_rate
-    assert optimisation.samples_per_round is not None
-    return optimisation.learning_rate * (1 - step / (optimisation.rounds * optimisation.samples_per_round))
-
-
-@contextmanager
-def _optimizer(parameters: list[Tensor], optimisation: RegionalOptimisation) -> Iterator[torch.optim.Optimizer]:
-    """Context of an optimizer, whose moments and references are dropped at the end, whoever still refers to it."""
-    optimizer = _make_optimizer(parameters, optimisation)
-    try:
-        yield optimizer
-    finally:
-        optimizer.state.clear()
-        optimizer.param_groups.clear()
-
-
-def _make_optimizer(parameters: list[Tensor], optimisation: RegionalOptimisation) -> torch.optim.Optimizer:
-    if optimisation.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=optimisation.learning_rate)
-    # without decay, which would pull the weights away from the target
-    fused = parameters[0].dtype == torch.float32
-    return torch.optim.AdamW(parameters, lr=optimisation.learning_rate, weight_decay=0.0, fused=fused)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wandazeta.pruning.method.regional import MasterWeights, RunBlock
+from wandazeta.pruning.method.optimizer import BlockOptimizer, MasterWeights, make_optimizer
+from wandazeta.pruning.method.regional import RunBlock
 from wandazeta.pruning.records import TuningRecord
 from wandazeta.utilities.ranks import Ranks
 
@@ -80,23 +81,18 @@ class _Trial:
     Args:
         rate: The rate.
         optimizer: Its optimizer.
-        num_steps: Steps of all rounds.
-        step: Steps that were taken.
         error: Held-out error.
         weights: Values of the masters.
     """
 
     rate: float
-    optimizer: torch.optim.Optimizer
-    num_steps: int
-    step: int = 0
+    optimizer: BlockOptimizer
     error: float = float("inf")
     weights: list[Tensor] = field(default_factory=list)
 
     def close(self) -> None:
         """Drop the moments and the weights, whoever still refers to this object."""
-        self.optimizer.state.clear()
-        self.optimizer.param_groups.clear()
+        self.optimizer.close()
         self.weights = []
 
 
@@ -140,7 +136,6 @@ class BlockTuner:
         # one read of the device for all
         sizes = [parameter.detach().square().mean().sqrt() for parameter in self._parameters]
         self._sizes: list[float] = torch.stack(sizes).tolist()
-        self._half = any(weight.dtype == torch.float16 for weight in master.weights.values())
         self._train, self._held_out = split_held_out(int(ranks.sum(len(hidden))))
 
     def tune(self, rounds: int, rates: Sequence[float]) -> TuningRecord:
@@ -188,13 +183,10 @@ class BlockTuner:
         return TuningRecord(trial.rate, best_round, len(self._held_out), before, best)
 
     def _start(self, rate: float, num_steps: int) -> _Trial:
-        groups = [
-            {"params": [parameter], "lr": rate * size}
-            for parameter, size in zip(self._parameters, self._sizes, strict=True)
-        ]
-        # without decay, which would pull the weights away from the target
-        fused = self._parameters[0].dtype == torch.float32
-        return _Trial(rate, torch.optim.AdamW(groups, weight_decay=0.0, fused=fused), num_steps)
+        rates = [rate * size for size in self._sizes]
+        optimizer = make_optimizer(self._master, "adamw", rates, "linear", num_steps, self._ranks)
+        optimizer.hold(self._kept)
+        return _Trial(rate, optimizer)
 
     def _draw(self) -> list[int]:
         order = torch.randperm(len(self._train), generator=self._generator, device="cpu")
@@ -205,21 +197,12 @@ class BlockTuner:
         for sample in order:
             # on one rank only; the others add zeros
             for index in self._ranks.local_indices([sample]):
-                scale = float(self._targets[index].numel()) if self._half else 1.0
                 with torch.enable_grad():
                     # in memory of its own: how a view of a batch is aligned may change the rounding of products
                     output = self._run([index], self._hidden[index].clone())
                     error = relative_error(output, self._targets[index], self._weights[index])
-                    (error * scale).backward()
-                self._master.take_gradients(scale)
-            self._ranks.all_reduce_(self._master.gradients())
-            decay = 1 - trial.step / trial.num_steps
-            for group, size in zip(trial.optimizer.param_groups, self._sizes, strict=True):
-                group["lr"] = trial.rate * size * decay
+                    trial.optimizer.backward(error, self._targets[index].numel())
             trial.optimizer.step()
-            trial.step += 1
-            self._master.clear_gradients()
-            self._master.apply_masks(self._kept)
         trial.error, trial.weights = self._held_out_error(), self._copy()
 
     def _held_out_error(self) -> float:

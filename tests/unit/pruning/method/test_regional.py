@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from wandazeta.pruning.method.optimizer import MasterWeights
 from wandazeta.pruning.method.regional import (
-    MasterWeights,
     optimisation_loss,
     optimise_block,
     regional_gradients,

@@ -1,0 +1,248 @@
+"""Fused steps and their kernels, on a GPU, or on a CPU in Triton's interpreter, which takes a process of its own."""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.architectures import build, token_batches
+from helpers.prune_model import prune
+from torch import nn
+
+from wandazeta.pruning.method import optimizer, regional
+from wandazeta.pruning.method.optimizer import FusedBlockOptimizer, MasterWeights, load_kernels, make_optimizer
+from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.utilities.ranks import Ranks
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_kernels = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="no CUDA device, and not in Triton's interpreter"
+)
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+def convert(values, source, target, rounding_mode):
+    """Cast between float32 and bfloat16 to nearest, as GPUs do; the interpreter cuts digits off."""
+    if target.is_bf16():
+        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
+    return torch.from_numpy(values.view("int16")).view(torch.bfloat16).float().numpy()
+
+
+@pytest.fixture
+def use_kernels(monkeypatch):
+    """Use the kernels on a CPU, too, as on a GPU."""
+
+    def use():
+        if INTERPRETED:
+            from wandazeta.pruning.method import kernels
+
+            monkeypatch.setattr("triton.runtime.interpreter._convert_float", convert)
+            for module in (optimizer, regional):
+                monkeypatch.setattr(module, "load_kernels", lambda weights: kernels)
+
+    return use
+
+
+def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
+    """The interpreter runs code that no compiler would take."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from wandazeta.pruning.method import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tensors = dict.fromkeys(("master", "square", "average", "rate", "schedule", "scale", "total"), "*fp32")
+    tensors |= {"gradient": "*bf16", "weight": "*bf16", "mask": "*u8", "number": "*i32", "num_values": "i32"}
+    constants = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "keep_pruned": True, "size": 4096}
+    for kernel in (kernels._step, kernels._add_square):
+        types = {name: tensors.get(name, "constexpr") for name in kernel.arg_names}
+        values = {(at,): constants[name] for at, name in enumerate(kernel.arg_names) if name in constants}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in tensors}
+        source = ASTSource(kernel, types, values, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        # 16 bytes at once
+        assert "ld.global.v4.b32" in compiled.asm["ptx"]
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+class TwoRanks(Ranks):
+    """The first of two ranks, the other of which has the same gradients."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.dtypes = set()
+
+    def all_reduce_(self, tensors):
+        self.dtypes |= {tensor.dtype for tensor in tensors}
+        for tensor in tensors:
+            tensor.mul_(2)
+
+
+RATES = {"odd": 0.01, "large": 0.002}
+NUM_STEPS = 5
+
+
+def reference(start, gradients, algorithm, masks, mode):
+    """The steps by torch's optimizers on float32 weights, written out; returns masters and weights without rounding."""
+    masters = {name: nn.Parameter(weight.float()) for name, weight in start.items()}
+    groups = [{"params": [masters[name]], "lr": rate} for name, rate in RATES.items()]
+    steps = torch.optim.RMSprop(groups) if algorithm == "rmsprop" else torch.optim.AdamW(groups, weight_decay=0.0)
+    weights = {}
+    for number in range(NUM_STEPS):
+        for group, rate in zip(steps.param_groups, RATES.values(), strict=True):
+            group["lr"] = rate * (1 - number / NUM_STEPS)
+        for name, master in masters.items():
+            gradient = gradients[number].get(name)
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
+        steps.step()
+        with torch.no_grad():
+            for name, master in masters.items():
+                kept = torch.ones_like(master) if mode == "free" else masks[number][name]
+                weights[name] = master * kept
+                if mode == "fixed":
+                    master.copy_(weights[name])
+    return masters, weights
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+STEPS = [*itertools.product(DTYPES, ["rmsprop", "adamw"], ["free", "fixed", "straight_through"], [Ranks])]
+STEPS += [(torch.bfloat16, "adamw", "fixed", TwoRanks), (torch.float32, "rmsprop", "straight_through", TwoRanks)]
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "algorithm", "mode", "ranks"), STEPS)
+def test_a_fused_step_equals_torch_optimizers_with_masks_and_a_cast(dtype, algorithm, mode, ranks, device, use_kernels):
+    use_kernels()
+    torch.manual_seed(0)
+    # the second takes more than one program, and no multiple of what a thread reads
+    layers = {"odd": nn.Linear(7, 13), "large": nn.Linear(67, 65)}
+    layers = {name: layer.to(device, dtype) for name, layer in layers.items()}
+    start = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    # masks change once, as between rounds, and in one step no token reaches a layer
+    draws = [{name: torch.rand_like(weight.float()) < 0.5 for name, weight in start.items()} for _ in range(2)]
+    masks = [draws[number >= 3] for number in range(NUM_STEPS)]
+    gradients = [{name: 0.1 * torch.randn_like(weight) for name, weight in start.items()} for _ in range(NUM_STEPS)]
+    del gradients[2]["odd"]
+    ranks = ranks()
+
+    master = MasterWeights(layers, keep_pruned=mode == "straight_through")
+    steps = make_optimizer(master, algorithm, list(RATES.values()), "linear", NUM_STEPS, ranks)
+    assert isinstance(steps, FusedBlockOptimizer)
+    addresses = set()
+    for number in range(NUM_STEPS):
+        if mode != "free":
+            steps.hold(masks[number])
+        losses = [(layers[name].weight.float() * gradient).sum() for name, gradient in gradients[number].items()]
+        # another factor in float16 each time, as a constant one would cancel
+        steps.backward(sum(losses), 2 ** (6 + number))
+        steps.step()
+        assert all(parameter.grad is None for parameter in (*master.weights.values(), *master.masters.values()))
+        state = [*steps._masks.values(), *(t for layer in steps._layers.values() for t in vars(layer).values())]
+        addresses.add(tuple(tensor.data_ptr() for tensor in state if tensor is not None))
+    assert len(addresses) == 1
+
+    if ranks.size == 2:
+        assert ranks.dtypes == {torch.float32}
+        gradients = [{name: 2 * gradient.float() for name, gradient in step.items()} for step in gradients]
+    masters, weights = reference(start, gradients, algorithm, masks, mode)
+    for name, layer in layers.items():
+        # some roundings of numbers below one, and of steps of up to a tenth
+        torch.testing.assert_close(master.masters[name], masters[name], rtol=0, atol=1e-6)
+        kept = torch.ones_like(layer.weight, dtype=torch.bool) if mode == "free" else masks[-1][name]
+        rounded = torch.where(kept, master.masters[name], 0.0).to(dtype)
+        assert layer.weight.dtype == dtype
+        # the bits, so that zeros are positive
+        assert torch.equal(layer.weight.detach().view(torch.uint8), rounded.detach().view(torch.uint8))
+        torch.testing.assert_close(layer.weight.float(), weights[name], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_of_gradients_are_summed_without_a_copy(dtype, device, use_kernels):
+    torch.manual_seed(0)
+    layer = nn.Linear(67, 65).to(device, dtype)
+    hidden = [torch.randn(1, tokens, 67).to(device, dtype) for tokens in (3, 5)]
+    # before the kernels are used
+    squares = []
+    for states in hidden:
+        norm = layer(states).float().norm() * (1024 if dtype == torch.float16 else 1)
+        squares.append(torch.autograd.grad(norm, layer.weight)[0].float().square())
+    use_kernels()
+    found = regional.regional_gradients(
+        lambda batch, states: layer(states), {"up": layer}, hidden, [None] * 2, InputStatistics({"up": layer}),
+        lambda output: None, Ranks(),
+    )  # fmt: skip
+    expected = (sum(squares) / 2).sqrt() / (1024 if dtype == torch.float16 else 1)
+    torch.testing.assert_close(found["up"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda++", "mask_mode": "straight_through", "optimizer": "adamw", "lr_schedule": "linear"},
+        {"method": "tuned-ro", "rounds": 2},
+    ],
+)
+def test_a_pruning_with_kernels_is_that_without(options, device, use_kernels, monkeypatch):
+    reports, weights, fused_steps = [], [], []
+    step = FusedBlockOptimizer.step
+    monkeypatch.setattr(FusedBlockOptimizer, "step", lambda self: fused_steps.append(step(self)))
+    for fused in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if fused:
+                use_kernels()
+            else:
+                for module in (optimizer, regional):
+                    patch.setattr(module, "load_kernels", lambda weights: None)
+            model, blocks = build("llama")
+            run = {"block_name": blocks, "device": device}
+            reports.append(prune(model.to(device), token_batches(4), run=run, **options))
+        weights.append(torch.cat([p.detach().flatten() for p in model.get_submodule(blocks).parameters()]))
+        assert bool(fused_steps) == fused
+    plain, found = weights
+    assert ((plain == 0) == (found == 0)).float().mean() > 0.999
+    assert (plain - found).norm() < 1e-3 * plain.norm()
+    assert reports[1].blocks[-1].loss_after == pytest.approx(reports[0].blocks[-1].loss_after, rel=1e-3)
+
+
+def test_other_devices_and_precisions_take_torch():
+    layer = nn.Linear(4, 4)
+    assert load_kernels([layer.weight]) is None
+    if torch.cuda.is_available():
+        assert load_kernels([layer.double().cuda().weight]) is None
+
+
+def test_without_triton_a_line_says_why_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandazeta.pruning.method.kernels", None)
+    monkeypatch.delattr("wandazeta.pruning.method.kernels", raising=False)
+    optimizer._tested_kernels.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        found = [optimizer._tested_kernels(torch.device("cpu")) for _ in range(2)]
+    optimizer._tested_kernels.cache_clear()
+    assert found == [None, None]
+    (record,) = caplog.records
+    assert "Triton cannot be used on cpu" in record.getMessage()

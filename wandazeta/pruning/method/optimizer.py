@@ -1,0 +1,360 @@
+"""Optimizers of one block: the weights in float32, and steps that end with masked weights in the model's precision."""
+
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wandazeta.pruning.method.masks import zero_where_false
+from wandazeta.pruning.methods import LRSchedule, Optimizer
+from wandazeta.utilities.ranks import Ranks
+
+_logger = logging.getLogger(__name__)
+
+# precisions of weights that the kernels read and write
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# torch's defaults: decay of the average of the gradient and of its square, and what is added to the root of the square
+_BETAS: dict[Optimizer, tuple[float, float]] = {"rmsprop": (0.0, 0.99), "adamw": (0.9, 0.999)}
+_EPSILON = 1e-8
+
+
+def load_kernels(weights: Iterable[Tensor]) -> ModuleType | None:
+    """Return the module of Triton kernels if they can be used for these weights, else None.
+
+    Args:
+        weights: Weights of a block.
+    """
+    weights = list(weights)
+    fits = all(weight.is_cuda and weight.dtype in _KERNEL_DTYPES and weight.is_contiguous() for weight in weights)
+    return _tested_kernels(weights[0].device) if weights and fits else None
+
+
+@functools.cache
+def _tested_kernels(device: torch.device) -> ModuleType | None:
+    try:
+        # takes seconds, and Triton is not installed everywhere
+        from wandazeta.pruning.method import kernels
+
+        kernels.try_out(device)
+    except Exception as error:  # a missing package, compiler or driver, or an old card
+        _logger.warning(
+            "Triton cannot be used on %s, so that steps of the optimisation take several times as long: %s: %s",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return None
+    return kernels
+
+
+class MasterWeights:
+    """Float32 copies of 16-bit weights for the optimizer; weights of higher precision are optimised directly.
+
+    RMSprop at the paper's learning rate changes a weight by less than half an ulp of bfloat16 in all 160 steps.
+
+    Args:
+        layers: The layers by name.
+        keep_pruned: Keep the values of pruned weights in the masters, as the straight-through estimator needs them.
+            The masters are copies then, whatever the precision, and only the weights of the block are set to zero.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], keep_pruned: bool = False) -> None:
+        self.keep_pruned = keep_pruned
+        self._masks: Mapping[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
+        self.masters: dict[str, Tensor] = {name: self._master(weight) for name, weight in self.weights.items()}
+
+    def _master(self, weight: Tensor) -> Tensor:
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            return nn.Parameter(weight.detach().float())
+        return nn.Parameter(weight.detach().clone()) if self.keep_pruned else weight
+
+    @torch.no_grad()
+    def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Set weights to zero where the mask is False, and so the masters, unless they keep pruned values.
+
+        Args:
+            masks: Bool masks in the layout of the weights, True where a weight is kept.
+        """
+        if self.keep_pruned:
+            self._masks = masks
+            self.publish()
+            return
+        for name, mask in masks.items():
+            zero_where_false(self.masters[name], mask)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters to the weights, rounded to their precision, with zeros for pruned values."""
+        for name, weight in self.weights.items():
+            if self.masters[name] is not weight:
+                weight.copy_(self.masters[name])
+            if name in self._masks:
+                zero_where_false(weight, self._masks[name])
+
+    @torch.no_grad()
+    def take_gradients(self, scale: float) -> None:
+        """Move the gradients of the weights to the masters.
+
+        Args:
+            scale: Factor of the loss, by which the gradients are divided.
+        """
+        for name, weight in self.weights.items():
+            master = self.masters[name]
+            if weight.grad is None:
+                continue
+            gradient = weight.grad.to(master.dtype)
+            weight.grad = None
+            master.grad = gradient if scale == 1.0 else gradient.div_(scale)
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of all masters.
+
+        They are zeros where there are none: on a rank without a sample in this step, and for experts that the sample
+        does not reach, so that optimizers treat these alike on any number of ranks.
+        """
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        self.clear_gradients()
+        self._masks = {}
+        self.weights.clear()
+        self.masters.clear()
+
+    def clear_gradients(self) -> None:
+        """Set all gradients to None."""
+        for parameter in (*self.weights.values(), *self.masters.values()):
+            parameter.grad = None
+
+
+class BlockOptimizer(ABC):
+    """Base class of optimizers of one block: RMSprop, or AdamW without weight decay; see `make_optimizer`.
+
+    For each step, the rank that has the sample calls `backward`, and then all ranks call `step`.
+
+    Args:
+        master: The weights of the block.
+        ranks: The ranks, whose gradients are summed.
+    """
+
+    def __init__(self, master: MasterWeights, ranks: Ranks) -> None:
+        self._master = master
+        self._ranks = ranks
+        self._masks: dict[str, Tensor] = {}
+        self._half = any(weight.dtype == torch.float16 for weight in master.weights.values())
+
+    @abstractmethod
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Apply masks after each step from now on, as `MasterWeights.apply_masks` does.
+
+        Args:
+            masks: Bool masks in the layout of the weights, True where a weight is kept; always of the same layers.
+        """
+
+    def backward(self, loss: Tensor, num_values: int) -> None:
+        """Compute the gradients of a loss.
+
+        Args:
+            loss: A mean.
+            num_values: Number of values that it is a mean over. In float16 it is the factor of the loss, without which
+                gradients underflow to zero.
+        """
+        scale = float(num_values) if self._half else 1.0
+        (loss * scale).backward()
+        self._take_gradients(scale)
+
+    @abstractmethod
+    def _take_gradients(self, scale: float) -> None:
+        """Prepare gradients of the loss times `scale` for the step."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Sum the gradients over the ranks, update masters and weights, apply the masks, and drop the gradients."""
+
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        self._masks = {}
+
+
+class TorchBlockOptimizer(BlockOptimizer):
+    """An optimizer of a block by torch's optimizers, in several passes over the weights.
+
+    Args:
+        master: The weights of the block.
+        algorithm: `rmsprop` or `adamw`.
+        rates: Learning rate of each weight.
+        factors: Factor of the rates in each step.
+        ranks: The ranks, whose gradients are summed.
+    """
+
+    def __init__(
+        self,
+        master: MasterWeights,
+        algorithm: Optimizer,
+        rates: Sequence[float],
+        factors: Sequence[float],
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(master, ranks)
+        self._factors = iter(factors)
+        parameters = list(master.masters.values())
+        by_rate: dict[float, list[Tensor]] = {}
+        for rate, parameter in zip(rates, parameters, strict=True):
+            by_rate.setdefault(rate, []).append(parameter)
+        groups = [{"params": group, "lr": rate, "initial_lr": rate} for rate, group in by_rate.items()]
+        self._optimizer: torch.optim.Optimizer
+        if algorithm == "rmsprop":
+            self._optimizer = torch.optim.RMSprop(groups)
+        else:
+            # without decay, which would pull the weights away from the target
+            fused = parameters[0].dtype == torch.float32
+            self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Apply masks after each step from now on; see `BlockOptimizer.hold`."""
+        self._masks = dict(masks)
+
+    def _take_gradients(self, scale: float) -> None:
+        self._master.take_gradients(scale)
+
+    def step(self) -> None:
+        """Take a step; see `BlockOptimizer.step`."""
+        self._ranks.all_reduce_(self._master.gradients())
+        factor = next(self._factors)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self._optimizer.step()
+        self._master.clear_gradients()
+        self._master.apply_masks(self._masks)
+
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object or to torch's optimizer."""
+        super().close()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+
+
+class FusedBlockOptimizer(BlockOptimizer):
+    """An optimizer of a block by one Triton kernel for each layer, which reads gradients in the model's precision.
+
+    The step number, rates, bias corrections, the factor of the loss, masks and moments are on the device at fixed
+    addresses. On a single rank, `backward` and `step` allocate only the gradients and never wait for the device, so
+    that a CUDA graph can replay both.
+
+    Args:
+        kernels: The module of kernels, from `load_kernels`.
+        master: The weights of the block.
+        algorithm: `rmsprop` or `adamw`.
+        rates: Learning rate of each weight.
+        factors: Factor of the rates in each step.
+        ranks: The ranks, whose gradients are summed.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        master: MasterWeights,
+        algorithm: Optimizer,
+        rates: Sequence[float],
+        factors: Sequence[float],
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(master, ranks)
+        self._kernels = kernels
+        self._betas = _BETAS[algorithm]
+        device = next(iter(master.masters.values())).device
+        self._layers: dict[str, Any] = {}
+        for (name, parameter), rate in zip(master.masters.items(), rates, strict=True):
+            weight, values = master.weights[name], parameter.detach()
+            self._layers[name] = kernels.LayerState(
+                weight=None if weight is parameter else weight.detach(),
+                master=values,
+                square=torch.zeros_like(values),
+                average=torch.zeros_like(values) if algorithm == "adamw" else None,
+                rate=torch.full((), rate, dtype=torch.float32, device=device),
+            )
+        rows = []
+        for number, factor in enumerate(factors, 1):
+            # RMSprop corrects no bias
+            first, second = (1 - beta**number if algorithm == "adamw" else 1.0 for beta in self._betas)
+            rows.append((factor / first, second**-0.5))
+        self._schedule = torch.tensor(rows, dtype=torch.float32, device=device)
+        self._number = torch.zeros((), dtype=torch.int32, device=device)
+        self._scale = torch.ones((), dtype=torch.float32, device=device)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Apply masks after each step from now on; see `BlockOptimizer.hold`. They are copied."""
+        for name, mask in masks.items():
+            if name in self._masks:
+                self._masks[name].copy_(mask)
+            else:
+                self._masks[name] = mask.to(torch.uint8, memory_format=torch.contiguous_format)
+
+    def _take_gradients(self, scale: float) -> None:
+        if self._ranks.size > 1:
+            self._master.take_gradients(scale)
+        elif self._half:
+            self._scale.fill_(scale)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step; see `BlockOptimizer.step`. There are no more steps than `factors`."""
+        parameters = self._master.weights
+        if self._ranks.size > 1:
+            # sums of 16-bit gradients would round
+            self._ranks.all_reduce_(self._master.gradients())
+            parameters = self._master.masters
+        for name, layer in self._layers.items():
+            self._kernels.step(
+                layer,
+                parameters[name].grad,
+                self._masks.get(name),
+                self._master.keep_pruned,
+                self._schedule,
+                self._number,
+                self._scale,
+                self._betas,
+                _EPSILON,
+            )
+        self._number.add_(1)
+        self._master.clear_gradients()
+
+    def close(self) -> None:
+        """Drop all tensors, whoever still refers to this object."""
+        super().close()
+        self._layers.clear()
+
+
+def make_optimizer(
+    master: MasterWeights,
+    algorithm: Optimizer,
+    rates: Sequence[float],
+    lr_schedule: LRSchedule,
+    num_steps: int,
+    ranks: Ranks,
+) -> BlockOptimizer:
+    """Make the optimizer of a block: fused where its kernels can be used, else torch's.
+
+    Args:
+        master: The weights of the block.
+        algorithm: `rmsprop`, or `adamw` without weight decay.
+        rates: Learning rate of each weight.
+        lr_schedule: `constant`, or `linear`, which falls to zero over all steps.
+        num_steps: Number of all steps.
+        ranks: The ranks, whose gradients are summed.
+    """
+    factors = [1 - number / num_steps if lr_schedule == "linear" else 1.0 for number in range(num_steps)]
+    kernels = load_kernels(master.weights.values())
+    if kernels is None:
+        return TorchBlockOptimizer(master, algorithm, rates, factors, ranks)
+    return FusedBlockOptimizer(kernels, master, algorithm, rates, factors, ranks)
