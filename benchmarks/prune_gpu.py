@@ -1,4 +1,4 @@
-"""Time and memory of Wanda++ on one GPU, phase by phase, for a model of the shape of LLaMA-7B with random weights.
+"""Time and memory of prunings on one GPU, phase by phase, for a model of the shape of LLaMA-7B with random weights.
 
     python benchmarks/prune_gpu.py
     python benchmarks/prune_gpu.py --device cpu --shape tiny
@@ -7,10 +7,10 @@ The second line is a smoke test. The values of the weights do not affect the tim
 block at a time. 128 samples of 2048 tokens and K = 5 rounds of M = 32 samples are the paper's settings.
 
 Seconds are wall-clock, each phase without the phases inside it, with the device synchronised at its ends: `capture`
-(the inputs of the first block), `measure` (input norms and regional gradients), `optimise` (the rounds), `norms` (of
-the optimised block), `prune` (scores and masks, in the rounds and after them), `propagate` (to the next block) and
-`rest` (moving blocks, the report). The utilisation (MFU) is the number of operations that the method needs, by formula,
-over the peak of the card.
+(the inputs of the first block), `measure` (input norms, Gram matrices and regional gradients), `optimise` (the rounds),
+`norms` (of the optimised block), `prune` (scores and masks, in the rounds and after them), `solve` (masks and weights
+by SparseGPT), `propagate` (to the next block) and `rest` (moving blocks, the report). The utilisation (MFU) is the
+number of operations that the method needs, by formula, over the peak of the card.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from wandazeta.pruning.records import BlockRecord
 from wandazeta.utilities.memory import peak_memory
 
 RESULT = RESULTS / "prune_gpu.json"
-METHODS = ("wanda", "rgs", "wanda++")
+METHODS = ("wanda", "rgs", "wanda++", "sparsegpt")
 # dense bfloat16 TFLOP/s with float32 accumulation, from the data sheets
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 
@@ -178,6 +178,7 @@ class Phases:
             (BlockPruner, "_optimise", "optimise"),
             (BlockPruner, "_measure_inputs", "norms"),
             (BlockPruner, "mask_by_score", "prune"),
+            (BlockPruner, "_solve", "solve"),
         ]
         with ExitStack() as stack:
             for owner, attribute, name in parts:
@@ -206,6 +207,9 @@ def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) ->
         counts["measure"] = num_samples * (forward + backward)
     else:
         counts["measure"] = probes * forward + (num_samples - probes) * inputs
+    if options.method.uses_gram:
+        # query, key and value share their input, and so do the first two of the MLP
+        counts["measure"] += num_samples * 2.0 * length * (3 * shape.width**2 + shape.inner**2)
     optimisation = options.for_samples(num_samples).method.active_optimisation
     if optimisation is not None:
         assert optimisation.samples_per_round is not None
@@ -262,7 +266,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--blocks", type=int, help="number of blocks; by default that of the shape")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["wanda", "wanda++", "sparsegpt"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="the compute device")
     parser.add_argument("--home", type=torch.device, help="device of the other blocks; by default the compute device")
     parser.add_argument("--num-samples", type=int, help="calibration samples; 128, and 8 for the tiny shape")

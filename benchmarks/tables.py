@@ -54,6 +54,7 @@ PHASES = {
     "optimise": "regional optimisation",
     "norms": "input norms of the optimised block",
     "prune": "scores and masks",
+    "solve": "masks and weights by SparseGPT",
     "propagate": "outputs for the next block",
     "rest": "moving results to the CPU, the report",
     "total": "total",
@@ -630,7 +631,8 @@ def gpu_phases_table(on_gpu: dict[str, Any], at_home: dict[str, Any]) -> str:
         for method in dict.fromkeys(r["method"] for r in result["records"]):
             heading.append(f"{method}, {result['blocks']} blocks{place}")
             columns.append({r["phase"]: r for r in result["records"] if r["method"] == method})
-    body = [[title, *(_phase(column.get(phase)) for column in columns)] for phase, title in PHASES.items()]
+    found = {phase: title for phase, title in PHASES.items() if any(phase in column for column in columns)}
+    body = [[title, *(_phase(column.get(phase)) for column in columns)] for phase, title in found.items()]
     body += [["peak GiB", *(_gib(column["total"]) for column in columns)]]
     first, hardware = on_gpu["records"][0], on_gpu["hardware"]
     return (

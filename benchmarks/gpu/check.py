@@ -84,7 +84,7 @@ STEPS: dict[str, Step] = {
     ),
     "prune": Step(
         "pruning, phase by phase, and the peak of every block",
-        190,
+        250,
         lambda call: ["benchmarks/prune_gpu.py", *call.shape()],
     ),
     "prune_home_cpu": Step(

@@ -1,4 +1,4 @@
-"""Compare a device with the CPU: masks and losses of prunings, and trajectories of zeroth-order training.
+"""Compare a device with the CPU: prunings, the parts of SparseGPT, and trajectories of zeroth-order training.
 
 On a GPU, the fused optimizer steps of a block are compared with those of torch, too.
 
@@ -25,6 +25,9 @@ from prune_gpu import SHAPES, random_model
 from records import describe, write
 
 from wandazeta.pruning import PruneOptions, prune_model
+from wandazeta.pruning.method.sparsegpt import sparsegpt
+from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.pattern import SparsityPattern
 
 CPU = torch.device("cpu")
 # method -> smallest share of equal mask entries, largest relative difference of the loss of the last block
@@ -35,6 +38,10 @@ BOUNDS = {
     "wanda++": (0.999, 1e-3),
     "sparsegpt": (0.98, 2e-2),
 }
+# largest relative difference of Gram matrices; that of a float32 product is about 2e-6
+GRAM = 1e-5
+# a layer solved from one Gram matrix: smallest share of equal mask entries, largest relative difference of the loss
+SOLVE_MASK, SOLVE_LOSS = 0.999, 1e-3
 # largest distance of the trained vectors, relative to how far the steps have moved them
 TRAJECTORY, STEPS = 1e-2, 10
 # largest distance of float32 masters after fused steps, relative to how far the steps have moved them: rounding
@@ -65,6 +72,36 @@ def compare_pruning(method: str, device: torch.device) -> dict[str, Any]:
     passed = equal >= least and (most is None or (change is not None and change <= most))
     record = {"what": f"{method}: masks and loss", "equal_entries": equal, "least": least}
     return record | {"difference": change, "most": most, "passed": passed}
+
+
+def compare_gram(device: torch.device) -> dict[str, Any]:
+    """Return the record of the Gram matrix of inputs in bfloat16."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(1024, 1).bfloat16(), torch.randn(1, 2048, 1024).bfloat16()
+    grams = []
+    for place in (CPU, device):
+        statistics = InputStatistics({"layer": layer.to(place)}, with_gram=True)
+        with statistics.collect(), statistics.sample():
+            layer(x.to(place))
+        grams.append(statistics.gram_groups()[0][0].cpu())
+    difference = float((grams[1] - grams[0]).norm() / grams[0].norm())
+    record = {"what": "Gram matrix of inputs in bfloat16", "difference": difference, "most": GRAM}
+    return record | {"passed": difference <= GRAM}
+
+
+def compare_solve(pattern: SparsityPattern, device: torch.device) -> dict[str, Any]:
+    """Return the record of SparseGPT's solve of one layer."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2048, 640) @ torch.randn(640, 640), torch.randn(333, 640)
+    (expected, kept), (found, other) = (
+        [tensor.cpu() for tensor in sparsegpt([weight.to(place)], (x.t() @ x).to(place), pattern)[0]]
+        for place in (CPU, device)
+    )
+    losses = [float((x @ (solved - weight).t()).square().mean()) for solved in (expected, found)]
+    equal, change = float((kept == other).double().mean()), abs(losses[1] - losses[0]) / losses[0]
+    record = {"what": f"SparseGPT's solve, {pattern.label}", "equal_entries": equal, "least": SOLVE_MASK}
+    record |= {"difference": change, "most": SOLVE_LOSS}
+    return record | {"passed": equal >= SOLVE_MASK and change <= SOLVE_LOSS}
 
 
 def compare_trajectory(device: torch.device) -> dict[str, Any]:
@@ -117,6 +154,9 @@ def main() -> None:
 
     for method in BOUNDS:
         add(compare_pruning(method, arguments.device))
+    add(compare_gram(arguments.device))
+    for pattern in (SparsityPattern("2:4"), SparsityPattern("4:8"), SparsityPattern(sparsity=0.5)):
+        add(compare_solve(pattern, arguments.device))
     add(compare_trajectory(arguments.device))
     if arguments.device.type == "cuda":
         for algorithm in ALGORITHMS:

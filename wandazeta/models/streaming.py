@@ -1,4 +1,4 @@
-"""Models larger than memory: meta tensors backed by safetensors files, and blocks that are loaded one at a time.
+"""Models larger than memory: meta tensors backed by safetensors files, and weights that are loaded one at a time.
 
 A file-backed parameter is on the meta device and has an attribute that says where its values are. `parameters_loaded`
 loads those of a block while it is pruned; the forward of a block loads them by itself wherever else it is called.
@@ -6,7 +6,7 @@ loads those of a block while it is pruned; the forward of a block loads them by 
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "back_by_file",
     "is_file_backed",
     "load_during_forward",
+    "load_one_by_one",
     "load_streamed_model",
     "materialize",
     "parameters_loaded",
@@ -202,9 +203,7 @@ def load_streamed_model(
     # all lists, as the one that is pruned may be chosen later
     lists = block_lists(model)
     inside = {id(parameter) for blocks in lists.values() for parameter in blocks.parameters()}
-    aliases: dict[int, list[str]] = {}
-    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(parameter_name)
+    aliases = _names_of_parameters(model)
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     tensors = {alias: parameters[key] for key, names in aliases.items() for alias in names}
     tensors |= dict(_persistent_buffers(model))
@@ -229,6 +228,59 @@ def load_streamed_model(
         for block in blocks:
             load_during_forward(block)
     return model.eval()
+
+
+def load_one_by_one(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str, nn.Module, torch.dtype], nn.Parameter],
+) -> nn.Module:
+    """Build a causal language model and set its parameters one after the other, each of which is read when it is set.
+
+    Args:
+        directory: Contains the configuration.
+        dtype: Precision of the weights.
+        device: Device of the model.
+        shapes: Shapes of the tensors that can be read, by parameter name.
+        read: Returns a parameter on the device, from its name, the module that holds it and its precision.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If the names or shapes are not those of the model.
+        OSError: If there is no configuration.
+    """
+    model = _model_without_weights(directory, dtype, None, trust_remote_code=False)
+    groups = list(_names_of_parameters(model).values())
+    buffers = dict(_persistent_buffers(model))
+    expected = {name: tensor.shape for name, tensor in model.named_parameters(remove_duplicate=False)}
+    expected |= {name: buffer.shape for name, buffer in buffers.items()}
+    missing = {names[0] for names in [*groups, *([name] for name in buffers)] if not shapes.keys() & set(names)}
+    require_same_names(type(model).__name__, missing, unexpected_names(model, shapes.keys() - expected.keys()))
+    for name in shapes.keys() & expected.keys():
+        require_same_shape(name, shapes[name], expected[name])
+    for names in groups:
+        stored = next(name for name in names if name in shapes)
+        owner, precision = model.get_submodule(stored.rpartition(".")[0]), model.get_parameter(stored).dtype
+        _replace_parameter(model, names, read(stored, owner, precision))
+    for name, buffer in buffers.items():
+        buffer.copy_(read(name, model.get_submodule(name.rpartition(".")[0]), buffer.dtype))
+    for module in model.modules():
+        module._buffers.update(
+            {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
+        )
+    return model.eval()
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of every parameter, by its id; one that is tied has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def _find_stored(names: list[str], files: dict[str, StoredTensor]) -> StoredTensor:
@@ -258,7 +310,8 @@ def _model_without_weights(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         raise ValueError(
-            f"{type(model).__name__} keeps some weights in float32, which `stream_weights` does not support"
+            f"{type(model).__name__} keeps some weights in float32, which is not supported where weights are loaded "
+            "one at a time"
         )
     if getattr(model, "generation_config", None) is not None and (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)

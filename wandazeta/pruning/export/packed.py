@@ -17,9 +17,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,17 @@ from wandazeta.models.safetensors_io import LazyTensor, open_safetensors, read_l
 from wandazeta.pruning.export.masks import MASKS_FILE
 from wandazeta.utilities.files import check_writable, replace_directory
 
-__all__ = ["PACKED_FILE", "load_packed", "main", "pack_2of4", "restore_plain", "unpack_2of4", "write_packed"]
+__all__ = [
+    "PACKED_FILE",
+    "PackedWeight",
+    "load_packed",
+    "main",
+    "pack_2of4",
+    "read_packed",
+    "restore_plain",
+    "unpack_2of4",
+    "write_packed",
+]
 
 # beside the masks, for the same reason: some loaders read every safetensors file beside config.json as weights
 PACKED_FILE = "sparsity/model.2of4.safetensors"
@@ -228,7 +237,7 @@ def load_packed(directory_or_file: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is no packed file, or it is damaged or of another version.
     """
-    return {name: entry.read() for name, entry in sorted(_plain_entries(_packed_path(directory_or_file)).items())}
+    return {name: entry.read() for name, entry in sorted(_plain_entries(directory_or_file).items())}
 
 
 def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -257,7 +266,7 @@ def restore_plain(source: str | os.PathLike[str], target: str | os.PathLike[str]
         raise ValueError(
             f"Expected argument `source` to be a directory, but got '{source}'; give the directory to restore."
         )
-    entries = _plain_entries(_packed_path(source))
+    entries = _plain_entries(source)
     check_writable(target.parent, "target", sum(entry.num_bytes for entry in entries.values()))
     with replace_directory(target) as fresh:
         weights = shutil.ignore_patterns(Path(PACKED_FILE).name, *_PLAIN_FILES, _PLAIN_INDEX)
@@ -270,8 +279,49 @@ def _packed_path(directory_or_file: str | os.PathLike[str]) -> Path:
     return path / PACKED_FILE if path.is_dir() else path
 
 
-def _plain_entries(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of the plain files, each of which is unpacked when it is read."""
+class PackedWeight(NamedTuple):
+    """A weight of the packed file, of which nothing is loaded yet.
+
+    Args:
+        values: The kept values, as `pack_2of4` returns them.
+        indices: Their positions.
+        shape: Shape of the weight in the plain files.
+        transposed: Whether the inputs are the last but one dimension of `shape`, as in transformers' `Conv1D`.
+    """
+
+    values: LazyTensor
+    indices: LazyTensor
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def unpack(self, device: torch.device | str = "cpu") -> Tensor:
+        """Load the weight.
+
+        Args:
+            device: Where it is unpacked.
+
+        Returns:
+            The weight in its plain shape.
+        """
+        *others, rows, width = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+        values, indices = self.values.read().to(device), self.indices.read().to(device)
+        weight = unpack_2of4(values, indices, (math.prod(others) * rows, width)).view(*others, rows, width)
+        return weight.transpose(-1, -2).contiguous() if self.transposed else weight
+
+
+def read_packed(directory_or_file: str | os.PathLike[str]) -> tuple[dict[str, PackedWeight], dict[str, LazyTensor]]:
+    """List the tensors of a packed file without loading them.
+
+    Args:
+        directory_or_file: The packed file, or a directory that holds it.
+
+    Returns:
+        The packed weights and all other tensors, by name on disk.
+
+    Raises:
+        ValueError: If there is no packed file, or it is damaged or of another version.
+    """
+    path = _packed_path(directory_or_file)
     with open_safetensors(path) as file:
         note = json.loads((file.metadata() or {}).get("wandazeta", "{}"))
     if note.get("version") != _VERSION or note.get("pattern") != _PATTERN:
@@ -279,20 +329,18 @@ def _plain_entries(path: Path) -> dict[str, LazyTensor]:
             f"Expected a {_PATTERN} packed file of version {_VERSION}, but got pattern {note.get('pattern')!r} and "
             f"version {note.get('version')!r}; write it with `wandazeta prune --pack true`."
         )
-    entries = read_lazily(path)
+    others = read_lazily(path)
+    packed = {}
     for name, layout in note["weights"].items():
-        values, indices = entries.pop(f"{name}.values"), entries.pop(f"{name}.indices")
-        read = partial(_unpack, values.read, indices.read, tuple(layout["shape"]), layout["transposed"])
-        entries[name] = LazyTensor(values.dtype, tuple(layout["shape"]), read)
-    return entries
+        values, indices = others.pop(f"{name}.values"), others.pop(f"{name}.indices")
+        packed[name] = PackedWeight(values, indices, tuple(layout["shape"]), layout["transposed"])
+    return packed, others
 
 
-def _unpack(
-    values: Callable[[], Tensor], indices: Callable[[], Tensor], shape: tuple[int, ...], transposed: bool
-) -> Tensor:
-    *others, rows, width = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-    weight = unpack_2of4(values(), indices(), (math.prod(others) * rows, width)).view(*others, rows, width)
-    return weight.transpose(-1, -2).contiguous() if transposed else weight
+def _plain_entries(directory_or_file: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of the plain files, each of which is unpacked when it is read."""
+    packed, others = read_packed(directory_or_file)
+    return others | {name: LazyTensor(each.values.dtype, each.shape, each.unpack) for name, each in packed.items()}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,20 +1,31 @@
-"""Run 2:4 pruned Linears on torch's semi-structured sparse kernels, where those are faster."""
+"""Run 2:4 pruned Linears on torch's semi-structured sparse kernels: where those are faster, or to take less memory."""
 
+import os
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wandazeta.models.streaming import load_one_by_one
+from wandazeta.pruning.export.packed import PackedWeight, read_packed
 from wandazeta.utilities.arguments import check_at_least
 
-__all__ = ["KERNELS", "KernelTime", "measure_kernels", "seconds_of_call", "to_semi_structured"]
+__all__ = [
+    "KERNELS",
+    "KernelTime",
+    "load_semi_structured",
+    "measure_kernels",
+    "seconds_of_call",
+    "to_semi_structured",
+]
 
 KERNELS = ("cusparselt", "cutlass")
 """Names of torch's sparse kernels."""
@@ -102,6 +113,68 @@ def to_semi_structured(
         sparse = _converted(layers[name].weight.detach(), kernel)
         layers[name].weight = nn.Parameter(sparse, requires_grad=False)
     return {name: converted[name] for name in layers if name in converted}
+
+
+@torch.no_grad()
+def load_semi_structured(
+    directory: str | os.PathLike[str], device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """Load a causal language model from its packed 2:4 file to CUTLASS's sparse kernels, without unpacking its Linears.
+
+    This is for memory: a packed weight takes 0.5625 of its dense size, on the way, too. `to_semi_structured` is for
+    speed. Weights that the kernels do not support are unpacked, one at a time: those of other layers than Linears, and
+    all of them in float32, on a CPU or on a GPU older than NVIDIA Ampere.
+
+    Args:
+        directory: Exported with `pack=True`: holds config.json and `sparsity/model.2of4.safetensors`.
+        device: Where the model goes.
+        dtype: Precision of the weights.
+
+    Returns:
+        The model, in evaluation mode. Its sparse weights can be neither trained nor saved.
+
+    Raises:
+        ValueError: If there is no packed file, or its tensors are not those of the configured model.
+    """
+    device = torch.device(device)
+    packed, others = read_packed(directory)
+
+    def read(name: str, owner: nn.Module, precision: torch.dtype) -> nn.Parameter:
+        if name not in packed:
+            return nn.Parameter(others[name].read().to(device, precision), requires_grad=False)
+        weight = packed[name]
+        if not isinstance(owner, nn.Linear) or _kernel_obstacle(weight.shape, precision, device):
+            return nn.Parameter(weight.unpack(device).to(precision), requires_grad=False)
+        return nn.Parameter(_for_cutlass(weight, precision, device), requires_grad=False)
+
+    shapes = {name: each.shape for entries in (packed, others) for name, each in entries.items()}
+    try:
+        return load_one_by_one(Path(directory), dtype, device, shapes, read)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `directory` to hold a causal language model with its packed 2:4 file, but got "
+            f"'{directory}': {error}; restore the plain directory with `python -m wandazeta.pruning.export.packed SRC "
+            "DST`, and load that"
+        ) from error
+
+
+def _for_cutlass(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Load a packed weight as a sparse tensor of CUTLASS's kernels; it has the same values and positions."""
+    values = weight.values.read().to(device, dtype)
+    # positions of four groups in each number
+    positions = weight.indices.read().to(device, copy=True).view(torch.int16)
+    # as `reorder_meta` of CUTLASS: the rows of 32 are interleaved by 4, squares of 2 x 2 are transposed, and pairs of
+    # columns follow one another
+    order = positions.view(weight.shape[0] // 32, 2, 2, 8, -1, 2).permute(4, 0, 3, 1, 5, 2)
+    tensor: Tensor = torch.sparse.SparseSemiStructuredTensorCUTLASS(
+        torch.Size(weight.shape),
+        packed=values,
+        meta=order.reshape(weight.shape[0], -1),
+        packed_t=None,
+        meta_t=None,
+        compressed_swizzled_bitmask=None,
+    )
+    return tensor
 
 
 @torch.no_grad()
@@ -241,11 +314,16 @@ def _obstacle(weight: Tensor) -> str | None:
     """Why sparse kernels do not support a weight of shape (out, in), or None if they do."""
     if weight.shape[1] % 4 or bool(((weight.reshape(-1, 4) != 0).sum(1) > 2).any()):
         return "not 2:4"
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"in {str(weight.dtype).removeprefix('torch.')}, not in 16-bit precision"
-    if weight.shape[0] % _ROWS or weight.shape[1] % _COLUMNS:
+    return _kernel_obstacle(weight.shape, weight.dtype, weight.device)
+
+
+def _kernel_obstacle(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why sparse kernels do not support a 2:4 weight of shape (out, in), or None if they do."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"in {str(dtype).removeprefix('torch.')}, not in 16-bit precision"
+    if shape[0] % _ROWS or shape[1] % _COLUMNS:
         return f"of a shape that is not a multiple of {_ROWS} by {_COLUMNS}"
-    return _device_obstacle(weight.device)
+    return _device_obstacle(device)
 
 
 def _device_obstacle(device: torch.device) -> str | None:

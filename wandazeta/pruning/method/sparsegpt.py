@@ -1,6 +1,8 @@
 """SparseGPT: prune column by column, and adjust the later columns to compensate for the error (arXiv 2301.00774)."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ def sparsegpt(
     """Prune the weights of layers that share an input, and solve for the weights that are kept.
 
     The columns are split in halves recursively, so that most of the error is passed to later columns by large matrix
-    products; only within a leaf of a few columns is it passed on column by column.
+    products; only within a leaf of a few columns is it passed on column by column. On a GPU such a leaf has up to 128
+    columns and is a single kernel, where Triton is installed.
 
     Args:
         weights: Weights, each of shape (out, in).
@@ -53,6 +56,11 @@ class _Solver:
         self.errors = torch.zeros_like(self.columns)
         self.mask_size = pattern.group[1] if pattern.group is not None else _MASK_BLOCK
         self.group_mask = OneGroup(*pattern.group, gram.device) if pattern.group is not None else None
+        self.kernel = _kernel(gram.device)
+        # columns are split at multiples of this number, unless their mask was chosen already
+        self.unit = self.mask_size
+        if self.kernel is not None:
+            self.unit *= max(1, self.kernel.BLOCK // self.mask_size)
         dead = gram.diagonal() == 0
         self.columns.masked_fill_(dead[:, None], 0.0)  # these inputs are always zero, so any value does
         self.factor = _inverse_factor(gram, dead, damping)
@@ -69,11 +77,18 @@ class _Solver:
         if not chosen and size <= self.mask_size:
             self._choose(start, stop)
             chosen = True
+        if self.kernel is not None and size <= self.kernel.BLOCK:
+            block = slice(start, stop)
+            group = None if chosen else self.pattern.group
+            self.kernel.eliminate(
+                self.columns[block], self.errors[block], self.kept[block], self.factor[block, block], group
+            )
+            return
         if chosen and size <= _LEAF:
             for column in range(start, stop):
                 self._eliminate(column, stop)
             return
-        unit = 1 if chosen else self.mask_size
+        unit = 1 if chosen else self.unit
         middle = start + max(unit, size // 2 // unit * unit)
         self.solve(start, middle, chosen)
         coupling = self.factor[start:middle, middle:stop]
@@ -102,6 +117,15 @@ class _Solver:
         torch.div(self.columns[column], error, out=error)
         if column + 1 < stop:
             self.columns[column + 1 : stop].addr_(self.factor[column, column + 1 : stop], error, alpha=-1)
+
+
+def _kernel(device: torch.device) -> ModuleType | None:
+    """Return the module of the kernel if it runs on a device, else None."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from wandazeta.pruning.method import sparsegpt_kernel
+
+    return sparsegpt_kernel if sparsegpt_kernel.is_usable(device) else None
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:

@@ -240,7 +240,6 @@ class InputStatistics:
             rows = select_rows(rows, self._mask) if tokens is None else rows[self._mask.reshape(-1)[tokens]]
         if not self._with_gram:
             return len(rows), _square_sums(rows), None
-        rows = rows.float()
         # without the block's autocast: a Gram matrix rounded to bfloat16 has negative eigenvalues
         with torch.autocast(rows.device.type, enabled=False):
             return len(rows), _square_sums(rows), _gram(rows)
@@ -262,7 +261,13 @@ def _square_sums(rows: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Σxxᵀ in tiles; the tiles below the diagonal are copied from those above it."""
+    """Σxxᵀ in float32; on a CPU in tiles, of which those below the diagonal are copied from those above it."""
+    if rows.is_cuda and rows.element_size() == 2:
+        # products of 16-bit values are exact in float32, in which tensor cores sum them
+        return torch.mm(rows.t(), rows, out_dtype=torch.float32)
+    rows = rows.float()
+    if rows.is_cuda:
+        return rows.t() @ rows
     gram = rows.new_empty(rows.shape[1], rows.shape[1])
     starts = range(0, rows.shape[1], GRAM_TILE)
     for row, left in zip(starts, rows.split(GRAM_TILE, dim=1), strict=True):

@@ -1,49 +1,16 @@
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
+from helpers.sparsegpt_reference import pattern_of, problem, published
 
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.pattern import SparsityPattern
 
 PATTERNS = [(576, "2:4"), (96, "1:4"), (160, "4:8"), (160, "10:16"), (15, "2:5"), (300, 0.5), (64, 0.7), (129, 0.6)]
-
-
-def pattern_of(pattern):
-    if isinstance(pattern, str):
-        return SparsityPattern(pattern)
-    return SparsityPattern("unstructured", sparsity=pattern)
-
-
-def problem(width, rows=24):
-    generator = torch.Generator().manual_seed(width)
-    x = torch.randn(4 * width, width, generator=generator) @ torch.randn(width, width, generator=generator)
-    return torch.randn(rows, width, generator=generator), x
-
-
-def published(weight, gram, pattern, block_size=128):
-    """The authors' procedure, column by column in float64: blocks of 128, masks chosen at their start or per group."""
-    weight, gram = weight.double(), gram.double()
-    width = weight.shape[1]
-    gram = gram + 0.01 * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
-    kept = torch.ones_like(weight, dtype=torch.bool)
-    for start in range(0, width, block_size) if pattern.group is None else [0]:
-        stop = min(start + block_size, width) if pattern.group is None else width
-        if pattern.group is None:
-            scores = (weight[:, start:stop] / upper.diagonal()[start:stop]) ** 2
-            lowest = scores.t().flatten().sort(stable=True).indices[: int(scores.numel() * pattern.target_sparsity)]
-            flat = torch.ones(scores.numel(), dtype=torch.bool)
-            flat[lowest] = False
-            kept[:, start:stop] = flat.view(stop - start, -1).t()
-        for column in range(start, stop):
-            if pattern.group is not None and column % pattern.group[1] == 0:
-                num_kept, size = pattern.group
-                scores = (weight[:, column : column + size] / upper.diagonal()[column : column + size]) ** 2
-                lowest = scores.sort(dim=1, stable=True).indices[:, : size - num_kept]
-                kept[:, column : column + size] = torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False)
-            error = weight[:, column] * ~kept[:, column] / upper[column, column]
-            weight[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
-            weight[:, column] *= kept[:, column]
-    return weight.float(), kept
 
 
 @pytest.mark.parametrize(("width", "pattern"), PATTERNS)
@@ -111,3 +78,52 @@ def test_sixteen_bit_weights_are_solved_in_thirty_two():
     found, expected = (sparsegpt([w], x.t() @ x, SparsityPattern())[0] for w in (weight, weight.float()))
     assert found[0].dtype == torch.float32
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_the_kernel_equals_the_published_procedure_and_the_loop_in_torch(repository):
+    # Triton's interpreter has to be switched on before Triton is imported
+    command = [sys.executable, "tests/helpers/interpreted_sparsegpt.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+@pytest.mark.parametrize("group", [(0, 0), (2, 4)])
+def test_the_kernel_can_be_compiled_for_an_a100(group):
+    """The interpreter runs Python that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from wandazeta.pruning.method import sparsegpt_kernel
+
+    kernel = sparsegpt_kernel._eliminate
+    pointers = {"columns_ptr": "*fp32", "errors_ptr": "*fp32", "kept_ptr": "*u8", "factor_ptr": "*fp32"}
+    constants = {"num_pruned": group[1] - group[0], "group_size": group[1], "block_size": 128, "rows_at_once": 32}
+    signature = pointers | {"num_rows": "i32", "size": "i32"} | dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
+    assert "st.global" in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_where_the_kernel_does_not_run_a_warning_says_so(caplog):
+    from wandazeta.pruning.method.sparsegpt_kernel import is_usable
+
+    is_usable.cache_clear()
+    assert not is_usable(torch.device("cpu"))
+    (message,) = caplog.messages
+    assert "Triton cannot be used on cpu, so that SparseGPT takes many times as long" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("width", "pattern"), [*PATTERNS, (512, "128:256")])
+def test_a_gpu_equals_the_published_procedure(width, pattern):
+    weight, x = problem(width, rows=77)
+    gram = x.t() @ x
+    ((found, kept),) = sparsegpt([weight.cuda()], gram.cuda(), pattern_of(pattern))
+    expected, expected_mask = published(weight, gram, pattern_of(pattern))
+    assert torch.equal(kept.cpu(), expected_mask)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)

@@ -209,6 +209,22 @@ def test_gram_matrices_in_tiles_are_the_whole_ones(tile, monkeypatch):
     assert torch.equal(gram, gram.t())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_matrices_of_a_gpu_are_as_exact_as_float32(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 2, device="cuda", dtype=dtype)
+    x = torch.randn(1, 3000, 64, device="cuda", dtype=dtype)
+    sums = InputStatistics({"layer": layer}, with_gram=True)
+    with sums.collect(), torch.no_grad(), sums.sample(None):
+        layer(x)
+    ((gram, _),) = sums.gram_groups()
+    expected = x[0].double().t() @ x[0].double()
+    assert gram.dtype == torch.float32
+    assert (gram - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_a_layer_may_be_called_by_keyword():
     layer, x = nn.Linear(4, 4), torch.randn(1, 3, 4)
     found = []
