@@ -42,30 +42,31 @@ class BlockPlacement:
             index: Position of the block.
 
         Yields:
-            Weights at home by name, of those that are in memory elsewhere; weights in files are not among them.
+            Parameters and buffers at home by name, of those that are in memory elsewhere; none that are in files.
         """
         block = self._blocks[index]
-        pinned = self._read_ahead(index)
+        uploaded = {
+            name: buffer.to(self._device, non_blocking=True, copy=True)
+            for name, buffer in self._read_ahead(index).items()
+        }
+        self._start_reading(index + 1)
         parameters = dict(block.named_parameters())
-        in_files = {name for name, parameter in parameters.items() if is_file_backed(parameter)}
-        with parameters_loaded(block, {id(parameters[name]): buffer for name, buffer in pinned.items()}):
-            loaded = dict(block.named_parameters())
-            homes = {name: parameter.data for name, parameter in loaded.items()}
+        tensors: dict[str, Tensor] = {n: p for n, p in parameters.items() if not is_file_backed(p)}
+        tensors |= dict(block.named_buffers())
+        homes: dict[str, Tensor] = {}
+        with parameters_loaded(block, {id(parameters[name]): tensor for name, tensor in uploaded.items()}):
             try:
-                for name, buffer in pinned.items():
-                    loaded[name].data = buffer.to(self._device, non_blocking=True, copy=True)
+                for name, tensor in tensors.items():
+                    home = tensor.data
+                    here = uploaded[name] if name in uploaded else home.to(self._device)
+                    if here is not home:
+                        homes[name], tensor.data = home, here
+                # weights from files, if they were not read ahead
                 block.to(self._device)
-                self._start_reading(index + 1)
-                yield {
-                    name: home
-                    for name, home in homes.items()
-                    if name not in in_files and loaded[name].data_ptr() != home.data_ptr()
-                }
+                yield homes
             finally:
                 for name, home in homes.items():
-                    loaded[name].data = home
-                # its buffers, too
-                block.to(next(iter(homes.values())).device)
+                    tensors[name].data = home
 
     def _read_ahead(self, index: int) -> dict[str, Tensor]:
         """Return those weights of a block in pinned memory that are not on the device, by name."""
