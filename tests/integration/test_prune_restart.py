@@ -42,7 +42,7 @@ def test_killed_ten_times_in_a_row_the_same_bytes_come_out(tmp_path):
     finished = [kill["finished"] for kill in seen["kills"]]
     assert finished == sorted(set(finished)), f"seed {seed}: a kill without progress before it"
     assert [kill["exporting"] for kill in seen["kills"]] == [False] * 9 + [True]
-    assert sum(kill["writing"] for kill in seen["kills"]) >= 4, f"seed {seed}: hardly a kill met the writer"
+    assert sum(kill["writing"] for kill in seen["kills"]) >= 3, f"seed {seed}: hardly a kill met the writer"
     assert seen["kept"], f"seed {seed}: a finished block was written again"
     assert all(kill["kept"] for kill in seen["kills"]), f"seed {seed}: a finished block was written again"
 

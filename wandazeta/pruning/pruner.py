@@ -118,8 +118,8 @@ def prune_blocks(
         prepared: The pruning.
         device: Device of the current block and of the hidden states.
         progress: Storage of finished blocks, of which the first ones are loaded instead of pruned. Only rank 0 uses it.
-        on_block: Called after each block with its record and the number of blocks. The block may still be on its way to
-            the progress, from which nothing but the end of this function, whatever the reason, waits for it.
+        on_block: Called after each block with its record and the number of blocks. The block is saved while the next
+            one is pruned; whatever ends this function waits for that.
         should_stop: Called after each block; returns whether to stop. One rank is enough to stop all.
         ranks: The ranks, among which the samples are distributed; all pass the same pruning. By default one.
 
