@@ -5,9 +5,11 @@ import time
 
 import pytest
 from helpers.architectures import build
+from helpers.processes import fork_ranks
 from helpers.prune_model import Memory, equal, prune, tiny
 
 from wandazeta.pruning.pruner import PruningInterrupted
+from wandazeta.utilities.ranks import Ranks
 
 
 class Slow(Memory):
@@ -92,3 +94,17 @@ def test_a_pruning_that_was_asked_to_stop_has_saved_its_last_block():
     with pytest.raises(PruningInterrupted):
         tiny(rounds=1, run={"progress": progress, "should_stop": lambda: True})
     assert sorted(progress.results) == [0]
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_full_disk_of_rank_0_ends_all_ranks_at_the_same_block(tmp_path, fails_at):
+    def work(rank, size):
+        pruned = []
+        run = {"progress": Slow(fails_at), "on_block": lambda record, num_blocks: pruned.append(record.index)}
+        with pytest.raises((OSError, ValueError)) as error:
+            tiny(method="wanda", run=run | {"ranks": Ranks(rank, size)})
+        return str(error.value), pruned
+
+    of_disk = "[Errno 28] No space left on device: 'a block'"
+    pruned = list(range(fails_at + 1))
+    assert fork_ranks(work, tmp_path) == [(of_disk, pruned), (f"Failed on rank 0: {of_disk}", pruned)]
