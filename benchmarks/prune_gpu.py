@@ -9,8 +9,8 @@ block at a time. 128 samples of 2048 tokens and K = 5 rounds of M = 32 samples a
 Seconds are wall-clock, each phase without the phases inside it, with the device synchronised at its ends: `capture`
 (the inputs of the first block), `measure` (input norms, Gram matrices and regional gradients), `optimise` (the rounds),
 `norms` (of the optimised block), `prune` (scores and masks, in the rounds and after them), `solve` (masks and weights
-by SparseGPT), `propagate` (to the next block) and `rest` (moving blocks, the report). The utilisation (MFU) is the
-number of operations that the method needs, by formula, over the peak of the card.
+by SparseGPT), `propagate` (to the next block) and `rest` (moving blocks and results, without writing them; the report).
+The utilisation (MFU) is the number of operations that the method needs, by formula, over the peak of the card.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from wandazeta.pruning import PruneOptions, prune_model, pruner
+from wandazeta.pruning import BlockResult, PruneOptions, prune_model, pruner
 from wandazeta.pruning.method.block import NUM_PROBES, BlockPruner
 from wandazeta.pruning.records import BlockRecord
 from wandazeta.utilities.memory import peak_memory
@@ -191,6 +191,20 @@ class Phases:
             self._boundary()
 
 
+class Unwritten:
+    """A `Progress` that results are moved to and not written."""
+
+    def num_saved(self) -> int:
+        """Return 0: no block is finished at the start."""
+        return 0
+
+    def load(self, block_index: int) -> BlockResult | None:
+        """Return None: no block is finished at the start."""
+
+    def save(self, block_index: int, result: BlockResult) -> None:
+        """Drop a block."""
+
+
 def flops(shape: Shape, options: PruneOptions, num_samples: int, length: int) -> dict[str, float]:
     """Return the floating-point operations of the matrix products of each phase, by formula.
 
@@ -232,7 +246,8 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     phases = Phases(device)
     with phases.watch():
         forward = partial(model, use_cache=False)
-        prune_model(model, lambda batch: forward(**batch), batches, options, device=device, on_block=phases.end_block)
+        run = {"device": device, "progress": Unwritten(), "on_block": phases.end_block}
+        prune_model(model, lambda batch: forward(**batch), batches, options, **run)
     counts = flops(shape, options, arguments.num_samples, arguments.sequence_length)
     seconds = phases.seconds | {"total": sum(phases.seconds.values())}
     peaks = phases.peaks | {"total": max(phases.peaks.values())}

@@ -1,8 +1,8 @@
 """Prunes and exports by `wandazeta prune` twice: undisturbed, and killed again and again by SIGKILL on the way.
 
 This process imports everything once and each run is a fork of it, so that many kills fit into a test. Kills come at
-random instants: in the middle of blocks that are drawn from the whole run, the last one while the model is exported.
-What was seen at each kill is left in `kills.json`.
+random instants: in the middle of blocks that are drawn from the whole run, every second one while the block before is
+written, and the last one while the model is exported. What was seen at each kill is left in `kills.json`.
 """
 
 import json
@@ -30,6 +30,7 @@ from helpers.prune_config import write_prune_config  # noqa: E402
 
 from wandazeta.cli.main import main  # noqa: E402
 from wandazeta.pruning import pruner  # noqa: E402
+from wandazeta.utilities.files import TEMPORARY_NAME  # noqa: E402
 
 torch.set_num_threads(1)
 sys.argv = ["wandazeta"]
@@ -38,10 +39,12 @@ pruner.time = SimpleNamespace(perf_counter=lambda: 0.0)
 pruner.peak_memory = lambda device: 0
 
 
-def start(folder):
+def start(folder, fsync_seconds=0):
+    """Start a run, on a disk that takes some time for each file and each rename."""
     child = os.fork()
     if child == 0:
-        code = 1
+        code, fsync = 1, os.fsync
+        os.fsync = lambda file: (time.sleep(fsync_seconds), fsync(file))
         try:
             os.chdir(folder)
             main(["prune", "-c", "../config.yaml", "--output_dir", "model", "--pack", "true"])
@@ -104,16 +107,19 @@ def killed(folder, block_seconds, export_seconds):
     folder.mkdir()
     kills, finished = [], {}
     wanted = sorted(draw.sample(range(NUM_BLOCKS - SPARED), settings["kills"] - 1))
-    for number in wanted:
+    temporary = folder / "progress" / TEMPORARY_NAME
+    for count, number in enumerate(wanted):
         # at least one block more than at the last kill, which may have come late
         number = max(number, len(finished) + 1)
-        child = start(folder)
+        # the two files of a block take as long as the next block
+        child = start(folder, block_seconds / 4)
         assert wait_until(lambda number=number: len(blocks(folder)) >= number, child)
         time.sleep(draw.uniform(0, 1.5 * block_seconds))
+        assert count % 2 or wait_until(temporary.exists, child)
         assert kill(child), "it had ended: nothing was tested"
         found = blocks(folder)
         kept = all(found.get(name) == written for name, written in finished.items())
-        kills.append({"finished": len(found), "kept": kept, "exporting": False})
+        kills.append({"finished": len(found), "kept": kept, "writing": temporary.exists(), "exporting": False})
         finished = found
     for _ in range(10):
         child = start(folder)
@@ -125,7 +131,7 @@ def killed(folder, block_seconds, export_seconds):
         (folder / "model").rename(folder.with_name(f"missed-{child}"))
     found = blocks(folder)
     kept = all(found.get(name) == written for name, written in finished.items())
-    kills.append({"finished": len(found), "kept": kept, "exporting": hit})
+    kills.append({"finished": len(found), "kept": kept, "writing": False, "exporting": hit})
     end(start(folder))
     kept = blocks(folder) == found
     (root / "kills.json").write_text(json.dumps({"kills": kills, "kept": kept}))

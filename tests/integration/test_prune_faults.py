@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from wandazeta.cli import prune as export
 from wandazeta.cli.main import main
+from wandazeta.models import safetensors_io
 from wandazeta.utilities import files
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,16 +98,17 @@ def files_of(folder):
 def test_a_disk_that_fills_up_while_pruning_is_told_and_the_next_run_goes_on(
     small_disk, prepared, monkeypatch, capsys, stop
 ):
-    write, writes = files.write_atomically, []
+    open_file, writes = files.open_atomically, []
 
-    def filling(path, content):
+    def filling(path):
         writes.append(path.name)
         if len(writes) == stop + 1:
             fill(small_disk, left=0)
-        write(path, content)
+        return open_file(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", filling)
+        patch.setattr(files, "open_atomically", filling)
+        patch.setattr(safetensors_io, "open_atomically", filling)
         line = refused(PRUNE, capsys)
     assert "No space left on device" in line
     assert writes[-1] in line

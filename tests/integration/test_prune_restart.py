@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from helpers.processes import run
 from helpers.pruning import Tiny, callback, loader, same, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
+from wandazeta.pruning.method.block import BlockPruner
 from wandazeta.pruning.progress import folder as progress
 from wandazeta.utilities import files
 
@@ -40,6 +42,7 @@ def test_killed_ten_times_in_a_row_the_same_bytes_come_out(tmp_path):
     finished = [kill["finished"] for kill in seen["kills"]]
     assert finished == sorted(set(finished)), f"seed {seed}: a kill without progress before it"
     assert [kill["exporting"] for kill in seen["kills"]] == [False] * 9 + [True]
+    assert sum(kill["writing"] for kill in seen["kills"]) >= 3, f"seed {seed}: hardly a kill met the writer"
     assert seen["kept"], f"seed {seed}: a finished block was written again"
     assert all(kill["kept"] for kill in seen["kills"]), f"seed {seed}: a finished block was written again"
 
@@ -64,24 +67,26 @@ def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeyp
         pass
 
     expected = prune(tmp_path / "undisturbed")
-    write, writes = files.write_atomically, 0
+    replace, writes = Path.replace, 0
     for stop in range(100):
         folder, left = tmp_path / f"stopped-{stop}", stop
 
-        def stopping(path, content):
+        def stopping(path, target):
             nonlocal left
-            if left == 0:
-                path.with_name(".writing.tmp").write_bytes(content[: len(content) // 2])
-                raise KilledError
-            left -= 1
-            write(path, content)
+            if path.name == files.TEMPORARY_NAME:
+                if left == 0:
+                    raise KilledError(path, path.read_bytes())
+                left -= 1
+            return replace(path, target)
 
-        monkeypatch.setattr(files, "write_atomically", stopping)
-        try:
-            prune(folder)
-        except KilledError:
-            writes += 1
-        monkeypatch.setattr(files, "write_atomically", write)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", stopping)
+            try:
+                prune(folder)
+            except KilledError as killed:
+                writes += 1
+                path, content = killed.args
+                path.write_bytes(content[: len(content) // 2])
         assert same(prune(folder), expected)
         assert_same_bytes(folder, tmp_path / "undisturbed", num_blocks=3)
         if writes == stop:
@@ -94,15 +99,20 @@ def test_killed_between_any_two_writes_the_same_bytes_come_out(tmp_path, monkeyp
 def test_a_signal_lets_the_block_finish_and_writes_no_checkpoint(tmp_path, monkeypatch, caplog, signum):
     expected, before = Tiny(), signal.getsignal(signum)
     trainer(callback(tmp_path / "undisturbed")).fit(expected, loader())
-    save = progress.ProgressFolder.save
+    save, finish = progress.ProgressFolder.save, BlockPruner.finish
 
     def saving(folder, index, result):
-        if index == 1:
-            os.kill(os.getpid(), signum)
+        time.sleep(0.1)  # at the signal, the block before is still being written
         save(folder, index, result)
+
+    def finishing(block, *args):
+        if block.index == 1:
+            os.kill(os.getpid(), signum)
+        return finish(block, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(progress.ProgressFolder, "save", saving)
+        patch.setattr(BlockPruner, "finish", finishing)
         folder = tmp_path / "stopped"
         with pytest.raises(SystemExit) as stop:
             trainer(callback(folder), OnExceptionCheckpoint(tmp_path / "checkpoints"), enable_checkpointing=True).fit(

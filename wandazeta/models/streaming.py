@@ -117,14 +117,16 @@ def materialize(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def parameters_loaded(block: nn.Module) -> Iterator[None]:
+def parameters_loaded(block: nn.Module, read: Mapping[int, Tensor] | None = None) -> Iterator[None]:
     """Temporarily load the file-backed parameters of a block; changes to them are lost when the context ends.
 
     Parameters that are in memory, or loaded already, are left alone.
 
     Args:
         block: The block.
+        read: Values that have been read already, by the id of their parameter.
     """
+    read = read or {}
     file_backed = [
         (module, name, parameter)
         for module in block.modules()
@@ -135,7 +137,8 @@ def parameters_loaded(block: nn.Module) -> Iterator[None]:
     try:
         for module, name, parameter in file_backed:
             if id(parameter) not in loaded:
-                loaded[id(parameter)] = nn.Parameter(materialize(parameter), requires_grad=parameter.requires_grad)
+                values = read[id(parameter)] if id(parameter) in read else materialize(parameter)
+                loaded[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             module._parameters[name] = loaded[id(parameter)]
         yield
     finally:

@@ -15,12 +15,14 @@ from wandazeta.models.attention import differentiable_attention
 from wandazeta.models.blocks import call_block
 from wandazeta.models.experts import fused_name, split_experts
 from wandazeta.models.modes import evaluation_mode, frozen
-from wandazeta.models.streaming import parameters_loaded
+from wandazeta.models.placement import BlockPlacement
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_finite
+from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_all_finite
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 from wandazeta.pruning.samples import Batches, Samples, capture_samples
+from wandazeta.utilities.background import BackgroundThread
+from wandazeta.utilities.host_memory import HostCopies
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.rng import isolated_rng
@@ -54,7 +56,7 @@ class BlockResult:
     """A finished block.
 
     Args:
-        weights: Pruned weights in the model's precision, on the CPU, by parameter name relative to the block, such as
+        weights: Pruned weights in the model's precision, by parameter name relative to the block, such as
             `mlp.up_proj.weight`.
         masks: True where a weight was kept; names and shapes as in `weights`.
         record: The report's record of the block.
@@ -79,11 +81,11 @@ class Progress(Protocol):
         """
 
     def save(self, block_index: int, result: BlockResult) -> None:
-        """Save a finished block.
+        """Save a finished block; called in a thread of its own while the next block is pruned.
 
         Args:
             block_index: Position of the block.
-            result: The block.
+            result: The block, on the CPU; the next one overwrites its tensors.
         """
 
 
@@ -116,7 +118,8 @@ def prune_blocks(
         prepared: The pruning.
         device: Device of the current block and of the hidden states.
         progress: Storage of finished blocks, of which the first ones are loaded instead of pruned. Only rank 0 uses it.
-        on_block: Called after each block with its record and the number of blocks.
+        on_block: Called after each block with its record and the number of blocks. The block is saved while the next
+            one is pruned; whatever ends this function waits for that.
         should_stop: Called after each block; returns whether to stop. One rank is enough to stop all.
         ranks: The ranks, among which the samples are distributed; all pass the same pruning. By default one.
 
@@ -126,6 +129,7 @@ def prune_blocks(
     Raises:
         ValueError: If the model or the calibration data do not fit.
         PruningInterrupted: If `should_stop` returned True before the last block.
+        OSError: If a block cannot be saved, for example on a full disk; noticed at the end of the next block.
     """
     device, options, num_blocks = torch.device(device), prepared.options, len(prepared.blocks)
     _warn_of_slow_bfloat16(device, options)
@@ -138,13 +142,16 @@ def prune_blocks(
         isolated_rng(options.seed),
         evaluation_mode(prepared.model.modules()),
         frozen(prepared.model),
+        BackgroundThread(device) as reader,
+        BackgroundThread(device) as writer,
     ):
         is_complete = ranks.broadcast_object(_is_complete(progress, num_blocks))
         samples = None
         if options.method.uses_calibration and not is_complete:
             rows = prepared.rows[ranks.rank :: ranks.size]
             samples = capture_samples(prepared.blocks, prepared.forward, rows, prepared.token_mask, device)
-        sequence = _BlockSequence(prepared, samples, device, ranks)
+        sequence = _BlockSequence(prepared, samples, device, ranks, reader)
+        copies = HostCopies(device)
         records: list[BlockRecord] = []
         num_saved = progress.num_saved() if progress is not None else 0
         loading = True
@@ -156,16 +163,22 @@ def prune_blocks(
             if record is not None:
                 sequence.replay(index, record, found)
             else:
-                result = sequence.prune(index)
-                # if the disk of rank 0 is full, no rank may wait for it at the next block
-                ranks.run_on_all(partial(_save, progress, index, result))
+                result, homes = sequence.prune(index)
                 record = result.record
+                # if the disk of rank 0 is full, no rank may wait for it at the next block
+                ranks.run_on_all(writer.wait)
+                if progress is not None or homes:
+                    copied, wait_for_copy = _start_copy(result, copies)
+                    writer.submit(partial(_keep, progress, index, copied, homes, wait_for_copy))
+                del result, homes
             records.append(record)
             if on_block is not None:
                 on_block(record, num_blocks)
             stops = should_stop is not None and should_stop()
             if index < num_blocks - 1 and ranks.sum(float(stops)):
+                ranks.run_on_all(writer.wait)
                 raise PruningInterrupted(index)
+        ranks.run_on_all(writer.wait)
     return PruneReport(options.to_dict(), prepared.block_name, tuple(records))
 
 
@@ -176,7 +189,26 @@ def _is_complete(progress: Progress | None, num_blocks: int) -> bool:
     return all(progress.load(index) is not None for index in range(num_blocks))
 
 
-def _save(progress: Progress | None, index: int, result: BlockResult) -> None:
+def _start_copy(result: BlockResult, copies: HostCopies) -> tuple[BlockResult, Callable[[], None]]:
+    """Start to copy a finished block to the CPU; returns the copy, and a function that waits until it is complete."""
+    weights = {("weight", name): weight for name, weight in result.weights.items()}
+    masks = {("mask", name): mask for name, mask in result.masks.items()}
+    copied, wait = copies.start(weights | masks)
+    of_kind = {kind: {name: t for (k, name), t in copied.items() if k == kind} for kind in ("weight", "mask")}
+    return BlockResult(of_kind["weight"], of_kind["mask"], result.record), wait
+
+
+def _keep(
+    progress: Progress | None,
+    index: int,
+    result: BlockResult,
+    homes: Mapping[str, Tensor],
+    wait_for_copy: Callable[[], None],
+) -> None:
+    """Write a finished block to the weights of the model that are not on the device, and to the progress."""
+    wait_for_copy()
+    for name, home in homes.items():
+        home.copy_(result.weights[name])
     if progress is not None:
         progress.save(index, result)
 
@@ -191,15 +223,24 @@ class _BlockSequence:
         samples: The calibration samples of this rank at the first block; None if no block has to be run.
         device: Device of the current block.
         ranks: The ranks.
+        reader: Reads the next block.
     """
 
-    def __init__(self, prepared: PreparedPruning, samples: Samples | None, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        prepared: PreparedPruning,
+        samples: Samples | None,
+        device: torch.device,
+        ranks: Ranks,
+        reader: BackgroundThread,
+    ) -> None:
         self.name = prepared.block_name
         self.blocks = prepared.blocks
         self.options = prepared.options
         self.samples = samples
         self.device = device
         self.ranks = ranks
+        self._placement = BlockPlacement(prepared.blocks, device, reader)
         keeps_stream = self.options.method.target == "dense_stream"
         self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
         # of the blocks that the tuned optimisation improved
@@ -218,7 +259,7 @@ class _BlockSequence:
             ValueError: If it is a block of another model.
         """
         self._note_rate(record)
-        with self._block(index) as weights:
+        with self._block(index) as (weights, homes):
             self.ranks.run_on_all(partial(self._check_result, index, weights, result))
             feeds_next = self.samples is not None and index < len(self.blocks) - 1
             batches = self._batches(index) if feeds_next else Batches(())
@@ -230,6 +271,8 @@ class _BlockSequence:
                 for name, weight in weights.items():
                     weight.parameter.copy_(result.weights[name])
             self.ranks.broadcast_([weight.parameter for weight in weights.values()])
+            for name, home in homes.items():
+                home.copy_(weights[name].parameter)
             if self.samples is not None and feeds_next:
                 self._forward(index, self.samples.hidden, batches)
 
@@ -245,16 +288,19 @@ class _BlockSequence:
                 f"{', '.join(result.weights)}; remove the progress and start again"
             )
 
-    def prune(self, index: int) -> BlockResult:
+    def prune(self, index: int) -> tuple[BlockResult, dict[str, Tensor]]:
         """Prune a block and move the hidden states on.
 
         Args:
             index: Position of the block.
+
+        Returns:
+            The block, on the device; and weights of the model by name that are in memory elsewhere, still dense.
         """
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._block(index) as prunable, ExitStack() as stack:
+        with self._block(index) as (prunable, homes), ExitStack() as stack:
             block = BlockPruner(
                 index,
                 prunable_layers(self.blocks[index], self.options.exclude_modules, f"{self.name}.{index}"),
@@ -271,9 +317,8 @@ class _BlockSequence:
                 kept, loss_after = block.mask_by_score(), None
             else:
                 kept, loss_after = self._prune_calibrated(index, block, self.samples)
-            weights = {name: weight.parameter.detach().to("cpu", copy=True) for name, weight in prunable.items()}
-            for name, weight in weights.items():
-                require_finite("pruned weights", name, index, weight)
+            weights = {name: weight.parameter.detach() for name, weight in prunable.items()}
+            require_all_finite([("pruned weights", name, weight) for name, weight in weights.items()], index)
             masks, layer_records = _by_parameter(kept, block.records(kept), prunable)
             record = BlockRecord(
                 index,
@@ -288,7 +333,7 @@ class _BlockSequence:
                 tuning=block.tuning,
             )
         self._note_rate(record)
-        return BlockResult(weights, {name: mask.cpu() for name, mask in masks.items()}, record)
+        return BlockResult(weights, masks, record), homes
 
     def _prune_calibrated(
         self, index: int, block: BlockPruner, samples: Samples
@@ -379,18 +424,16 @@ class _BlockSequence:
                     hidden[sample] = states
 
     @contextmanager
-    def _block(self, index: int) -> Iterator[dict[str, PrunableWeight]]:
-        """Move a block to the device inside the context, and split its experts; yields its weights to prune."""
-        block = self.blocks[index]
-        with parameters_loaded(block):
-            home = next(block.parameters()).device
-            block.to(self.device)
-            try:
-                weights = prunable_weights(block, self.options.exclude_modules, f"{self.name}.{index}")
-                with split_experts(weight.module for weight in weights.values()):
-                    yield weights
-            finally:
-                block.to(home)
+    def _block(self, index: int) -> Iterator[tuple[dict[str, PrunableWeight], dict[str, Tensor]]]:
+        """Put a block on the device inside the context, and split its experts.
+
+        Yields:
+            Its weights to prune; and those of the model that are in memory elsewhere, by the same names.
+        """
+        with self._placement.on_device(index) as homes:
+            weights = prunable_weights(self.blocks[index], self.options.exclude_modules, f"{self.name}.{index}")
+            with split_experts(weight.module for weight in weights.values()):
+                yield weights, {name: homes[name] for name in weights if name in homes}
 
 
 def _by_parameter(

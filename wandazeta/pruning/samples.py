@@ -10,8 +10,27 @@ from torch import Tensor, nn
 from wandazeta.models.blocks import BlockCall, CallCapture
 from wandazeta.pruning.calibration import num_rows
 
-# tokens of a batch: keeps the processor busy, and is small beside the activations of the block
-_MAX_TOKENS = 2048
+# tokens of a batch: enough to keep a processor busy, and few enough to be small beside the rest of a pruning
+_MIN_TOKENS, _GPU_TOKENS = 2048, 8192
+# bytes that the forward of a block takes for each token and unit of width, most of them in the MLP, of up to four times
+# the width: its activations, and their squares in float32
+_BYTES_OF_FORWARD = 100
+
+
+def max_tokens(device: torch.device, width: int) -> int:
+    """Return how many tokens may run through a block together.
+
+    The number decides how sums are rounded. So it depends on the device and the model alone, not on the memory that
+    happens to be free, and a pruning that is started again on the same device goes on with the same bits.
+
+    Args:
+        device: The compute device.
+        width: Width of the hidden states.
+    """
+    if device.type != "cuda":
+        return _MIN_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(_MIN_TOKENS, min(_GPU_TOKENS, memory // 8 // (_BYTES_OF_FORWARD * width)))
 
 
 @dataclass
@@ -46,11 +65,15 @@ class Samples:
         Args:
             block_index: Position of the block.
         """
+        if not self.hidden:
+            return Batches(())
         keys: list[Hashable] = []
         for states, calls, mask in zip(self.hidden, self.calls, self.masks, strict=True):
             call = calls[block_index]
             keys.append(None if mask is not None else (states.shape, _key(_parts(call), id)))
-        return Batches(self.masks, keys, [states.shape[:-1].numel() for states in self.hidden])
+        num_tokens = [states.shape[:-1].numel() for states in self.hidden]
+        first = self.hidden[0]
+        return Batches(self.masks, keys, num_tokens, max_tokens(first.device, first.shape[-1]))
 
     def call_signature(self, sample: int, block_index: int) -> Hashable:
         """Return a key that is equal for calls whose tensors have equal shapes.
@@ -68,15 +91,21 @@ class Batches:
     Args:
         masks: For each sample, which positions are no padding; None if all are.
         keys: Samples with equal keys can share a batch; None for a sample that needs a batch of its own.
-        num_tokens: Length of each sample; the total length of a batch is limited.
+        num_tokens: Length of each sample.
+        max_tokens: Total length of a batch of several samples, at most.
     """
 
     def __init__(
-        self, masks: Sequence[Tensor | None], keys: Sequence[Hashable] = (), num_tokens: Sequence[int] = ()
+        self,
+        masks: Sequence[Tensor | None],
+        keys: Sequence[Hashable] = (),
+        num_tokens: Sequence[int] = (),
+        max_tokens: int = _MIN_TOKENS,
     ) -> None:
         self._masks = masks
         self._keys = keys or [None] * len(masks)
         self._num_tokens = num_tokens or [0] * len(masks)
+        self._max_tokens = max_tokens
 
     def split(self, indices: Sequence[int]) -> list[list[int]]:
         """Group neighbouring samples into batches.
@@ -88,7 +117,7 @@ class Batches:
         for index in indices:
             last = batches[-1] if batches else []
             fits = bool(last) and self._keys[index] is not None and self._keys[last[0]] == self._keys[index]
-            if fits and self._num_tokens[index] * (len(last) + 1) <= _MAX_TOKENS:
+            if fits and self._num_tokens[index] * (len(last) + 1) <= self._max_tokens:
                 last.append(index)
             else:
                 batches.append([index])

@@ -44,9 +44,9 @@ def test_complete_progress_needs_neither_data_nor_forward():
 
 
 def test_finished_blocks_are_read_once(monkeypatch):
-    progress, loaded = Memory(), []
+    progress, loaded, done = Memory(), [], []
     with pytest.raises(PruningInterrupted):
-        tiny(run={"progress": progress, "should_stop": lambda: len(progress.results) == 2})
+        tiny(run={"progress": progress, "should_stop": lambda: done.append(1) or len(done) == 2})
     load = progress.load
     monkeypatch.setattr(progress, "load", lambda index: loaded.append(index) or load(index))
     tiny(run={"progress": progress})

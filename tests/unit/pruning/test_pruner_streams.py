@@ -174,7 +174,7 @@ def test_an_expert_that_a_round_does_not_reach_keeps_its_norms(mask_mode):
     "options", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "ro", "target": "dense_stream"}], ids=str
 )
 def test_forwards_without_a_use_end_early_and_nothing_changes(monkeypatch, name, options):
-    monkeypatch.setattr(samples, "_MAX_TOKENS", 16)  # several batches
+    monkeypatch.setattr(samples, "max_tokens", lambda device, width: 16)  # several batches
     batches = token_batches(24)
     model, _, report = tiny(name, batches=batches, **options)
     sample, stops = InputStatistics.sample, []

@@ -1,10 +1,11 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from wandazeta.pruning.samples import Batches, capture_samples
+from wandazeta.pruning.samples import Batches, capture_samples, max_tokens
 
 
 class Model(nn.Module):
@@ -53,6 +54,19 @@ def test_batches_are_neighbours_without_padding_that_are_called_alike():
     assert batches.one_by_one().split(range(5)) == [[0], [1], [2], [3], [4]]
     long = Batches([None] * 5, keys=["a"] * 5, num_tokens=[1000] * 5)
     assert long.split(range(5)) == [[0, 1], [2, 3], [4]]
+    longer = Batches([None] * 5, keys=["a"] * 5, num_tokens=[1000] * 5, max_tokens=3000)
+    assert longer.split(range(5)) == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("gib", "width", "expected"), [(80, 4096, 8192), (24, 4096, 7864), (80, 16384, 6553), (8, 8192, 2048)]
+)
+def test_the_tokens_of_a_batch_depend_on_the_memory_of_a_gpu_and_the_width(monkeypatch, gib, width, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    assert max_tokens(torch.device("cuda"), width) == expected
+    # an eighth of the memory, if more than 2,048 tokens fit into it
+    assert expected * 100 * width <= gib * 2**30 / 8 or expected == 2048
+    assert max_tokens(torch.device("cpu"), width) == 2048
 
 
 def test_samples_are_told_apart_by_shape_padding_and_arguments():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.experts import ExpertLayer
-from wandazeta.pruning.method.layers import require_finite, weight_view
+from wandazeta.pruning.method.layers import require_all_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.optimizer import MasterWeights
 from wandazeta.pruning.method.regional import (
@@ -147,11 +147,7 @@ class BlockPruner:
         reached = [name for name in self.layers if not self._is_unreached(name)]
         values = [("inputs", name, self.statistics.norm(name)) for name in reached]
         values += [("gradients", name, gradient) for name, gradient in self.gradients.items()]
-        # one read of the device for all
-        finite = torch.stack([tensor.isfinite().all() for *_, tensor in values]).tolist() if values else []
-        for (what, name, tensor), is_finite in zip(values, finite, strict=True):
-            if not is_finite:
-                require_finite(what, name, self.index, tensor)
+        require_all_finite(values, self.index)
 
     def finish(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """Prune the block by its method, after `measure`.

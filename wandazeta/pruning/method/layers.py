@@ -409,6 +409,22 @@ def require_finite(what: str, name: str, index: int, values: Tensor) -> None:
         )
 
 
+def require_all_finite(values: Sequence[tuple[str, str, Tensor]], index: int) -> None:
+    """Refuse values of a block that are not finite, with one read of the device for all.
+
+    Args:
+        values: What the values are, the name of their layer, and the values, as for `require_finite`.
+        index: Position of the block.
+
+    Raises:
+        ValueError: If there are infinities or NaN.
+    """
+    finite = torch.stack([tensor.isfinite().all() for *_, tensor in values]).tolist() if values else []
+    for (what, name, tensor), is_finite in zip(values, finite, strict=True):
+        if not is_finite:
+            require_finite(what, name, index, tensor)
+
+
 def _identity(weight: Tensor) -> int:
     # a tensor that is still in its file has no address
     return weight.data_ptr() or id(weight)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from wandazeta.models.safetensors_io import LazyTensor, write_streamed
 from wandazeta.models.streaming import StoredTensor, back_by_file, is_file_backed
 from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.pruner import BlockResult
@@ -200,8 +200,8 @@ class ProgressFolder:
         note: dict[str, Any] = {"key": self._key_digest, "previous": previous, "record": record}
         note["digest"] = _digest(tensors, note)
         files.write_json(self._cost_path(block_index), costs)
-        # one metadata entry: safetensors does not keep the order of several
-        files.write_atomically(self._block_path(block_index), save(tensors, metadata={"wandazeta": json.dumps(note)}))
+        lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+        write_streamed(self._block_path(block_index), lazy, {"wandazeta": json.dumps(note)})
         self._block_digests[block_index] = note["digest"]
 
     def load(self, block_index: int) -> BlockResult | None:
