@@ -35,7 +35,7 @@ from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
 from wandazeta.utilities.memory import peak_memory
-from wandazeta.zeroth_order import TwoSided, directions_of_step, projected_gradients
+from wandazeta.zeroth_order import Directions, TwoSided, directions_of_step, projected_gradients
 
 RESULT = RESULTS / "zo_gpu.json"
 EPSILON = 3e-3
@@ -88,6 +88,10 @@ class Steps:
         self.chunk_size = chunk_size
         self.done = 0
 
+    def directions(self) -> Directions:
+        """Return the directions of the next step."""
+        return directions_of_step(self.vector.theta, 0, self.done)
+
     def _losses(self, theta_Pd: Tensor) -> Tensor:
         assert self.prepared.labels is not None
         with self.vector.use(theta_Pd):
@@ -97,7 +101,7 @@ class Steps:
     def run(self, num_queries: int) -> None:
         """Take one step and synchronise the device."""
         theta = self.vector.theta
-        directions = directions_of_step(theta, 0, self.done)
+        directions = self.directions()
         points = range(self.estimator.num_points(num_queries))
         found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
         self.chunk_size = found.chunk_size

@@ -55,6 +55,7 @@ from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
 from wandazeta.scoring.scorer import Prepared, Scores
 from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
+from wandazeta.utilities.random_streams import drawn_by
 from wandazeta.zeroth_order import (
     DEFAULT_EPSILON,
     ConstantSchedule,
@@ -202,6 +203,8 @@ class ZerothOrderModule(LanguageModel):
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
+        # what drew the directions before a checkpoint
+        self._drawn_by: str | None = None
         self._rank_sync: RankSync | None = None
         self._step_cost = StepCost(self._cached_bytes)
         if not loading.shard_on_load:
@@ -346,6 +349,13 @@ class ZerothOrderModule(LanguageModel):
             self._updates = step
             self.progress[0] = step
         self.trainer.should_stop |= self._exceeds_budget(step)
+        # only now is the module on its device, whatever the strategy
+        here = drawn_by(self.device)
+        if self._drawn_by not in (None, here):
+            rank_zero_warn(
+                f"The checkpoint's directions were drawn by {self._drawn_by} and new ones are drawn by {here}: "
+                "training continues, along other directions than those of an uninterrupted run"
+            )
         self._step_cost = StepCost(self._cached_bytes)
 
     @override
@@ -558,6 +568,7 @@ class ZerothOrderModule(LanguageModel):
             **describe_rates(self._new_optimizer(), self.lr_scheduler),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
+            "directions_drawn_by": drawn_by(self.device),
             "theta_sum": self._theta_sum(),
         }
 
@@ -581,6 +592,8 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
         self.query_chunk_size = saved["query_chunk_size"]
         self._nonfinite_steps = saved["nonfinite_steps"]
+        # the CPU drew them all before checkpoints recorded it
+        self._drawn_by = saved.get("directions_drawn_by", "cpu")
         if "current_model_state" in checkpoint:
             # WeightAveraging loads both states, and expects the frozen weights in them
             for key, state in model_states(checkpoint):
