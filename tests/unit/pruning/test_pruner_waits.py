@@ -1,21 +1,14 @@
-"""Where the host would wait for a GPU: never inside a loop over samples, rounds, steps or queries.
-
-Reading a value (`.item()`, `bool(tensor)`) and a boolean index make the host wait. On a CPU they are operations, too,
-and counted here.
-"""
-
-from collections import Counter
+"""Where the host would wait for a GPU: never inside a loop over samples, rounds, steps or queries."""
 
 import pytest
 import torch
 from helpers.causal_lms import tiny_lm
 from helpers.prune_options import make_options
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.waits import Waits
 
 from wandazeta.pruning import prune_model
 from wandazeta.zeroth_order import OneSided, TwoSided, directions_of_step, projected_gradients
 
-WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 METHODS = [
     {"method": "magnitude"},
     {"method": "wanda"},
@@ -25,22 +18,6 @@ METHODS = [
     {"method": "wanda++", "alpha": "auto", "mask_mode": "fixed", "optimizer": "adamw", "lr_schedule": "linear"},
     {"method": "wanda++", "mask_mode": "straight_through", "target": "dense_stream"},
 ]
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        indices = args[1] if str(func).startswith(("aten.index.", "aten.index_put")) else ()
-        if str(func).startswith(WAITS):
-            self.counts[str(func)] += 1
-        elif any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices):
-            self.counts[f"{func} with a mask"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def waits_of_a_block(options, num_samples, padding=0):
