@@ -597,7 +597,7 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
         self.query_chunk_size = saved["query_chunk_size"]
         self._nonfinite_steps = saved["nonfinite_steps"]
-        # the CPU drew them all before checkpoints recorded it
+        # the CPU drew those of adapters before checkpoints recorded it
         self._drawn_by = saved.get("directions_drawn_by", "cpu")
         if "current_model_state" in checkpoint:
             # WeightAveraging loads both states, and expects the frozen weights in them
