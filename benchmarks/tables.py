@@ -661,24 +661,34 @@ def gpu_peer_table(result: dict[str, Any]) -> str:
 
 def gpu_zo_table(result: dict[str, Any]) -> str:
     """Seconds of zeroth-order steps of a 7B shape on one GPU, on dense and on sparse kernels."""
+    # records of earlier versions have no bare forward passes
+    has_ratio = all("step_over_forwards_range" in r for r in result["records"])
     body = [
         [
             "2:4 kernels" if r["sparse"] else "dense kernels",
             str(r["num_queries"]),
             f"{median(r['seconds']):.3f}",
+            *([step_ratio(r)] if has_ratio else []),
             f"{r['tokens_per_second']:,.0f}",
             f"{r['peak_share']:.0%}",
             _gib(r),
         ]
         for r in result["records"]
     ]
-    heading = ["", "queries", "seconds a step", "tokens a second", "of the peak", "peak GiB"]
+    ratio = ["step / forwards"] if has_ratio else []
+    heading = ["", "queries", "seconds a step", *ratio, "tokens a second", "of the peak", "peak GiB"]
     first, hardware = result["records"][0], result["hardware"]
     return (
         f"{rows(heading, body)}\n\nLLaMA-7B's shape, tensor trains in every block, {first['batch']} prompts of "
         f"{first['prompt_tokens']} tokens, {first['query_chunk_size']} copies per forward pass; {hardware['gpu']}, "
         f"torch {result['versions']['torch']}; commit {result['commit']}."
     )
+
+
+def step_ratio(record: dict[str, Any]) -> str:
+    """Return the ratio of a zeroth-order step to its bare forward passes, with the range over the pairs of both."""
+    least, most = record["step_over_forwards_range"]
+    return f"{record['step_over_forwards']:.2f} ({least:.2f} to {most:.2f})"
 
 
 def gpu_kernels_table(result: dict[str, Any]) -> str:

@@ -7,13 +7,17 @@ The second line is a smoke test. The weights are random bfloat16, pruned to 2:4 
 models compute the same. A step is that of `ZerothOrderModule` without the trainer: prompts of equal length with two
 answers, tensor-train adapters in every block, two-sided queries, the mean over the queries, plain SGD. Tokens are
 counted over all forward passes of a step; the share of the peak counts the operations of the dense weights over the
-card's dense peak in both cases. The same forward passes of the model without adapters, as many copies of the batch in
-each, are timed beside the steps.
+card's dense peak in both cases.
+
+Steps alternate with their bare forward passes: the same rows through the same weights, without adapters and without the
+estimator, as many copies of the batch in each pass. The ratio is that of each step to the forward passes next to it.
 """
 
 import argparse
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +27,7 @@ from prune_gpu import PEAKS, SHAPES, random_model
 from records import RESULTS, describe, write
 from rich.console import Console
 from rich.table import Table
+from tables import step_ratio
 from torch import Tensor, nn
 
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters
@@ -30,7 +35,7 @@ from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
 from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
 from wandazeta.utilities.memory import peak_memory
-from wandazeta.zeroth_order import TwoSided, directions_of_step, projected_gradients
+from wandazeta.zeroth_order import Directions, TwoSided, directions_of_step, projected_gradients
 
 RESULT = RESULTS / "zo_gpu.json"
 EPSILON = 3e-3
@@ -45,20 +50,23 @@ class Forwards:
     Args:
         model: The model.
         batch: Prompts with answer options.
-        chunk_size: Copies of the batch in one forward pass.
     """
 
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], chunk_size: int) -> None:
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.scorer = Scorer(model)
         self.prepared: Prepared = self.scorer.prepare(batch)
-        self.chunk_size = chunk_size
 
     @torch.no_grad()
-    def run(self, num_queries: int) -> None:
-        """Run the forward passes and synchronise the device."""
+    def run(self, num_queries: int, chunk_size: int) -> None:
+        """Run the forward passes and synchronise the device.
+
+        Args:
+            num_queries: Queries of the step.
+            chunk_size: Copies of the batch in one forward pass.
+        """
         num_points = TwoSided(EPSILON).num_points(num_queries)
-        for start in range(0, num_points, self.chunk_size):
-            losses = self.scorer.option_scores(self.prepared, min(self.chunk_size, num_points - start)).values
+        for start in range(0, num_points, chunk_size):
+            losses = self.scorer.option_scores(self.prepared, min(chunk_size, num_points - start)).values
         synchronize(losses.device)
 
 
@@ -80,6 +88,10 @@ class Steps:
         self.chunk_size = chunk_size
         self.done = 0
 
+    def directions(self) -> Directions:
+        """Return the directions of the next step."""
+        return directions_of_step(self.vector.theta, 0, self.done)
+
     def _losses(self, theta_Pd: Tensor) -> Tensor:
         assert self.prepared.labels is not None
         with self.vector.use(theta_Pd):
@@ -89,7 +101,7 @@ class Steps:
     def run(self, num_queries: int) -> None:
         """Take one step and synchronise the device."""
         theta = self.vector.theta
-        directions = directions_of_step(theta, 0, self.done)
+        directions = self.directions()
         points = range(self.estimator.num_points(num_queries))
         found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
         self.chunk_size = found.chunk_size
@@ -124,14 +136,29 @@ def random_batch(vocabulary: int, batch: int, tokens: int, device: torch.device)
     return data | {"option_ids": options, "option_mask": torch.ones_like(options, dtype=torch.bool)}
 
 
-def seconds_of(run: Callable[[int], None], num_queries: int, times: int) -> list[float]:
-    """Measure the seconds of a few runs, after one that chooses kernels."""
-    seconds = []
+def share_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with the same parameters and buffers, not copies of them."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def alternate(runs: Sequence[Callable[[], None]], times: int) -> list[list[float]]:
+    """Measure the seconds of functions in turn, after a round that chooses kernels.
+
+    Args:
+        runs: The functions.
+        times: Measured rounds.
+
+    Returns:
+        The seconds of each function.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(times + 1):
-        start = time.perf_counter()
-        run(num_queries)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+        for run, measured in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            measured.append(time.perf_counter() - start)
+    return [measured[1:] for measured in seconds]
 
 
 def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,8 +171,7 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
         console.print("No 2:4 kernel is faster for this batch: there are no steps on them to measure.")
         return []
     batch = random_batch(shape.vocabulary, arguments.batch, arguments.tokens, device)
-    forwards = Forwards(model, batch, arguments.chunk)
-    bare = {queries: seconds_of(forwards.run, queries, arguments.steps) for queries in arguments.queries}
+    forwards = Forwards(share_weights(model), batch)
     steps = Steps(model, batch, arguments.chunk)
     weights = sum(rows * columns for rows, columns in shape.linears.values())
     # attention is causal: half of the scores count
@@ -154,14 +180,17 @@ def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]
     for num_queries in arguments.queries:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = seconds_of(steps.run, num_queries, arguments.steps)
+        # the step comes first: it finds the number of copies that fits into memory
+        runs = (partial(steps.run, num_queries), lambda queries=num_queries: forwards.run(queries, steps.chunk_size))
+        seconds, bare = alternate(runs, arguments.steps)
         speed = 2 * num_queries * batch["input_ids"].numel() / median(seconds)
         share = speed * flop_token / 1e12 / arguments.peak_tflops if arguments.peak_tflops else None
         record = {"model": arguments.shape, "num_queries": num_queries, "sparse": sparse, "batch": arguments.batch}
         record |= {"prompt_tokens": arguments.tokens, "query_chunk_size": steps.chunk_size, "seconds": seconds}
         record |= {"tokens_per_second": speed, "peak_share": share, "peak_gib": peak_memory(device) / 2**30}
-        ratio = median(seconds) / median(bare[num_queries])
-        records.append(record | {"seconds_forwards": bare[num_queries], "step_over_forwards": ratio})
+        ratios = [step / passes for step, passes in zip(seconds, bare, strict=True)]
+        record |= {"seconds_forwards": bare, "step_over_forwards": median(ratios)}
+        records.append(record | {"step_over_forwards_range": [min(ratios), max(ratios)]})
     return records
 
 
@@ -173,8 +202,7 @@ def table(records: list[dict[str, Any]]) -> Table:
     for r in records:
         share = "" if r["peak_share"] is None else f"{r['peak_share']:.1%}"
         kind = "2:4 kernels" if r["sparse"] else "dense"
-        ratio = f"{r['step_over_forwards']:.2f}"
-        figures = (f"{r['tokens_per_second']:,.0f}", share, ratio, f"{r['peak_gib']:.2f}")
+        figures = (f"{r['tokens_per_second']:,.0f}", share, step_ratio(r), f"{r['peak_gib']:.2f}")
         result.add_row(r["model"], str(r["num_queries"]), kind, *figures)
     return result
 

@@ -55,6 +55,7 @@ from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
 from wandazeta.scoring.scorer import Prepared, Scores
 from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
+from wandazeta.utilities.random_streams import drawn_by
 from wandazeta.zeroth_order import (
     DEFAULT_EPSILON,
     ConstantSchedule,
@@ -119,7 +120,8 @@ class ZerothOrderModule(LanguageModel):
         lr_scheduler: Creates a learning rate scheduler from the optimizer; it is stepped after every training step.
         query_chunk_size: Perturbed copies that are evaluated in one forward; halved when memory runs out.
         prefix_cache_gib: Memory of each process, in GiB, for hidden states below the first adapter, which are computed
-            once for each example; 0 turns the cache off. Further examples are computed in every step.
+            once for each example; 0 turns the cache off. Further examples are computed in every step. On a GPU, up to
+            an eighth of its free memory is used before CPU memory.
         parallel: What is divided over ranks: the `queries` of a step on the same batch, or the `data` of its batch.
         max_forwards: Budget of forward passes; the run ends before the step that would exceed it.
         seed: Seed of the directions and of the adapters' initial values.
@@ -202,6 +204,8 @@ class ZerothOrderModule(LanguageModel):
         # a buffer, to be written together with the adapters
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         self._updates = self._nonfinite_steps = 0
+        # what drew the directions before a checkpoint
+        self._drawn_by: str | None = None
         self._rank_sync: RankSync | None = None
         self._step_cost = StepCost(self._cached_bytes)
         if not loading.shard_on_load:
@@ -346,6 +350,13 @@ class ZerothOrderModule(LanguageModel):
             self._updates = step
             self.progress[0] = step
         self.trainer.should_stop |= self._exceeds_budget(step)
+        # only now is the module on its device, whatever the strategy
+        here = drawn_by(self.device)
+        if self._drawn_by not in (None, here):
+            rank_zero_warn(
+                f"The checkpoint's directions were drawn by {self._drawn_by} and new ones are drawn by {here}: "
+                "training continues, along other directions than those of an uninterrupted run"
+            )
         self._step_cost = StepCost(self._cached_bytes)
 
     @override
@@ -445,15 +456,17 @@ class ZerothOrderModule(LanguageModel):
                 grad[head.slice] = head_grad
 
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        num_steps, forwards, num_updates = self.progress.tolist()
+        forwards += self.estimator.num_forwards(num_queries)
         stored = [*(self.adapters.get_buffer(name) for name in ("update_states", "schedule_states")), self.progress]
         updated, update_states, schedule_states = (tensor.clone() for tensor in (theta, *stored[:2]))
         if grad is not None:
             for part, rate in self._learning_rates(learning_rate):
-                self.update.step_(updated[part], grad[part], update_states[:, part], int(self.progress[2]), rate)
+                self.update.step_(updated[part], grad[part], update_states[:, part], num_updates, rate)
             self.schedule.observe_(schedule_states, slopes)
         # decoupled from moments; without moments it equals weight decay in the gradient
         decay = 0.0 if grad is None else learning_rate * self.update.weight_decay
-        done = self.progress + self.progress.new_tensor([1, self.estimator.num_forwards(num_queries), grad is not None])
+        done = self.progress.new_tensor([num_steps + 1, forwards, num_updates + (grad is not None)])
         self.adapters.apply_update(updated, decay, stored, [update_states, schedule_states, done])
         self._updates = step + 1
 
@@ -464,7 +477,7 @@ class ZerothOrderModule(LanguageModel):
             self.log_dict(
                 {
                     "zo/queries": float(num_queries),
-                    "zo/forwards": float(done[1]),
+                    "zo/forwards": float(forwards),
                     "zo/projected_grad_std": slopes.std,
                     "zo/dropped_queries": float(slopes.num_dropped),
                     "lr": learning_rate,
@@ -492,7 +505,7 @@ class ZerothOrderModule(LanguageModel):
         ]
 
     def _evaluate_points(self, batch: dict[str, Tensor], directions: Directions, num_queries: int) -> Tensor:
-        """Return the values of all points of a step `(V, P)`, the same bits on every rank."""
+        """Return the values of all points of a step `(V, P)`, on the CPU and the same bits on every rank."""
         assert self.adapters is not None
         theta, num_points = self.adapters.theta, self._estimator.num_points(num_queries)
         with torch.no_grad(), evaluation_mode(self._backbone_modules):
@@ -502,18 +515,20 @@ class ZerothOrderModule(LanguageModel):
             losses: LossFn = partial(self.losses, prepared=prepared)
             if self._head_gradient is not None:
                 self._head_gradient.clear()
-                observe = partial(self._observe_base, labels=batch["label"])
-                losses = partial(self.losses, prepared=prepared, on_scores=observe)
+                if points[:1] == [0]:
+                    observe = partial(self._observe_base, labels=batch["label"])
+                    losses = partial(self.losses, prepared=prepared, on_scores=observe)
             evaluations = self._estimator.evaluate(losses, theta, directions, points, self.query_chunk_size)
         self.query_chunk_size = evaluations.chunk_size
-        return self._rank_sync.gather(evaluations, num_points, self.adapters.drift_probe(), batch["input_ids"])
+        probe = self.adapters.drift_probe()
+        # the only place where the host waits for the forward passes
+        return self._rank_sync.gather(evaluations, num_points, probe, batch["input_ids"]).cpu()
 
     def _observe_base(self, theta_Pd: Tensor, scores: Scores, labels: Tensor) -> None:
-        """Compute the head's gradient if the first of the vectors is the trained one, the base of one-sided slopes."""
-        assert self.adapters is not None
+        """Compute the head's gradient in the first forward, whose first vector is the base of one-sided slopes."""
         assert self._head_gradient is not None
         assert scores.features is not None
-        if torch.equal(theta_Pd[0], self.adapters.theta):
+        if not self._head_gradient.is_observed:
             features_BD = scores.features.unflatten(0, (len(theta_Pd), -1))[0]
             self._head_gradient.observe(features_BD, scores.values[0], labels)
 
@@ -558,6 +573,7 @@ class ZerothOrderModule(LanguageModel):
             **describe_rates(self._new_optimizer(), self.lr_scheduler),
             "query_chunk_size": self.query_chunk_size,
             "nonfinite_steps": self._nonfinite_steps,
+            "directions_drawn_by": drawn_by(self.device),
             "theta_sum": self._theta_sum(),
         }
 
@@ -581,6 +597,8 @@ class ZerothOrderModule(LanguageModel):
             raise ValueError("Expected the checkpoint's adapters to be loaded, but they differ; is a file missing?")
         self.query_chunk_size = saved["query_chunk_size"]
         self._nonfinite_steps = saved["nonfinite_steps"]
+        # the CPU drew those of adapters before checkpoints recorded it
+        self._drawn_by = saved.get("directions_drawn_by", "cpu")
         if "current_model_state" in checkpoint:
             # WeightAveraging loads both states, and expects the frozen weights in them
             for key, state in model_states(checkpoint):

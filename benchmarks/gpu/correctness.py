@@ -28,6 +28,7 @@ from wandazeta.pruning import PruneOptions, prune_model
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.pattern import SparsityPattern
+from wandazeta.zeroth_order import Directions, directions_of_step
 
 CPU = torch.device("cpu")
 # method -> smallest share of equal mask entries, largest relative difference of the loss of the last block
@@ -104,6 +105,16 @@ def compare_solve(pattern: SparsityPattern, device: torch.device) -> dict[str, A
     return record | {"passed": equal >= SOLVE_MASK and change <= SOLVE_LOSS}
 
 
+class StepsAlongCPUDirections(zo_gpu.Steps):
+    """Steps whose directions are those of the CPU on every device."""
+
+    def directions(self) -> Directions:
+        """Return the directions of the next step."""
+        theta = self.vector.theta
+        on_cpu = directions_of_step(theta.cpu(), 0, self.done)
+        return lambda query: on_cpu(query).to(theta.device)
+
+
 def compare_trajectory(device: torch.device) -> dict[str, Any]:
     """Return the record of zeroth-order steps."""
     thetas: list[torch.Tensor] = []
@@ -111,7 +122,7 @@ def compare_trajectory(device: torch.device) -> dict[str, Any]:
         torch.manual_seed(0)
         model = random_model(SHAPES["tiny"], CPU, CPU).float().requires_grad_(False).to(place)
         batch = zo_gpu.random_batch(SHAPES["tiny"].vocabulary, 4, 16, place)
-        steps = zo_gpu.Steps(model, batch, 8)
+        steps = StepsAlongCPUDirections(model, batch, 8)
         start = steps.vector.theta.cpu().double()
         for _ in range(STEPS):
             steps.run(4)

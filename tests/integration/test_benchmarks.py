@@ -151,9 +151,24 @@ def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
         )
         assert 0 < record["peak_share"] < 1
         assert record["peak_gib"] > 0
-        assert record["step_over_forwards"] == pytest.approx(
-            statistics.median(record["seconds"]) / statistics.median(record["seconds_forwards"])
-        )
+        pairs = zip(record["seconds"], record["seconds_forwards"], strict=True)
+        ratios = sorted(step / forwards for step, forwards in pairs)
+        assert record["step_over_forwards"] == pytest.approx(statistics.median(ratios))
+        assert record["step_over_forwards_range"] == pytest.approx([ratios[0], ratios[-1]])
+
+
+def test_the_table_of_zeroth_order_steps_shows_their_ratio_to_forward_passes_when_there_is_one(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tables
+
+    result = json.loads((BENCHMARKS / "results" / "zo_gpu.json").read_text())
+    for record in result["records"]:
+        record |= {"step_over_forwards": 1.0625, "step_over_forwards_range": [1.04, 1.25]}
+    heading, _, first = tables.gpu_zo_table(result).splitlines()[:3]
+    assert [cell.strip() for cell in heading.split("|")][4] == "step / forwards"
+    assert [cell.strip() for cell in first.split("|")][4] == "1.06 (1.04 to 1.25)"
+    del result["records"][0]["step_over_forwards_range"]
+    assert "forwards" not in tables.gpu_zo_table(result)
 
 
 @pytest.mark.samples

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch.optim.lr_scheduler import PolynomialLR
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
+from wandazeta.modules import zeroth_order
 from wandazeta.zeroth_order import AdaZetaSchedule, RAdaZOUpdate, SGDUpdate, VarianceSchedule
 
 
@@ -50,6 +51,18 @@ def test_moments_are_resumed_too(model_dir, tmp_path):
     assert torch.equal(resumed.adapters.theta, whole.adapters.theta)
     with pytest.raises(ValueError, match="`update`"):
         train(model_dir, tmp_path / "parts", steps=12, save_every=4, resume=True, **OPTIONS)
+
+
+def test_another_device_for_the_directions_is_named_once(model_dir, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(zeroth_order, "drawn_by", lambda device: "a GPU")
+    train(model_dir, tmp_path, steps=2, save_every=2)
+    train(model_dir, tmp_path, steps=4, save_every=4, resume=True)
+    assert not [warning for warning in recwarn if "directions" in str(warning.message)]
+    monkeypatch.undo()
+    train(model_dir, tmp_path, steps=6, save_every=6, resume=True)
+    (warning,) = [str(warning.message) for warning in recwarn if "directions" in str(warning.message)]
+    assert "drawn by a GPU and new ones are drawn by cpu" in warning
+    assert "\n" not in warning
 
 
 def test_killed_and_started_again(model_dir, tmp_path):

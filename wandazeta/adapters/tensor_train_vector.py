@@ -3,17 +3,24 @@
 Legend: P perturbed copies of the vector, S sites of one width, D features, r rank, H bottleneck.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.tensor_train import TTShape, init_cores, tt_matrices
+
+MAX_WIDTH = 1 << 14
+"""Largest number of features of a site whose adapter runs as one GPU kernel."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,47 @@ class AdapterMatrices(NamedTuple):
 
     def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
         """Adapt activations `(…, D)` and return them in the same shape and dtype."""
+        fused = _fused_kernel() if x.is_cuda and self._fits_kernel(x) else None
+        if fused is not None:
+            return fused(x.reshape(*rows, x.shape[-1]), self).view(x.shape)
         x_ND = x.reshape(*rows, x.shape[-1]).to(self.down_A.dtype)
         # in place, as fresh activation-sized tensors cost more than the arithmetic on them
         h_NH = (x_ND @ self.down_A @ self.down_B).add_(self.down_bias).relu_()
         return (h_NH @ self.up_A @ self.up_B).add_(self.up_bias).add_(x_ND).to(x.dtype).reshape(x.shape)
+
+    def _fits_kernel(self, x: Tensor) -> bool:
+        """Whether the kernel computes what is asked for: fp32 arithmetic without derivatives, on rows that it holds."""
+        theta = self.down_A
+        differentiated = (
+            (torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad))
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, theta))
+            or any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, theta))
+        )
+        return theta.dtype == torch.float32 and x.shape[-1] <= MAX_WIDTH and not differentiated
+
+
+@cache
+def _fused_kernel() -> Callable[[Tensor, AdapterMatrices], Tensor] | None:
+    """Return the adapter of a site as one GPU kernel, or None where Triton is missing or cannot compile it."""
+    if find_spec("triton") is None:
+        return None
+    from wandazeta.adapters.fused_kernel import apply_fused
+
+    layout = AdapterLayout([8], rank=2, bottleneck=4)
+    theta = torch.linspace(-1, 1, layout.num_parameters, dtype=torch.float32, device="cuda")
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64, device="cuda").view(3, 8)
+    try:
+        found = apply_fused(x.float(), layout.merge(theta)[0])
+        # the fp64 adapter is not the kernel
+        torch.testing.assert_close(found, layout.merge(theta.double())[0].apply(x, (-1,)).float(), atol=1e-5, rtol=1e-5)
+    except Exception as error:  # whatever a compiler or its driver raises
+        warnings.warn(
+            "Adapters run as ten kernels each instead of one, and steps take longer, because Triton failed: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}",
+            stacklevel=2,
+        )
+        return None
+    return apply_fused
 
 
 class _Group:
@@ -73,7 +117,11 @@ class _Group:
             views = [theta[..., where].unflatten(-1, size) for where, size in slices]
             if only is not None:
                 views = [view.narrow(-len(size), only, 1) for view, (_, size) in zip(views, slices, strict=True)]
-            stacked += [*tt_matrices(views[:-1], len(shape.in_factors)), views[-1]]
+            left, right = tt_matrices(views[:-1], len(shape.in_factors))
+            if theta.is_cuda:
+                # the kernel reads one column at a time
+                left = left.mT.contiguous().mT
+            stacked += [left, right, views[-1]]
         return [AdapterMatrices(*parts) for parts in zip(*(part.unbind(-3) for part in stacked), strict=True)]
 
 

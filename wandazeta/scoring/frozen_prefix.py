@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wandazeta.models.blocks import override_forward, run_until_stopped
+from wandazeta.models.positions import max_positions
 from wandazeta.scoring.tracing import (
     FrozenSubmodule,
     find_unused_outputs,
@@ -33,6 +35,12 @@ __all__ = ["FrozenPrefix", "Prefix", "Rows", "at_positions"]
 
 
 Forward = Callable[..., Any]
+Key = tuple[bytes, bytes]
+
+# shapes of the forwards that compute the states on a GPU: the number of rows, and what their width is a multiple of
+_NUM_ROWS, _WIDTH = 16, 64
+# share of the free memory of a GPU that the cache may take: the forwards of a step need the rest
+_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -70,16 +78,19 @@ class Prefix:
 
 
 class FrozenPrefix:
-    """Cache of the frozen prefix of token sequences in CPU memory, replayed in the model's own forward.
+    """Cache of the frozen prefix of token sequences, replayed in the model's own forward.
 
-    Every sequence is computed alone and without padding. So the cached values do not depend on the batch in which a
-    sequence first occurred, and a resumed run computes the same bits.
+    On a CPU, every sequence is computed alone and without padding. On a GPU, sequences are computed in batches of fixed
+    shapes: 16 rows, some of them repeated, and a width that is rounded up. So the cached values do not depend on the
+    batch in which a sequence first occurred, and a resumed run computes the same bits. States stay on the GPU up to an
+    eighth of the memory that was free there at the first lookup, and others in CPU memory.
 
     Args:
         model: Causal language model, or encoder with a classification head.
         blocks: Its blocks.
         sites: The modules with adapters.
-        max_bytes: Memory of the cache; sequences beyond it are computed again each time.
+        max_bytes: Memory of the cache, on the GPU and in CPU memory together; sequences beyond it are computed again
+            each time.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, sites: set[nn.Module], max_bytes: int) -> None:
@@ -90,7 +101,9 @@ class FrozenPrefix:
         self.first = next(i for i, block in enumerate(self.blocks) if any(m in sites for m in block.modules()))
         self.narrow = self.first == len(self.blocks) - 1
         self.num_bytes = 0
-        self._cache: dict[tuple[bytes, bytes], list[Tensor]] = {}
+        self._cache: dict[Key, list[Tensor]] = {}
+        self._max_positions = max_positions(model)
+        self._room_on_gpu: int | None = None
         self._frozen: list[FrozenSubmodule] | None = None
         self._replayed: list[FrozenSubmodule] = []
         self._unused: list[FrozenSubmodule] = []
@@ -121,24 +134,49 @@ class FrozenPrefix:
         Args:
             rows: The rows.
         """
-        ids, positions = rows.input_ids.cpu(), rows.positions.cpu()
-        lengths = rows.attention_mask.sum(1).tolist()
-        id_rows, position_rows = ids.numpy(), positions.numpy()
-        found: list[list[Tensor]] = []
-        for row, length in enumerate(lengths):
-            # states of all positions do not depend on which of them are scored
-            key = (id_rows[row, :length].tobytes(), position_rows[row].tobytes() if self.narrow else b"")
-            state = self._cache.get(key)
-            if state is None:
-                state = self._compute(rows.input_ids[row, :length], rows.positions[row])
-                size = sum(x.numel() * x.element_size() for x in state)
-                if self.num_bytes + size <= self.max_bytes:
-                    self._cache[key] = state
-                    self.num_bytes += size
-            found.append(state)
-        width = ids.shape[1]
-        states = [torch.stack(x) if self.narrow else _pad(x, width) for x in zip(*found, strict=True)]
-        return Prefix([x.to(rows.input_ids.device, non_blocking=True) for x in states], self.narrow)
+        # one copy to the host
+        columns = [rows.input_ids, rows.positions, rows.attention_mask.sum(1, keepdim=True, dtype=torch.int64)]
+        host, width = torch.cat(columns, 1).cpu().numpy(), rows.input_ids.shape[1]
+        lengths = [int(length) for length in host[:, -1]]
+        # states of all positions do not depend on which of them are scored
+        keys = [
+            (row[:length].tobytes(), row[width:-1].tobytes() if self.narrow else b"")
+            for row, length in zip(host, lengths, strict=True)
+        ]
+        missing = {key: row for row, key in enumerate(keys) if key not in self._cache}
+        computed: dict[Key, list[Tensor]] = {}
+        for some in self._batches(missing, lengths, rows.input_ids.device):
+            for key, states in zip(some, self._compute(rows, [missing[key] for key in some], lengths), strict=True):
+                computed[key] = self._keep(key, states)
+        found = [computed[key] if key in computed else self._cache[key] for key in keys]
+        states = [_gather(x, None if self.narrow else width, rows.input_ids.device) for x in zip(*found, strict=True)]
+        return Prefix(states, self.narrow)
+
+    def _batches(self, missing: dict[Key, int], lengths: Sequence[int], device: torch.device) -> list[list[Key]]:
+        """Divide the sequences to compute into batches: each alone on a CPU, up to 16 of similar length on a GPU."""
+        if not _runs_in_batches(device):
+            return [[key] for key in missing]
+        by_width: dict[int, list[Key]] = {}
+        for key, row in missing.items():
+            by_width.setdefault(self._padded_width(lengths[row]), []).append(key)
+        return [keys[i : i + _NUM_ROWS] for keys in by_width.values() for i in range(0, len(keys), _NUM_ROWS)]
+
+    def _padded_width(self, length: int) -> int:
+        width = -(-length // _WIDTH) * _WIDTH
+        return width if self._max_positions is None else min(width, self._max_positions)
+
+    def _keep(self, key: Key, states: list[Tensor]) -> list[Tensor]:
+        """Keep the states of a sequence if there is room, and return them where they are kept."""
+        size = sum(x.numel() * x.element_size() for x in states)
+        if self._room_on_gpu is None:
+            self._room_on_gpu = _free_bytes(states[0].device) // _SHARE
+        on_gpu = states[0].is_cuda and self.num_bytes + size <= self._room_on_gpu
+        if not on_gpu:
+            states = [x.cpu() for x in states]
+        if self.num_bytes + size <= self.max_bytes:
+            self._cache[key] = states
+            self.num_bytes += size
+        return states
 
     @contextmanager
     def replay(self, prefix: Prefix, rows: Rows, repeats: int) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -175,11 +213,29 @@ class FrozenPrefix:
         with override_forward(forwards):
             yield call, prefix.narrow
 
-    def _compute(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """Return the states of one sequence, each `[T or S, D]`, on the CPU."""
-        call = {"input_ids": input_ids[None], "attention_mask": torch.ones_like(input_ids[None]), "use_cache": False}
+    def _compute(self, rows: Rows, chosen: Sequence[int], lengths: Sequence[int]) -> list[list[Tensor]]:
+        """Return the states of some of the rows, each `[T or S, D]`.
+
+        Args:
+            rows: The rows.
+            chosen: Indices of the rows to compute; more than one only on a GPU, where they have one padded width.
+            lengths: Numbers of tokens of all rows.
+        """
+        ids = rows.input_ids
         if self._frozen is None:
-            self._trace(call)
+            alone = ids[chosen[0], None, : lengths[chosen[0]]]
+            self._trace({"input_ids": alone, "attention_mask": torch.ones_like(alone), "use_cache": False})
+        if _runs_in_batches(ids.device):
+            width = self._padded_width(lengths[chosen[0]])
+            places = [*chosen, *[chosen[0]] * (_NUM_ROWS - len(chosen))]
+            sizes = torch.tensor([lengths[row] for row in places]).to(ids.device)
+            mask = (torch.arange(width, device=ids.device) < sizes[:, None]).long()
+            ids = F.pad(ids[places, :width], (0, max(0, width - ids.shape[1]))) * mask
+        else:
+            (row,) = chosen
+            ids = ids[row, None, : lengths[row]]
+            mask = torch.ones_like(ids)
+        call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         entered: list[Tensor] = []
         outputs: list[Tensor] = []
         first = self.blocks[self.first]
@@ -197,8 +253,10 @@ class FrozenPrefix:
         forwards[output_embeddings] = lambda hidden: hidden[..., :1]
         with torch.no_grad(), override_forward(forwards | recording_forwards(self._replayed, outputs)):
             self.model(**call)
+        states = (entered[0], *outputs)
+        places = [rows.positions[row] if self.narrow else slice(lengths[row]) for row in chosen]
         # cloned: a view would keep every position in memory
-        return [(x[0, positions] if self.narrow else x[0]).to("cpu").clone() for x in (entered[0], *outputs)]
+        return [[x[i, where].clone() for x in states] for i, where in enumerate(places)]
 
     def _trace(self, call: dict[str, Any]) -> None:
         """Find out by some forwards what can be replayed, and what the blocks return.
@@ -240,6 +298,27 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """Return `[R, S, D]`, the hidden states `[R, T, D]` at the positions `[R, S]`."""
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     return hidden[rows, positions]
+
+
+def _runs_in_batches(device: torch.device) -> bool:
+    """Whether a device computes several padded sequences faster than each alone."""
+    return device.type == "cuda"
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU, what torch has reserved and does not use included; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _gather(states: Sequence[Tensor], width: int | None, device: torch.device) -> Tensor:
+    """Stack the states `[T_r or S, D]` of rows on a device, padded to `width` tokens unless it is None."""
+    if any(state.device != states[0].device for state in states):
+        states = [state.to(device, non_blocking=True) for state in states]
+    stacked = torch.stack(list(states)) if width is None else _pad(states, width)
+    return stacked.to(device, non_blocking=True)
 
 
 def _pad(states: Sequence[Tensor], width: int) -> Tensor:

@@ -354,7 +354,7 @@ def check_mask(batch: Mapping[str, Tensor]) -> None:
     """
     mask = batch["attention_mask"]
     # right-padded: ones, then zeros
-    if mask.shape[1] == 0 or not bool((mask[:, 0] != 0).all()) or bool((mask[:, 1:] > mask[:, :-1]).any()):
+    if mask.shape[1] == 0 or bool((mask[:, 0] == 0).any() | (mask[:, 1:] > mask[:, :-1]).any()):
         raise ValueError(
             "Expected `attention_mask` of right-padded, non-empty sequences, but got padding before a token; "
             'set padding_side="right"'

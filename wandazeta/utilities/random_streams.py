@@ -15,6 +15,7 @@ __all__ = [
     "Directions",
     "direction",
     "directions_of_step",
+    "drawn_by",
     "rademacher",
     "stream",
 ]
@@ -27,7 +28,7 @@ MAX_QUERIES = 1 << 10
 
 
 class Direction(Protocol):
-    """Draws the direction of one query: the same arguments give the same bits, on every rank and device."""
+    """Draws the direction of one query: the same arguments give the same bits, on every rank with the same device."""
 
     def __call__(self, seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
         """Return a direction of shape `(numel,)` in fp32."""
@@ -36,11 +37,13 @@ class Direction(Protocol):
 def direction(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the Gaussian direction of one query.
 
-    A CPU generator of its own draws it, so the bits do not depend on the device, and the global RNG is neither read nor
-    advanced. Nor do they depend on the default dtype and device of torch, which Lightning sets around a step in half
-    precision. The CPU generator uses only the low 32 bits of a seed, and 32-bit hashes would collide after some ten
-    thousand directions. So (step, query) is mapped by a permutation of the 32-bit integers that depends on `seed`, and
-    all directions of the first 2**22 steps are different.
+    A generator of its own draws it, so the global RNG is neither read nor advanced; nor do the bits depend on the
+    default dtype and device of torch, which Lightning sets around a step in half precision. For a GPU of CUDA it is a
+    generator on this GPU, where no copy waits for the host; its bits are those of one model of GPU, because torch
+    divides a long vector by the number of multiprocessors. For all other devices it is one on the CPU, whose bits
+    depend on nothing else. The CPU generator uses only the low 32 bits of a seed, and 32-bit hashes would collide after
+    some ten thousand directions. So (step, query) is mapped by a permutation of the 32-bit integers that depends on
+    `seed`, and all directions of the first 2**22 steps are different.
 
     Args:
         seed: Base seed of the run.
@@ -55,8 +58,8 @@ def direction(seed: int, step: int, query: int, numel: int, device: torch.device
     Raises:
         ValueError: If `query` is not below 1024 or `step` is negative.
     """
-    generator = torch.Generator().manual_seed(stream(seed, step, query))
-    return torch.randn(numel, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    generator = _generator(seed, step, query, device)
+    return torch.randn(numel, generator=generator, dtype=torch.float32, device=generator.device).to(device)
 
 
 def rademacher(seed: int, step: int, query: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
@@ -65,9 +68,9 @@ def rademacher(seed: int, step: int, query: int, numel: int, device: torch.devic
     Its length is exactly the square root of `numel`; that of a Gaussian direction varies. Arguments and errors are
     those of `direction`; the result holds `numel` signs in fp32.
     """
-    generator = torch.Generator().manual_seed(stream(seed, step, query))
-    signs = torch.randint(2, (numel,), generator=generator, dtype=torch.float32, device="cpu").mul_(2).sub_(1)
-    return signs.to(device)
+    generator = _generator(seed, step, query, device)
+    signs = torch.randint(2, (numel,), generator=generator, dtype=torch.float32, device=generator.device)
+    return signs.mul_(2).sub_(1).to(device)
 
 
 DISTRIBUTIONS: dict[str, Direction] = {"gaussian": direction, "rademacher": rademacher}
@@ -87,6 +90,19 @@ def directions_of_step(theta: Tensor, seed: int, step: int, draw: Direction = di
         return draw(seed, step, query, theta.numel(), theta.device).to(theta.dtype)
 
     return of_query
+
+
+def drawn_by(device: torch.device | str) -> str:
+    """Return the name of what draws the directions of vectors on a device: `cpu`, or the model of the GPU."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _generator(seed: int, step: int, query: int, device: torch.device | str) -> torch.Generator:
+    """Return the generator of one query's direction."""
+    device = torch.device(device)
+    generator = torch.Generator(device if device.type == "cuda" else "cpu")
+    return generator.manual_seed(stream(seed, step, query))
 
 
 def stream(seed: int, step: int, query: int) -> int:

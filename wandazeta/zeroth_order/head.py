@@ -74,6 +74,11 @@ class HeadGradient:
         """Forget the gradient of the last step."""
         self._observed = None
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether the gradient of this step has been computed."""
+        return self._observed is not None
+
     def observe(self, features_BD: Tensor, scores_BC: Tensor, labels_B: Tensor) -> None:
         """Compute and keep the gradient of a batch.
 

@@ -12,14 +12,13 @@ import torch
 from helpers.causal_lms import tiny_lm
 from helpers.prune_model import Memory
 from helpers.prune_options import make_options
+from helpers.waits import Waits
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wandazeta.pruning import prune_model
 from wandazeta.utilities.host_memory import HostCopies
 from wandazeta.zeroth_order import OneSided, TwoSided, directions_of_step, projected_gradients
 
-WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 METHODS = [
     {"method": "magnitude"},
     {"method": "wanda"},
@@ -29,22 +28,6 @@ METHODS = [
     {"method": "wanda++", "alpha": "auto", "mask_mode": "fixed", "optimizer": "adamw", "lr_schedule": "linear"},
     {"method": "wanda++", "mask_mode": "straight_through", "target": "dense_stream"},
 ]
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        indices = args[1] if str(func).startswith(("aten.index.", "aten.index_put")) else ()
-        if str(func).startswith(WAITS):
-            self.counts[str(func)] += 1
-        elif any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices):
-            self.counts[f"{func} with a mask"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Moves(TorchFunctionMode):

@@ -5,6 +5,7 @@ from torch import nn
 
 from wandazeta.adapters import AdaptedModule, inject_adapters
 from wandazeta.models.blocks import find_blocks
+from wandazeta.scoring import frozen_prefix
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
 from wandazeta.scoring.scorer import Scorer, Scores
 
@@ -30,7 +31,7 @@ def adapted(kind, layers, sites=None, max_bytes=2**30, seed=0, **changes):
 
 def copies(vector, num=3):
     generator = torch.Generator().manual_seed(1)
-    return vector.theta + 0.3 * torch.randn(num, vector.num_parameters, generator=generator)
+    return vector.theta + 0.3 * torch.randn(num, vector.num_parameters, generator=generator).to(vector.theta.device)
 
 
 @torch.no_grad()
@@ -125,6 +126,40 @@ def test_kept_states_do_not_depend_on_the_batch():
     with torch.no_grad():
         together = [x[2:3] for x in first.prepare(batch).prefix.states]
         torch.testing.assert_close(second.prepare(alone).prefix.states, together, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [[-1], [1, 2]], ids=["last", "last two"])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_gpu_computes_sequences_in_batches_of_one_shape(monkeypatch, kind, layers):
+    monkeypatch.setattr(frozen_prefix, "_runs_in_batches", lambda device: True)
+    changes = {"max_position_embeddings": 40} if kind == "opt" else {}
+    model, vector, plain, cached = adapted(kind, layers, **changes)
+    batch = classification_batch(num=20)
+    seen = []
+    lower = model.get_submodule("model.layers" if kind == "llama" else "model.decoder.layers")[0].self_attn.q_proj
+    handle = lower.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    with torch.no_grad():
+        cached.prepare(batch)
+    handle.remove()
+    # two batches for the twenty sequences; those of one or two rows compare the replay with the plain forward
+    assert [shape for shape in seen if shape[0] > 2][-2:] == 2 * [(16, 40 if kind == "opt" else 64)]
+    expected, found = both(vector, plain, cached, batch, "option_scores")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("free", [2**30, 8 * 4000, 0])
+def test_states_stay_on_the_gpu_while_there_is_room(monkeypatch, free):
+    monkeypatch.setattr(frozen_prefix, "_free_bytes", lambda device: free)
+    model, vector, plain, cached = adapted("llama", [1, 2])
+    model.cuda()
+    vector.cuda()
+    batch = {name: value.cuda() for name, value in classification_batch(num=8).items()}
+    expected, found = both(vector, plain, cached, batch, "option_scores")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    on_gpu = [states[0].is_cuda for states in cached.prefix._cache.values()]
+    assert (any(on_gpu), all(on_gpu)) == {2**30: (True, True), 32000: (True, False), 0: (False, False)}[free]
 
 
 def test_another_prompt_with_the_same_id_is_another_entry():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wandazeta.utilities.precision import default_dtype
-from wandazeta.utilities.random_streams import MAX_QUERIES, stream
+from wandazeta.utilities.random_streams import MAX_QUERIES, drawn_by, stream
 from wandazeta.zeroth_order import direction, directions_of_step, rademacher
 
 both = pytest.mark.parametrize("draw", [direction, rademacher])
@@ -86,3 +86,20 @@ def test_defaults_of_torch_do_not_change_the_directions(draw):
         found = draw(3, 1, 2, 50)
     assert torch.equal(found, expected)
     assert torch.get_default_dtype() == torch.float32
+
+
+@both
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_draws_its_directions_without_the_host(draw):
+    state = torch.cuda.get_rng_state()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, again, other = (draw(7, 3, query, 300_000, "cuda") for query in (2, 2, 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+    assert abs((first * other).mean().item()) < 0.01
+    assert first.square().mean().item() == pytest.approx(1, abs=0.01)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert drawn_by("cuda") == torch.cuda.get_device_name() != drawn_by("cpu") == "cpu"
