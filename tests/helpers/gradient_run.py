@@ -103,8 +103,7 @@ def train(
     from torch.utils.data import DataLoader
 
     from wandazeta import adapters
-    from wandazeta.callbacks import AtomicCheckpointIO
-    from wandazeta.callbacks import KeepSparsity
+    from wandazeta.callbacks import AtomicCheckpointIO, KeepSparsity
     from wandazeta.modules import FirstOrderModule
 
     found = {}
