@@ -92,19 +92,15 @@ def avoid_inference_mode(trainer: Trainer) -> None:
     """Let evaluations run without `torch.inference_mode`, as Lightning itself does under classic FSDP.
 
     FSDP2 reuses the tensors that weights are gathered into. Those of inference mode cannot be written to outside of it,
-    so a training step after a validation would fail.
+    so a `fit` after a `validate` of the same module would fail.
 
-    Sets `inference_mode` of the evaluation loops (lightning 2.6.6), which is not documented.
+    Sets `inference_mode` of the evaluation loops (lightning 2.6.6), which is not documented; those of a fit never run
+    in inference mode.
 
     Args:
         trainer: The trainer, before its first evaluation.
     """
-    for loop in (
-        trainer.fit_loop.epoch_loop.val_loop,
-        trainer.validate_loop,
-        trainer.test_loop,
-        trainer.predict_loop,
-    ):
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("callbacks", "datamodules", "modules", "wandazeta")
 PRIVATE = re.compile(
     r"_checkpoint_connector|_accelerator_connector|_data_source|_should_accumulate|\.procs\b|_get_default_store"
-    r"|\b_trainer\b|\._average_model|\._use_buffers|\.inference_mode = |_save_distributed|_tensor_parallel|_ddp_params_and_buffers_to_ignore|\._update_metrics"
+    r"|\b_trainer\b|\._average_model|\._use_buffers|_ddp_params_and_buffers_to_ignore|\._update_metrics"
+    r"|\.inference_mode = |\._save_distributed_checkpoint|\._tensor_parallel_size"
 )
 
 
@@ -77,7 +78,7 @@ def test_no_evaluation_runs_in_inference_mode_where_that_is_avoided(tmp_path):
             lightning_compat.avoid_inference_mode(trainer)
         for stage in ("fit", "validate", "test", "predict"):
             getattr(trainer, stage)(BoringModel())
-        assert modes == [not avoid] * 4
+        assert modes == [False, not avoid, not avoid, not avoid]
 
 
 def test_averages_and_their_options_are_found(tmp_path):
