@@ -33,18 +33,24 @@ TOLERANCE = 5e-5
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def pruned_dir(tmp_path_factory):
+    return str(prune(save_tiny_lm(tmp_path_factory.mktemp("pruned"), seed=1)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pruned_dir):
+    """The folder of all runs, those of one process, and those of each of two ranks."""
     root = tmp_path_factory.mktemp("fsdp2")
     settings = {"model_dir": str(save_tiny_lm(root / "model")), "prune": str(root / "pruning")}
-    MODES["loaded"]["model_dir"] = str(prune(save_tiny_lm(root / "pruned", seed=1)))
+    modes = MODES | {"loaded": MODES["loaded"] | {"model_dir": pruned_dir}}
     alone = {
         name: gradient_run.train(**settings | {"root": root / name, "validate": True} | mode)
-        for name, mode in MODES.items()
+        for name, mode in modes.items()
     }
-    sharded = {name: mode | {"strategy": {"fsdp2": {}}} for name, mode in MODES.items()}
+    sharded = {name: mode | {"strategy": {"fsdp2": {}}} for name, mode in modes.items()}
     whole = {name: mode | {"validate": True} for name, mode in sharded.items()}
     whole["lora"]["save_adapters"] = whole["tensor_train"]["save_adapters"] = True
-    folders = {name: {"root": str(root / f"{name}-stopped"), "save_every": 3} for name in MODES}
+    folders = {name: {"root": str(root / f"{name}-stopped"), "save_every": 3} for name in modes}
     stopped = {f"{name} stopped": mode | folders[name] | {"steps": 3} for name, mode in sharded.items()}
     resumed = {f"{name} resumed": mode | folders[name] | {"resume": True} for name, mode in sharded.items()}
     refused = sharded["loaded"] | {"strategy": {"fsdp2": {"save_distributed_checkpoint": True}}}
@@ -95,12 +101,10 @@ def test_a_stopped_run_ends_with_the_same_bits(runs, mode):
     assert checkpoint["state_dict"].keys() == {name for name in ranks[0][mode]["weights"] if trained in name}
 
 
-def test_the_checkpoint_is_exported_by_one_process(runs, tmp_path):
+def test_the_checkpoint_is_exported_by_one_process(runs, pruned_dir, tmp_path):
     root, _, ranks = runs
-    checkpoint = root / "loaded-stopped" / "last.ckpt"
-    rates = {name: WEIGHTS[name] for name in ("learning_rate", "weight_decay")}
     module = FirstOrderModule.load_from_checkpoint(
-        checkpoint, model_name_or_path=MODES["loaded"]["model_dir"], trainable=Weights(), **rates
+        root / "loaded-stopped" / "last.ckpt", model_name_or_path=pruned_dir, trainable=Weights()
     )
     module.backbone.save_pretrained(tmp_path)
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
@@ -127,8 +131,9 @@ def test_what_cannot_be_kept_or_resumed_is_refused(runs):
         assert "`save_distributed_checkpoint` of ModelParallelStrategy to be False" in rank["refused"]["error"]
 
 
-def test_forward_passes_through_shards_train_the_same_bits(runs, tmp_path):
-    settings = {"model_dir": MODES["loaded"]["model_dir"], "queries": 4, "save_every": 3}
+def test_forward_passes_through_shards_train_the_same_bits(pruned_dir, tmp_path):
+    # cached prefixes are computed row by row, which rounds differently; they are off where weights are sharded
+    settings = {"model_dir": pruned_dir, "queries": 4, "save_every": 3, "prefix_cache_gib": 0}
     _, module, _ = zo_run.train(**settings | {"root": tmp_path / "alone", "steps": 6})
     settings |= {"strategy": {"fsdp2": {}}, "devices": 2}
     run("zo_run", settings | {"steps": 3}, tmp_path / "two")
@@ -144,10 +149,10 @@ def test_forward_passes_through_shards_train_the_same_bits(runs, tmp_path):
     assert not any("backbone" in name for name in checkpoint["state_dict"])
 
 
-def test_the_config_runs_without_noise(runs, tmp_path, repository):
+def test_the_config_runs_without_noise(pruned_dir, tmp_path, repository):
     (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
     here = {
-        "model": {"init_args": {"model_name_or_path": MODES["loaded"]["model_dir"]}},
+        "model": {"init_args": {"model_name_or_path": pruned_dir}},
         "data": {"init_args": {"source": "text.txt", "sequence_length": 16, "eval_windows": 4}},
         "trainer": {
             "accelerator": "cpu",
