@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -27,6 +27,9 @@ class KeepSparsity(Callback):
     masked, which is enough for SGD, Adam and other optimizers that update each value from its own gradient; sparsity
     is also checked after the first step. Every rank holds the masks of all weights, one byte per weight.
 
+    FSDP2 (`ModelParallelStrategy`) shards the masks as it shards the weights. Gradients are masked after they are
+    reduced. Classic FSDP (`FSDPStrategy`) is refused.
+
     It is for models that were pruned before, such as those that `wandazeta prune` wrote: masked full fine-tuning is
     this callback beside `FirstOrderModule(trainable=Weights())`. `WandaPPPruneCallback` keeps what it pruned by itself.
     In a list of callbacks the place does not matter.
@@ -37,8 +40,8 @@ class KeepSparsity(Callback):
         blocks: Dotted name of the list of blocks in the module; by default all that are found. Only without `masks`.
 
     Raises:
-        ValueError: Before training, if the strategy shards gradients (FSDP), nothing is pruned or the masks do not
-            fit; after it, if something other than the optimizers has written to pruned weights.
+        ValueError: Before training, if the strategy flattens weights (classic FSDP), nothing is pruned or the masks
+            do not fit; after it, if something other than the optimizers has written to pruned weights.
 
     Examples:
         >>> from wandazeta.callbacks import KeepSparsity
@@ -66,7 +69,7 @@ class KeepSparsity(Callback):
         if stage != "fit":
             return
         self._packed_masks_from_checkpoint = None
-        refuse_sharded_gradients(trainer)
+        refuse_flat_weights(trainer)
         if self.masks is not None:
             # a bad file is refused before the module is pruned or trained
             self._masks_from_file = read_masks(self.masks)
@@ -87,7 +90,7 @@ class KeepSparsity(Callback):
         """
         self.held = held
         rank_zero_info(
-            f"Keeping {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {len(self.held.masks)} layers "
+            f"Keeping {self.held.num_pruned:,} of {self.held.num_weights:,} weights in {self.held.num_layers} layers "
             "at zero"
         )
         if trains_copies(trainer):
@@ -163,12 +166,12 @@ class KeepSparsity(Callback):
         return masks
 
 
-def shards_gradients(trainer: Trainer) -> bool:
-    """Whether weights and gradients are flat or sharded, so that masks cannot reach them."""
-    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+def flattens_weights(trainer: Trainer) -> bool:
+    """Whether weights and gradients are joined in flat shards, as by classic FSDP, so that masks cannot reach them."""
+    return isinstance(trainer.strategy, FSDPStrategy)
 
 
-def refuse_sharded_gradients(trainer: Trainer, remedy: str = "") -> None:
+def refuse_flat_weights(trainer: Trainer, remedy: str = "") -> None:
     """Raise an error if masks cannot reach the gradients.
 
     Args:
@@ -176,12 +179,13 @@ def refuse_sharded_gradients(trainer: Trainer, remedy: str = "") -> None:
         remedy: Another remedy than a different strategy.
 
     Raises:
-        ValueError: If the strategy shards gradients.
+        ValueError: If the strategy flattens weights.
     """
-    if shards_gradients(trainer):
+    if flattens_weights(trainer):
         raise ValueError(
-            f"Expected a strategy that does not shard gradients, but got {type(trainer.strategy).__name__}, whose "
-            f"flat or sharded gradients masks cannot reach; use one device, DDP or DeepSpeed{remedy}"
+            f"Expected a strategy that does not flatten weights, but got {type(trainer.strategy).__name__} (classic "
+            "FSDP), whose flat gradients masks cannot reach; use FSDP2 (`ModelParallelStrategy`, as in "
+            f"configs/trainer/fsdp2.yaml), one device, DDP or DeepSpeed{remedy}"
         )
 
 

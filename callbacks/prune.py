@@ -23,11 +23,12 @@ from typing_extensions import override
 from wandazeta.callbacks.calibration_data import calibration_loader
 from wandazeta.callbacks.keep_sparsity import (
     KeepSparsity,
-    refuse_sharded_gradients,
-    shards_gradients,
+    flattens_weights,
+    refuse_flat_weights,
     trains_copies,
 )
 from wandazeta.lightning_compat import copies_module, fast_dev_run, requeue_signal
+from wandazeta.models.sharded import is_shard, local_shard, sum_over_shards
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.protocols import HasPrunedBackboneKey, SupportsCalibrationForward
@@ -87,7 +88,7 @@ class WandaPPPruneCallback(Callback):
 
     Raises:
         ValueError: If an option is out of range or two options contradict each other; when the training starts, if
-            pruned weights are trained by a strategy that shards gradients (FSDP).
+            pruned weights are trained by a strategy that flattens them (classic FSDP).
 
     Examples:
         >>> from wandazeta.callbacks import WandaPPPruneCallback
@@ -145,6 +146,8 @@ class WandaPPPruneCallback(Callback):
         self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
+        # modules that hold them, which adapters and strategies leave as they are
+        self._owners: dict[str, weakref.ref[nn.Module]] = {}
         # of the blocks that `fast_dev_run` pruned, whose folder is gone
         self._trial_masks: dict[str, Tensor] | None = None
         # holds the masks while pruned weights are trained
@@ -213,6 +216,12 @@ class WandaPPPruneCallback(Callback):
         if is_overridden("configure_model", pl_module):
             # Lightning calls it again after this hook; `on_fit_start` checks that this changes nothing
             pl_module.configure_model()
+        if any(map(is_shard, pl_module.parameters())):
+            raise ValueError(
+                f"Expected whole weights to prune, but {type(pl_module).__name__} shards them in `configure_model`; "
+                "prune first (`wandazeta prune`) and load the pruned model, or build the model in `__init__` and let "
+                "`configure_model` shard it only after `setup`."
+            )
         if stage == "fit":
             self.prune_module(trainer, pl_module)
         else:
@@ -221,6 +230,7 @@ class WandaPPPruneCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow_shards()
         present = {id(parameter) for parameter in pl_module.parameters()}
         by_name = dict(pl_module.named_parameters(remove_duplicate=False))
         for name, (reference, nonzero) in self._pruned.items():
@@ -231,7 +241,7 @@ class WandaPPPruneCallback(Callback):
             may_be_trained = trainer.ckpt_path is not None or self._was_pruned
             if weight is None or weight.numel() == 0 or (may_be_trained and not rebuilt):
                 continue
-            if int(torch.count_nonzero(weight)) > nonzero:
+            if sum_over_shards(torch.count_nonzero(local_shard(weight)), weight) > nonzero:
                 remedy = (
                     "build the model once: let `configure_model` return at once if it is there, and build nothing in "
                     "`setup`"
@@ -242,9 +252,9 @@ class WandaPPPruneCallback(Callback):
                     f"Expected `{name}` to have its pruned values, but {type(pl_module).__name__} "
                     f"{'built it anew' if rebuilt else 'filled it with other values'} afterwards; {remedy}."
                 )
-        if shards_gradients(trainer):
-            if self._may_train_sharded(pl_module):
-                refuse_sharded_gradients(trainer, ", or set `keep_sparsity` to False")
+        if flattens_weights(trainer):
+            if self._may_train_flat(pl_module):
+                refuse_flat_weights(trainer, ", or set `keep_sparsity` to False")
         elif not trainer.strategy.restore_checkpoint_after_setup:
             self._check_checkpoint(trainer, pl_module)
 
@@ -291,7 +301,7 @@ class WandaPPPruneCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._keeper is not None:
             self._keeper.on_fit_end(trainer, pl_module)
-        if not (trains_copies(trainer) or shards_gradients(trainer)):
+        if not (trains_copies(trainer) or flattens_weights(trainer)):
             self._report_sparsity(pl_module)
 
     @override
@@ -346,11 +356,19 @@ class WandaPPPruneCallback(Callback):
             found = {name: by_name.get(name) if weight is None else weight for name, weight in found.items()}
         return {name: weight for name, weight in found.items() if weight is not None}
 
+    def _follow_shards(self) -> None:
+        """Find pruned weights again that FSDP2 has replaced by their shards since."""
+        for name, (_, nonzero) in self._pruned.items():
+            shard = getattr(self._owners[name](), name.rpartition(".")[2], None)
+            if isinstance(shard, nn.Parameter) and is_shard(shard):
+                self._pruned[name] = (weakref.ref(shard), nonzero)
+
     def _check_checkpoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a checkpoint in which pruned weights are not zero."""
         needed = self._checkpoint_has_weights and self._checkpoint_must_be_sparse
-        if trainer.ckpt_path is None or not needed or shards_gradients(trainer):
+        if trainer.ckpt_path is None or not needed or flattens_weights(trainer):
             return
+        self._follow_shards()
         masks = self._read_masks(trainer, pl_module)
         try:
             HeldMasks(self._pruned_weights(pl_module), masks)
@@ -374,8 +392,8 @@ class WandaPPPruneCallback(Callback):
         self._keeper = KeepSparsity()
         self._keeper.hold(trainer, HeldMasks(self._pruned_weights(pl_module), self._read_masks(trainer, pl_module)))
 
-    def _may_train_sharded(self, pl_module: LightningModule) -> bool:
-        """Whether pruned weights are trained under FSDP, whose wrappers change names and join weights."""
+    def _may_train_flat(self, pl_module: LightningModule) -> bool:
+        """Whether pruned weights are trained under classic FSDP, whose wrappers change names and join weights."""
         blocks = {name.rpartition(".")[0] for name in self._pruned} if self.keep_sparsity else set()
         for name, weight in pl_module.named_parameters():
             plain = name.replace("_fsdp_wrapped_module.", "")
@@ -412,7 +430,7 @@ class WandaPPPruneCallback(Callback):
         found = before = total = 0
         for name, weight in self._pruned_weights(pl_module).items():
             with gathered([weight]):
-                found += weight.numel() - int(torch.count_nonzero(weight.detach()))
+                found += weight.numel() - sum_over_shards(torch.count_nonzero(local_shard(weight)), weight)
                 total += weight.numel()
                 before += weight.numel() - self._pruned[name][1]
         if total == 0:
@@ -547,6 +565,7 @@ class WandaPPPruneCallback(Callback):
         """Keep the result, and what `on_fit_start` needs to detect weights that were replaced."""
         self.report, self.key = report, session.key_digest
         self._pruned.clear()
+        self._owners.clear()
         parameters = dict(pl_module.named_parameters(remove_duplicate=False))
         for block in report.blocks:
             for layer in block.layers:
@@ -554,6 +573,7 @@ class WandaPPPruneCallback(Callback):
                 weight = parameters[name]
                 nonzero = weight.numel() if is_file_backed(weight) else int(torch.count_nonzero(weight))
                 self._pruned[name] = (weakref.ref(weight), nonzero)
+                self._owners[name] = weakref.ref(pl_module.get_submodule(name.rpartition(".")[0]))
         if isinstance(pl_module, HasPrunedBackboneKey):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             others = [c.key for c in callbacks if isinstance(c, WandaPPPruneCallback) and c is not self]

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -19,6 +20,7 @@ from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer, is_fitting
 from wandazeta.models.attention import differentiable_attention
 from wandazeta.models.loading import LoadingOptions
+from wandazeta.models.sharded import average_gradients
 from wandazeta.models.zero3 import gathered
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
@@ -83,7 +85,7 @@ class FirstOrderModule(LanguageModel):
         loading = loading or LoadingOptions()
         owner = type(self).__name__
         loading.refuse("stream_weights", owner, "it is for `prune` with LanguageModel")
-        loading.refuse("shard_on_load", owner, "leave it out: DeepSpeed shards the weights after they are loaded")
+        loading.refuse("shard_on_load", owner, "leave it out: the strategy shards weights that are loaded")
         super().__init__(model_name_or_path, loading)
         self.trainable = trainable
         self.strict_loading = not training.has_adapters
@@ -109,6 +111,7 @@ class FirstOrderModule(LanguageModel):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Check the trainer before a callback prunes the model, which takes long."""
+        callbacks = super().configure_callbacks()
         if is_fitting(self.trainer):
             trains_weights = not self._training.has_adapters
             trained = {p.dtype for p in self.backbone.parameters()} if trains_weights else set()
@@ -116,7 +119,7 @@ class FirstOrderModule(LanguageModel):
             refuse_callbacks(self.trainer, type(self).__name__, {BaseFinetuning: _NO_FINETUNING})
             if self._training.has_adapters:
                 refuse_callbacks(self.trainer, self._training.trainable, {ModelPruning: _NO_PRUNING})
-        return []
+        return callbacks
 
     @override
     def setup(self, stage: str) -> None:
@@ -136,6 +139,18 @@ class FirstOrderModule(LanguageModel):
             self.backbone.train()
         if attached_trainer(self) is not None:
             configure_deepspeed(self.trainer.strategy, save_frozen=not self._training.has_adapters)
+        self._is_set_up = True
+
+    @override
+    def _complete_sharding(self, mesh: DeviceMesh) -> None:
+        super()._complete_sharding(mesh)
+        if self.adapters is not None:
+            # one vector for all blocks, and small: every rank has it
+            average_gradients(self.adapters.parameters(), mesh)
+
+    @override
+    def _is_saved(self, name: str) -> bool:
+        return not self._training.has_adapters or name in self.adapter_names
 
     def _insert_adapters(self) -> None:
         heads = ["head"] if isinstance(self.scorer, HeadScorer) else []
@@ -185,9 +200,8 @@ class FirstOrderModule(LanguageModel):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._training.has_adapters:
-            for key, state in model_states(checkpoint):
-                checkpoint[key] = {name: state[name] for name in state if name in self.adapter_names}
+        for key, state in model_states(checkpoint):
+            checkpoint[key] = {name: state[name] for name in state if self._is_saved(name)}
         checkpoint["first_order"] = self._description() | self._rates()
 
     @override
@@ -214,7 +228,7 @@ class FirstOrderModule(LanguageModel):
         """Write the adapters: PeftLoRA as peft does, tensor trains as `ZerothOrderModule.save_adapters` does.
 
         They fit the backbone that they were trained on, pruned if it was pruned. All ranks have to call this, as
-        DeepSpeed ZeRO stage 3 shards adapters too; rank 0 writes.
+        DeepSpeed ZeRO stage 3 and FSDP2 shard adapters too; rank 0 writes.
 
         Args:
             directory: Output directory.
@@ -240,7 +254,7 @@ class FirstOrderModule(LanguageModel):
             keep_mask: Set the weights that were zero before to zero after the merge.
 
         Raises:
-            ValueError: If there are no LoRA adapters, the backbone is pruned and `keep_mask` is False, or ZeRO stage 3
+            ValueError: If there are no LoRA adapters, the backbone is pruned and `keep_mask` is False, or the strategy
                 has sharded its weights.
         """
         self._training.merge(keep_mask)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
@@ -16,7 +18,7 @@ from wandazeta.models.loading import LoadingOptions, load_backbone, load_skeleto
 from wandazeta.models.positions import check_positions, max_positions
 from wandazeta.models.streaming import is_file_backed, require_in_memory
 from wandazeta.modules.checkpoints import require_weights_of
-from wandazeta.modules.strategies import configure_deepspeed, loading_sharded_by
+from wandazeta.modules.strategies import check_fsdp2, configure_deepspeed, loading_sharded_by, shard_by_fsdp2
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.scorer import Scorer, is_classification
 
@@ -56,6 +58,7 @@ class LanguageModel(LightningModule):
         if not self.loading.shard_on_load:
             self._build()
         self._metrics: list[dict[str, Metric]] = []
+        self._is_set_up = False
 
     def _build(self) -> None:
         """Load the model and make its scorer."""
@@ -103,6 +106,39 @@ class LanguageModel(LightningModule):
             configure_deepspeed(self.trainer.strategy)
         self._build_sharded()
         require_in_memory(self)
+        self._is_set_up = True
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the strategy before a callback prunes the model, which takes long."""
+        check_fsdp2(self.trainer)
+        return []
+
+    @override
+    def configure_model(self) -> None:
+        """Shard the model where FSDP2 leaves that to the module; callbacks that prune call this before `setup`, too."""
+        is_sharded = isinstance(self.backbone, FSDPModule) if self._is_set_up else False
+        if self._is_set_up and not is_sharded and attached_trainer(self) is not None:
+            mesh = shard_by_fsdp2(self.trainer, self.backbone)
+            if mesh is not None:
+                self._complete_sharding(mesh)
+
+    def _complete_sharding(self, mesh: DeviceMesh) -> None:
+        """Adapt what is not a part of the sharded model.
+
+        Args:
+            mesh: The ranks that hold shards of it.
+        """
+        self.register_state_dict_post_hook(LanguageModel._remove_unsaved)
+
+    def _remove_unsaved(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        """Leave out of a state what no checkpoint holds: it would be gathered from all ranks for nothing."""
+        for name in [name for name in state_dict if not self._is_saved(name)]:
+            del state_dict[name]
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether an entry of the state dict belongs into checkpoints."""
+        return True
 
     @override
     def cpu(self) -> Self:
@@ -172,10 +208,12 @@ class LanguageModel(LightningModule):
         inference mode, and precision plugins cast the states of submodules. In float64, because a perplexity is a sum
         over millions of tokens.
         """
-        return [
-            {name: MeanMetric().set_dtype(torch.float64).to(self.device) for name in _METRICS}
-            for _ in range(num_loaders)
-        ]
+        return [{name: self._new_metric() for name in _METRICS} for _ in range(num_loaders)]
+
+    def _new_metric(self) -> Metric:
+        # one rank has nothing to exchange, though it may have a process group
+        metric = MeanMetric(distributed_available_fn=lambda: self.trainer.world_size > 1)
+        return metric.set_dtype(torch.float64).to(self.device)
 
     def _evaluate(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         """Update the metrics of a loader with a batch."""
@@ -209,5 +247,13 @@ class LanguageModel(LightningModule):
             if "loss" in measured:
                 measured["perplexity"] = measured["loss"].exp()
             for name, value in measured.items():
-                # Lightning would not accept the suffix, which it adds only to what a step logs
-                self.log(f"{stage}/{name}{suffix}", value, prog_bar=name not in _SETTINGS, add_dataloader_idx=False)
+                self.log(
+                    f"{stage}/{name}{suffix}",
+                    value,
+                    prog_bar=name not in _SETTINGS,
+                    # Lightning would not accept the suffix, which it adds only to what a step logs
+                    add_dataloader_idx=False,
+                    # all ranks have the same value; the maximum of equal values is exact, a mean is rounded
+                    sync_dist=True,
+                    reduce_fx="max",
+                )

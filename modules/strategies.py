@@ -8,8 +8,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from wandazeta.lightning_compat import avoid_inference_mode, is_fitting, saves_shards, tensor_parallel_size
 from wandazeta.models.blocks import block_lists
+from wandazeta.models.encoder import EncoderClassifier
+from wandazeta.models.sharded import shard_model
 from wandazeta.models.zero3 import limit_gathered_blocks, loading_sharded
 
 
@@ -68,6 +72,60 @@ def configure_deepspeed(strategy: Any, save_frozen: bool = False) -> None:
         strategy.exclude_frozen_parameters |= not save_frozen
         # only logged; Lightning would read it from the loader's batch sampler, which loaders of whole batches lack
         (strategy.config or {}).setdefault("train_micro_batch_size_per_gpu", 1)
+
+
+def check_fsdp2(trainer: Trainer) -> None:
+    """Check the options of `ModelParallelStrategy` that do not depend on the module; any other strategy passes.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If the strategy divides layers over the ranks, or a fit would write checkpoints in shards.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    size = tensor_parallel_size(strategy)
+    if size != 1:
+        raise ValueError(
+            f"Expected argument `tensor_parallel_size` of ModelParallelStrategy to be 1, but got {size}; set "
+            "`data_parallel_size` to the number of all processes, over which the weights are sharded"
+        )
+    if is_fitting(trainer) and saves_shards(strategy):
+        raise ValueError(
+            "Expected argument `save_distributed_checkpoint` of ModelParallelStrategy to be False, but got True; a run "
+            "that is killed while the ranks write their shards could not be resumed, a single file is written at once"
+        )
+
+
+def shard_by_fsdp2(trainer: Trainer, model: nn.Module) -> DeviceMesh | None:
+    """Shard a model as `ModelParallelStrategy` expects of a module; for any other strategy nothing is changed.
+
+    Args:
+        trainer: The trainer, with its ranks.
+        model: The whole model, changed in place.
+
+    Returns:
+        The ranks that hold shards, or None for another strategy.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return None
+    mesh = trainer.strategy.device_mesh["data_parallel"]
+    compute_dtype = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None
+    heads = [model.head] if isinstance(model, EncoderClassifier) else []
+    shard_model(model, mesh, compute_dtype, heads)
+    avoid_inference_mode(trainer)
+    return mesh
+
+
+def needs_stateful_optimizer(strategy: Any) -> bool:
+    """Whether a strategy works with an optimizer that has states better than with one without.
+
+    DeepSpeed ZeRO warns of optimizers that it does not know, such as SGD, and under `ModelParallelStrategy` Lightning
+    2.6.6 cannot restore one without states.
+    """
+    return isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
 
 
 def refuse_float16_training(trainer: Trainer, trained_dtypes: Iterable[torch.dtype]) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -44,11 +44,16 @@ from wandazeta.lightning_compat import (
 from wandazeta.models.blocks import find_blocks
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.models.modes import evaluation_mode
-from wandazeta.models.zero3 import is_zero3_sharded
+from wandazeta.models.sharded import is_sharded
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.step_cost import StepCost
-from wandazeta.modules.strategies import configure_deepspeed, limit_gathered_weights, refuse_sharded_weights
+from wandazeta.modules.strategies import (
+    configure_deepspeed,
+    limit_gathered_weights,
+    needs_stateful_optimizer,
+    refuse_sharded_weights,
+)
 from wandazeta.modules.summary import show_trained_values
 from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
@@ -235,6 +240,7 @@ class ZerothOrderModule(LanguageModel):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Check the callbacks of the trainer before one of them prunes the model, which takes long."""
+        own = super().configure_callbacks()
         if is_fitting(self.trainer):
             refuse_callbacks(self.trainer, type(self).__name__, _REFUSED_CALLBACKS)
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -246,7 +252,7 @@ class ZerothOrderModule(LanguageModel):
                         f"Expected argument `use_buffers` of {type(callback).__name__} to be True for "
                         f"{type(self).__name__}, but got False: adapters are buffers, and nothing would be averaged"
                     )
-        return []
+        return own
 
     def _count_trained(self) -> tuple[int, int]:
         """Number of trained values, and how many of them are no parameters."""
@@ -270,6 +276,7 @@ class ZerothOrderModule(LanguageModel):
             self._insert_adapters()
             if trainer is not None:
                 copy_module_again(trainer, self, stage)
+        self._is_set_up = True
 
     def _insert_adapters(self) -> None:
         self._backbone_description = describe_backbone(self.backbone, self.pruned_backbone_key)
@@ -299,8 +306,11 @@ class ZerothOrderModule(LanguageModel):
     def configure_optimizers(self) -> Any:
         return stepped(self._new_optimizer(), self.lr_scheduler)
 
-    def _new_optimizer(self) -> SGD:
-        return SGD([self.anchor], lr=self.learning_rate)
+    def _new_optimizer(self) -> Optimizer:
+        """Return the optimizer of the anchor, whose gradient is zero: only its learning rate matters."""
+        trainer = attached_trainer(self)
+        kind = Adam if trainer is not None and needs_stateful_optimizer(trainer.strategy) else SGD
+        return kind([self.anchor], lr=self.learning_rate)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -318,8 +328,8 @@ class ZerothOrderModule(LanguageModel):
     def _prepare_fit(self) -> None:
         """Choose what depends on the trainer, before the first forward."""
         assert self.adapters is not None
-        # under ZeRO-3 every forward gathers weights from all ranks, so all ranks must run equally many
-        sharded = any(map(is_zero3_sharded, self.backbone.parameters()))
+        # every forward gathers sharded weights from all ranks, so all ranks must run equally many
+        sharded = any(map(is_sharded, self.backbone.parameters()))
         self.adapters.prepare_fit()
         reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
@@ -563,7 +573,7 @@ class ZerothOrderModule(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remove the frozen backbone from the checkpoint, and add what identifies the run."""
         for key, state in model_states(checkpoint):
-            checkpoint[key] = {name: state[name] for name in state if self._is_trained(name)}
+            checkpoint[key] = {name: state[name] for name in state if self._is_saved(name)}
         if "current_model_state" in checkpoint:
             checkpoint["state_dict"] |= {name: checkpoint["current_model_state"][name] for name in _STATES}
         checkpoint["zeroth_order"] = {
@@ -586,7 +596,7 @@ class ZerothOrderModule(LanguageModel):
             here |= describe_rates(self._new_optimizer(), self.lr_scheduler)
         require_same(saved, here)
         if "state_dict" in checkpoint:
-            expected = {name for name in self.state_dict() if self._is_trained(name)}
+            expected = {name for name in self.state_dict() if self._is_saved(name)}
             found = set(checkpoint["state_dict"])
             if expected != found:
                 raise ValueError(
@@ -643,8 +653,8 @@ class ZerothOrderModule(LanguageModel):
         assert self.adapters is not None
         return float(self.adapters.drift_probe().double().sum())
 
-    def _is_trained(self, name: str) -> bool:
-        """Whether an entry of the state dict belongs into checkpoints."""
+    @override
+    def _is_saved(self, name: str) -> bool:
         assert self.adapters is not None
         inner = name.removeprefix("backbone.")
         return inner == name or inner in self.adapters.parameter_names

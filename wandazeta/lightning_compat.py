@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from wandazeta.protocols import HasStepBudget
@@ -21,6 +22,7 @@ __all__ = [
     "attached_trainer",
     "averaged_modules",
     "averages_buffers",
+    "avoid_inference_mode",
     "checkpoint_path",
     "copies_module",
     "default_store",
@@ -33,6 +35,8 @@ __all__ = [
     "num_training_steps",
     "requeue_checkpoint",
     "requeue_signal",
+    "saves_shards",
+    "tensor_parallel_size",
     "training_data",
     "update_bar_metrics",
 ]
@@ -82,6 +86,22 @@ def copies_module(callback: Callback) -> bool:
         callback: The callback.
     """
     return isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+
+
+def avoid_inference_mode(trainer: Trainer) -> None:
+    """Let evaluations run without `torch.inference_mode`, as Lightning itself does under classic FSDP.
+
+    FSDP2 reuses the tensors that weights are gathered into. Those of inference mode cannot be written to outside of it,
+    so a `fit` after a `validate` of the same module would fail.
+
+    Sets `inference_mode` of the evaluation loops (lightning 2.6.6), which is not documented; those of a fit never run
+    in inference mode.
+
+    Args:
+        trainer: The trainer, before its first evaluation.
+    """
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
 
 
 def checkpoint_path(trainer: Trainer, name: str) -> str | None:
@@ -140,6 +160,29 @@ def requeue_signal(trainer: Trainer) -> signal.Signals | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+def saves_shards(strategy: ModelParallelStrategy) -> bool:
+    """Return whether every rank writes a part of a checkpoint, which then is a folder.
+
+    Uses `ModelParallelStrategy._save_distributed_checkpoint` (lightning 2.6.6).
+
+    Args:
+        strategy: The strategy.
+    """
+    return strategy._save_distributed_checkpoint
+
+
+def tensor_parallel_size(strategy: ModelParallelStrategy) -> int:
+    """Return the number of ranks that share the layers of a model, before the ranks are connected.
+
+    Uses `ModelParallelStrategy._tensor_parallel_size` (lightning 2.6.6), where "auto" stands for all ranks of a node.
+
+    Args:
+        strategy: The strategy.
+    """
+    size = strategy._tensor_parallel_size
+    return strategy.num_processes if size == "auto" else int(size)
 
 
 def training_data(trainer: Trainer) -> Any:

@@ -1,4 +1,4 @@
-"""Short trainings by back-propagation, one after another, as a program that DeepSpeed starts on several ranks."""
+"""Short trainings by back-propagation, one after another, as a program that a strategy starts on several ranks."""
 
 import json
 import os
@@ -20,18 +20,21 @@ class Noise(torch.optim.SGD):
 
 def whole_weights(module):
     """Copies of all weights by name, gathered if the strategy shards them."""
+    from wandazeta.models.sharded import whole
     from wandazeta.models.zero3 import gathered
 
     weights = {}
     for name, weight in module.named_parameters():
         with gathered([weight]):
-            weights[name] = weight.detach().clone()
+            weights[name] = whole(weight.detach()).clone()
     return weights
 
 
 def watch(found):
     """Callback that records the weights at the start, what is sharded, and the losses of validations."""
     from lightning.pytorch import Callback
+
+    from wandazeta.models.sharded import local_shard
 
     class Watch(Callback):
         def on_train_start(self, trainer, module):
@@ -45,13 +48,16 @@ def watch(found):
 
         def on_train_end(self, trainer, module):
             weights = list(module.parameters())
-            # ZeRO-3 leaves a share of each weight
-            found["sharded"] = any(w.ds_tensor.numel() < w.ds_numel for w in weights if hasattr(w, "ds_tensor"))
+            # ZeRO-3 and FSDP2 leave a share of each weight
+            shares = [
+                (getattr(w, "ds_tensor", local_shard(w)).numel(), getattr(w, "ds_numel", w.numel())) for w in weights
+            ]
+            found["sharded"] = any(share < numel for share, numel in shares)
             found["trained"] = sum(getattr(w, "ds_numel", w.numel()) for w in weights if w.requires_grad)
             # an optimizer of torch, or what DeepSpeed has made of one
             optimizer = getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
             moments = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
-            found["moments"] = sum(moment.numel() for moment in moments)
+            found["moments"] = sum(local_shard(moment).numel() for moment in moments)
 
     return Watch()
 
@@ -91,13 +97,13 @@ def train(
 ):
     """Train; return the results of this rank."""
     from helpers.causal_lms import classification_batch, step_loader
-    from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
+    from helpers.strategies import make_strategy
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader
 
     from wandazeta import adapters
-    from wandazeta.callbacks import KeepSparsity
+    from wandazeta.callbacks import AtomicCheckpointIO, KeepSparsity
     from wandazeta.modules import FirstOrderModule
 
     found = {}
@@ -116,8 +122,9 @@ def train(
         callbacks.append(ModelCheckpoint(root, every_n_train_steps=save_every, save_top_k=0, save_last=True))
     trainer = Trainer(
         accelerator="cpu",
-        strategy="auto" if strategy is None else CPUDeepSpeedStrategy(**strategy),
+        strategy=make_strategy(strategy, devices),
         devices=devices,
+        plugins=[AtomicCheckpointIO()],
         max_steps=steps,
         logger=False,
         enable_checkpointing=bool(save_every),
@@ -157,7 +164,7 @@ def main():
     runs = settings.pop("runs")
     # the first training starts the other ranks, which run this program, too
     results = {name: train(**{"root": root / name} | settings | run) for name, run in runs.items()}
-    torch.save(results, root / f"result-{os.environ.get('RANK', 0)}.pt")
+    torch.save(results, root / f"result-{os.environ.get('LOCAL_RANK', 0)}.pt")
     leave_process_group()
 
 

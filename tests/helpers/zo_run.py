@@ -110,9 +110,9 @@ def train(
 
     root = Path(root)
     if isinstance(strategy, dict):
-        from helpers.cpu_deepspeed import CPUDeepSpeedStrategy
+        from helpers.strategies import make_strategy
 
-        strategy = CPUDeepSpeedStrategy(**strategy)
+        strategy = make_strategy(strategy, devices)
 
     class Slow(Callback):
         def on_train_batch_start(self, *_):
@@ -188,6 +188,8 @@ def main():
 
         gathers = WatchGathers()
         settings["callbacks"] = [gathers]
+    from wandazeta.models.sharded import local_shard
+
     trainer, module, recorder = train(**settings)
     result = {
         "theta": trained_vector(module),
@@ -199,9 +201,10 @@ def main():
         "progress": module.progress.clone(),
         "updates": int(module.progress[0]),
         "global_step": trainer.global_step,
-        # ZeRO-3 leaves a share of each weight
+        # ZeRO-3 and FSDP2 leave a share of each weight
         "sharded": any(
-            p.ds_tensor.numel() < p.ds_numel for p in module.backbone.parameters() if hasattr(p, "ds_tensor")
+            getattr(p, "ds_tensor", local_shard(p)).numel() < getattr(p, "ds_numel", p.numel())
+            for p in module.backbone.parameters()
         ),
     }
     if gathers:

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +23,7 @@ FOLDERS = ("callbacks", "datamodules", "modules", "wandazeta")
 PRIVATE = re.compile(
     r"_checkpoint_connector|_accelerator_connector|_data_source|_should_accumulate|\.procs\b|_get_default_store"
     r"|\b_trainer\b|\._average_model|\._use_buffers|_ddp_params_and_buffers_to_ignore|\._update_metrics"
+    r"|\.inference_mode = |\._save_distributed_checkpoint|\._tensor_parallel_size"
 )
 
 
@@ -49,6 +52,33 @@ def test_last_is_the_file_that_a_checkpoint_callback_wrote(tmp_path):
     assert lightning_compat.checkpoint_path(trainer, "last") is None
     trainer.fit(BoringModel())
     assert lightning_compat.checkpoint_path(trainer, "last") == str(tmp_path / "last.ckpt")
+
+
+def test_options_of_fsdp2_are_found():
+    strategy = ModelParallelStrategy()
+    assert lightning_compat.saves_shards(strategy)
+    strategy.parallel_devices = [torch.device("cpu")] * 3
+    assert lightning_compat.tensor_parallel_size(strategy) == 3
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    assert not lightning_compat.saves_shards(strategy)
+    assert lightning_compat.tensor_parallel_size(strategy) == 1
+
+
+def test_no_evaluation_runs_in_inference_mode_where_that_is_avoided(tmp_path):
+    class Watch(Callback):
+        def on_validation_batch_start(self, *_):
+            modes.append(torch.is_inference_mode_enabled())
+
+        on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    for avoid in (False, True):
+        modes = []
+        trainer = quiet_trainer(fast_dev_run=True, callbacks=[Watch()], default_root_dir=tmp_path)
+        if avoid:
+            lightning_compat.avoid_inference_mode(trainer)
+        for stage in ("fit", "validate", "test", "predict"):
+            getattr(trainer, stage)(BoringModel())
+        assert modes == [False, not avoid, not avoid, not avoid]
 
 
 def test_averages_and_their_options_are_found(tmp_path):

@@ -22,6 +22,7 @@ from wandazeta.adapters.card import adapter_card
 from wandazeta.adapters.inject import refuse_adapted, wrap_sites
 from wandazeta.adapters.lora import wrap_linears
 from wandazeta.models.blocks import find_blocks
+from wandazeta.models.sharded import whole
 from wandazeta.models.zero3 import gathered
 
 # how error messages name the entries of a description
@@ -54,7 +55,7 @@ def backbone_fingerprint(model: nn.Module, samples: int = 64) -> str:
     for name, tensor in model.state_dict(keep_vars=True).items():
         with gathered([tensor]):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
+            flat = whole(tensor.detach()).reshape(-1)
             # an even stride would always read the same position of N:M groups
             picked = flat[:: max(1, flat.numel() // samples) | 1][:samples]
             digest.update(picked.contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -18,8 +18,8 @@ from wandazeta.adapters.card import peft_card
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.models.blocks import block_lists
 from wandazeta.models.encoder import EncoderClassifier
+from wandazeta.models.sharded import is_sharded, whole
 from wandazeta.models.sparsity import is_pruned
-from wandazeta.models.zero3 import is_zero3_sharded
 from wandazeta.utilities.arguments import check_range, closest_names
 
 if TYPE_CHECKING:
@@ -185,8 +185,13 @@ class PeftLoRATraining(GradientTraining):
 
     @override
     def save(self, directory: Path, backbone: dict[str, Any], is_main_process: bool) -> None:
+        # FSDP2 shards the adapters together with the blocks
+        named = self._peft_model.named_parameters()
+        adapters = {name: whole(parameter.detach()) for name, parameter in named if parameter.requires_grad}
         # save_embedding_layers="auto" would ask the hub about the vocabulary
-        self._peft_model.save_pretrained(str(directory), save_embedding_layers=False, is_main_process=is_main_process)
+        self._peft_model.save_pretrained(
+            str(directory), state_dict=adapters, save_embedding_layers=False, is_main_process=is_main_process
+        )
         if not is_main_process:
             return
         config = Path(directory, "adapter_config.json")
@@ -199,10 +204,10 @@ class PeftLoRATraining(GradientTraining):
     def merge(self, keep_mask: bool) -> None:
         self.require_adapters("merge")
         assert self._backbone is not None
-        if any(map(is_zero3_sharded, self._backbone.parameters())):
+        if any(map(is_sharded, self._backbone.parameters())):
             raise ValueError(
-                "Expected whole weights to merge adapters into, but DeepSpeed ZeRO stage 3 has sharded them; write the "
-                "adapters (`save_adapters`), and merge them in one process"
+                "Expected whole weights to merge adapters into, but the strategy has sharded them; write the adapters "
+                "(`save_adapters`), and merge them in one process"
             )
         pruned = self._pruned_weights()
         if pruned and not keep_mask:

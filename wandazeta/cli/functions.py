@@ -262,12 +262,13 @@ def _process_group() -> Iterator[bool]:
     import torch
     import torch.distributed as dist
 
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    device = None
+    if torch.cuda.is_available():
         # SLURM may show each process its own GPU only
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     # the others wait while rank 0 writes a large model
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("nccl" if device else "gloo", timeout=timedelta(days=1), device_id=device)
     try:
         yield rank == 0
     finally:

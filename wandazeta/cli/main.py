@@ -51,8 +51,13 @@ __all__ = [
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:
-    """Whether a record is neither an advertisement nor the news that some hardware is absent."""
-    return re.match(r".*Tip:|\w+ available: False", str(record.msg)) is None
+    """Whether a record is no advertisement, no news that some hardware is absent, and no advice that does not fit.
+
+    The advice is to let matrix products in float32 run in TF32. They are those of adapters, whose updates are smaller
+    than TF32 resolves, and torch's default keeps them exact.
+    """
+    advice = r"You are using a CUDA device .* Tensor Cores"
+    return re.match(rf".*Tip:|\w+ available: False|{advice}", str(record.msg)) is None
 
 
 def _hide_known_noise() -> None:
@@ -67,6 +72,8 @@ def _hide_known_noise() -> None:
         r"Found \d+ module\(s\) in eval mode at the start of training",
         # with manual optimization the checkpoint holds the state after the step, which is right
         r"Using ModelCheckpoint with manual optimization and every_n_train_steps",
+        # with one process DeepSpeed binds it to no device, of which it has only one
+        r"barrier\(\): using the device under current context",
         # deprecated calls inside Lightning
         r".is_gradient_checkpointing. is deprecated",
         r".*isinstance\(treespec, LeafSpec\).* is deprecated",
@@ -113,9 +120,13 @@ def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = 
     )
 
 
-def _leave_process_group() -> None:
-    """Stop gloo's threads, which would abort a process that ends under them; Lightning does this for NCCL only."""
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+def _leave_process_group(failed: bool) -> None:
+    """Leave the ranks: torch warns otherwise, and gloo's threads abort a process that ends under them.
+
+    Lightning does this for NCCL only, and not under DeepSpeed. After an error a rank may be lost, and NCCL would wait
+    for it.
+    """
+    if dist.is_available() and dist.is_initialized() and (not failed or dist.get_backend() == "gloo"):
         dist.destroy_process_group()
 
 
@@ -130,11 +141,13 @@ def main(args: ArgsType = None) -> None:
         sys.argv[1:] = command_first(sys.argv[1:])
     elif isinstance(args, list):
         args = command_first(args)
+    failed = True
     try:
         with reported_errors(), RankLog() as log:
             command_line(args, log=log)
+        failed = False
     finally:
-        _leave_process_group()
+        _leave_process_group(failed)
 
 
 if __name__ == "__main__":

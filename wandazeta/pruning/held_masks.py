@@ -9,7 +9,15 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from wandazeta.models.blocks import block_lists
-from wandazeta.models.zero3 import gathered
+from wandazeta.models.sharded import (
+    has_plain_shards,
+    is_shard,
+    local_shard,
+    shard_like,
+    sum_over_shards,
+    unshard_like,
+)
+from wandazeta.models.zero3 import full_shape, gathered
 from wandazeta.pruning.method.layers import prunable_weights
 
 __all__ = ["HeldMasks", "masks_from_zeros", "pack_mask", "unpack_mask"]
@@ -28,10 +36,11 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
         block_name: Dotted name of the `ModuleList` of blocks in `module`; by default all that are found.
 
     Returns:
-        Bool masks in the shape of the weights, True where a weight is kept, by parameter name.
+        Bool masks in the shape of the weights, True where a weight is kept, by parameter name; sharded if the weight
+        is sharded by FSDP2.
 
     Raises:
-        ValueError: If there are no blocks, none of them was pruned, or their weights are sharded or quantized.
+        ValueError: If there are no blocks, none of them was pruned, or their weights are incomplete or quantized.
     """
     lists = block_lists(module, block_name)
     parameters = {
@@ -51,7 +60,8 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
             weight = parameter.detach()
             _check_plain(weight_name, weight)
             kept = weight != 0
-        if not bool(kept.all()) and bool(kept.any()):
+        num_kept = sum_over_shards(local_shard(kept).count_nonzero(), parameter)
+        if 0 < num_kept < kept.numel():
             masks[weight_name] = kept
     if not masks:
         where = ", ".join(f"`{name}`" for name in lists)
@@ -63,12 +73,12 @@ def masks_from_zeros(module: nn.Module, block_name: str | None = None) -> dict[s
 
 
 def _check_plain(name: str, weight: Tensor) -> None:
-    """Refuse a weight that is not a complete floating-point tensor in the memory of this process."""
-    if weight.numel() == 0 or weight.is_meta or hasattr(weight, "device_mesh") or not weight.is_floating_point():
+    """Refuse a weight that is neither a complete floating-point tensor nor sharded by FSDP2."""
+    if weight.numel() == 0 or weight.is_meta or not has_plain_shards(weight) or not weight.is_floating_point():
         raise ValueError(
             f"Expected complete floating-point weights on every rank, but `{name}` is {type(weight).__name__} of shape "
-            f"{tuple(weight.shape)} and {weight.dtype} on {weight.device}; sharded and quantized weights cannot be "
-            "masked: use one device or DDP"
+            f"{tuple(weight.shape)} and {weight.dtype} on {weight.device}; weights that are quantized, or sharded by "
+            "anything but FSDP2, cannot be masked: use one device or DDP"
         )
 
 
@@ -85,18 +95,24 @@ class HeldMasks:
     and moves values without a gradient only towards zero (weight decay), pruned values stay zero. `check` detects
     optimizers for which this does not hold.
 
+    FSDP2 shards every weight, its gradient and its optimizer state alike; each rank holds the part of the mask that
+    belongs to its shard. Gradients are masked after they are reduced, and before they are clipped. All ranks have to
+    make the same calls.
+
     Args:
         weights: Weights by name.
-        masks: Bool masks of the same names and shapes, True where a weight is kept.
+        masks: Bool masks of the same names and shapes, True where a weight is kept; each is whole, or sharded as its
+            weight is.
 
     Raises:
-        ValueError: If a mask has another shape than its weight, a weight is sharded or quantized, or a pruned weight
-            is not zero.
+        ValueError: If a mask has another shape than its weight, a weight is incomplete or quantized, or a pruned
+            weight is not zero.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._weights = {name: weights[name] for name in masks}
-        # keyed by the parameters, by which optimizers identify their state; True where a weight is pruned
+        # keyed by the parameters, by which optimizers identify their state; True where a weight is pruned, for the
+        # shard of this rank
         self._pruned: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
         for name, mask in masks.items():
@@ -108,9 +124,9 @@ class HeldMasks:
                         f"Expected a bool mask of shape {tuple(weight.shape)} for `{name}`, but got {mask.dtype} of "
                         f"shape {tuple(mask.shape)}; use the masks that were written with this model"
                     )
-                pruned = ~mask.to(weight.device)
-                num_dense = int(torch.count_nonzero(weight.detach()[pruned]))
-            if num_dense:
+                pruned = ~shard_like(mask, weight)
+                num_dense = torch.count_nonzero(local_shard(weight)[pruned])
+            if num_dense := sum_over_shards(num_dense, weight):
                 raise ValueError(
                     f"Expected weights that are zero where their masks prune, but {num_dense} of `{name}` are not; "
                     "load the pruned weights that the masks belong to"
@@ -119,18 +135,23 @@ class HeldMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks by name, True where a weight is kept."""
-        return {name: ~self._pruned[weight] for name, weight in self._weights.items()}
+        """The whole masks by name, True where a weight is kept."""
+        return {name: unshard_like(~self._pruned[weight], weight) for name, weight in self._weights.items()}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of masked weights."""
+        return len(self._weights)
 
     @property
     def num_weights(self) -> int:
         """Number of values in the masked weights."""
-        return sum(pruned.numel() for pruned in self._pruned.values())
+        return sum(full_shape(weight).numel() for weight in self._pruned)
 
     @property
     def num_pruned(self) -> int:
         """Number of values that are kept at zero."""
-        return sum(int(pruned.sum()) for pruned in self._pruned.values())
+        return sum(sum_over_shards(pruned.sum(), weight) for weight, pruned in self._pruned.items())
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Apply the masks now and after every step of the optimizers, until `release`.
@@ -152,7 +173,7 @@ class HeldMasks:
             # `data`: this changes at most the sign of a zero, which a graph that was built before may use
             for tensor in (weight.data, weight.grad):
                 if tensor is not None:
-                    tensor.masked_fill_(pruned, 0.0)
+                    local_shard(tensor).masked_fill_(pruned, 0.0)
         for optimizer in optimizers:
             self._mask_state(optimizer)
             self._handles.append(
@@ -165,7 +186,12 @@ class HeldMasks:
             # torch accepts hooks only on tensors that require gradients; a frozen weight may be unfrozen later
             frozen = not weight.requires_grad
             weight.requires_grad_(True)
-            self._handles.append(weight.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0.0)))
+            # FSDP2 gives a shard its gradient outside of autograd, and runs hooks of this kind only
+            self._handles.append(
+                weight.register_post_accumulate_grad_hook(self._mask_gradient)
+                if is_shard(weight)
+                else weight.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0.0))
+            )
             weight.requires_grad_(not frozen)
 
     def release(self) -> None:
@@ -187,9 +213,9 @@ class HeldMasks:
         broken = {}
         for name, weight in self._weights.items():
             with gathered([weight]):
-                values = weight.detach()[self._pruned[weight].to(weight.device)]
-            count = int(((values != 0) | (values.signbit() & signs)).sum())
-            if count:
+                values = local_shard(weight)[self._pruned[weight].to(weight.device)]
+            count = ((values != 0) | (values.signbit() & signs)).sum()
+            if count := sum_over_shards(count, weight):
                 broken[name] = count
         if broken:
             name = next(iter(broken))
@@ -200,17 +226,21 @@ class HeldMasks:
                 "weights without a gradient"
             )
 
+    def _mask_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        local_shard(weight.grad).masked_fill_(self._pruned[weight], 0.0)  # type: ignore[index]
+
     @torch.no_grad()
     def _mask_after_step(self, optimizer: Optimizer) -> None:
         for weight, pruned in self._masked_weights(optimizer):
-            weight.masked_fill_(pruned, 0.0)
+            local_shard(weight).masked_fill_(pruned, 0.0)
         self._mask_state(optimizer)
 
     def _mask_state(self, optimizer: Optimizer) -> None:
         for weight, pruned in self._masked_weights(optimizer):
             for state in optimizer.state.get(weight, {}).values():
                 if isinstance(state, Tensor) and state.is_floating_point() and state.shape == weight.shape:
-                    state.masked_fill_(pruned.to(state.device), 0.0)
+                    local_shard(state).masked_fill_(pruned.to(state.device), 0.0)
 
     def _masked_weights(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield the weights of an optimizer that have a mask, with their pruned places."""

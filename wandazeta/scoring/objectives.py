@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from wandazeta.models.positions import check_positions, max_positions
-from wandazeta.models.zero3 import is_zero3_sharded
+from wandazeta.models.sharded import is_sharded
 from wandazeta.scoring.scorer import Prepared, Scorer, Scores, option_losses, token_losses
 from wandazeta.utilities.precision import default_dtype
 
@@ -79,11 +79,11 @@ class GeneratedText:
         Raises:
             ValueError: If the batch has no answer options, or the model's weights are sharded.
         """
-        if any(map(is_zero3_sharded, scorer.model.parameters())):
+        if any(map(is_sharded, scorer.model.parameters())):
             # ranks end their texts at different tokens, after which they would wait for each other's shards forever
             raise ValueError(
-                "Expected whole weights on every rank for an objective over generated text, but DeepSpeed ZeRO stage 3 "
-                "shards them; use stage 2, or a metric of the options' scores"
+                "Expected whole weights on every rank for an objective over generated text, but the strategy shards "
+                "them; use DDP or DeepSpeed ZeRO stage 2, or a metric of the options' scores"
             )
         options, mask, labels = prepared.option_ids, prepared.option_mask, prepared.labels
         if options is None or mask is None or labels is None:

@@ -373,7 +373,7 @@ def test_strategies_that_flatten_gradients_are_refused():
     keep, run = KeepSparsity(), trainer()
     run.strategy_ = FSDPStrategy()
     run._accelerator_connector.strategy = run.strategy_
-    with pytest.raises(ValueError, match="a strategy that does not shard gradients"):
+    with pytest.raises(ValueError, match=r"does not flatten weights.* use FSDP2 \(`ModelParallelStrategy`"):
         keep.setup(run, sparse_tiny(), "fit")
     keep.setup(run, sparse_tiny(), "validate")
 

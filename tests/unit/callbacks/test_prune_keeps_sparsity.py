@@ -173,12 +173,12 @@ def test_a_checkpoint_that_became_dense_goes_on_only_without_keeping_the_sparsit
 # -- strategies -------------------------------------------------------------------------------------------------------
 
 
-def test_strategies_that_shard_gradients_are_refused_where_pruned_weights_are_trained(folder):
+def test_strategies_that_flatten_weights_are_refused_where_pruned_weights_are_trained(folder):
     module, pruning, run = tiny(), callback(folder), trainer()
     fit(pruning, module=module)
     run.strategy_ = FSDPStrategy()
     run._accelerator_connector.strategy = run.strategy_
-    with pytest.raises(ValueError, match="a strategy that does not shard gradients"):
+    with pytest.raises(ValueError, match="a strategy that does not flatten weights"):
         pruning.on_fit_start(run, module)
     module.layers.requires_grad_(False)
     pruning.on_fit_start(run, module)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -401,3 +402,24 @@ def test_a_run_does_not_list_absent_hardware_or_draw_bars_of_files(plain, capsys
     assert "val/perplexity" in shown or "val/accuracy" in shown
     for noise in ("GPU available", "TPU available", "Loading weights", "Tip:", "no last checkpoint"):
         assert noise not in shown
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+@pytest.mark.parametrize("failed", [False, True])
+def test_ranks_leave_their_process_group_unless_one_may_be_lost(monkeypatch, tmp_path, backend, failed):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+
+    def command(*args, **kwargs):
+        if failed:
+            raise ValueError("an error of the user")
+
+    monkeypatch.setattr("wandazeta.cli.main.command_line", command)
+    try:
+        with pytest.raises(SystemExit) if failed else nullcontext():
+            main([])
+        # NCCL would wait for a rank that is lost
+        assert torch.distributed.is_initialized() == (failed and backend == "nccl")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 import pytest
 from helpers.causal_lms import save_tiny_lm, tiny_lm
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from wandazeta.models.loading import LoadingOptions
 from wandazeta.modules import LanguageModel, ZerothOrderModule
@@ -64,3 +65,23 @@ def test_deepspeed_holds_two_blocks_unless_told_otherwise():
     before = dict(other.config["zero_optimization"])
     limit_gathered_weights(other, model)
     assert other.config["zero_optimization"] == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`tensor_parallel_size` of ModelParallelStrategy to be 1, but got 2"),
+        (
+            {"data_parallel_size": 2, "tensor_parallel_size": 1},
+            "`save_distributed_checkpoint` of ModelParallelStrategy",
+        ),
+    ],
+)
+def test_options_of_fsdp2_are_refused_before_the_ranks_are_connected(model_dir, options, message, tmp_path):
+    strategy = ModelParallelStrategy(**options)
+    quiet = {"logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, **quiet)
+    # this process is one of two
+    strategy._launcher = None
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(ZerothOrderModule(model_dir), [])
