@@ -19,7 +19,7 @@ from wandazeta.data.prompts import adds_bos
 from wandazeta.data.tasks import FOLDER
 from wandazeta.data.windows import collate_windows, cut_windows, shuffle_windows
 from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer, stored_dtype
-from wandazeta.pruning.calibration import split_rows
+from wandazeta.pruning.calibration import check_shares, split_rows
 from wandazeta.pruning.export.card import REPORT_FILE
 from wandazeta.pruning.export.output import OutputFolder
 from wandazeta.pruning.export.pretrained import check_exportable
@@ -134,11 +134,8 @@ def prune(
         found = len(rows)
         if found < num_samples and ranks.rank == 0:
             _logger.warning("The texts hold %d samples, fewer than num_samples=%d; all are used", found, num_samples)
-        if found < ranks.size:
-            raise ValueError(
-                f"Expected at least one calibration sample for each of {ranks.size} ranks, but got {found}; start "
-                "fewer processes or give more text"
-            )
+        # before the model is loaded
+        check_shares(found, ranks.size)
     model, folder = _loaded(model), None
     if output_dir is not None:
         folder = OutputFolder(output_dir, model)

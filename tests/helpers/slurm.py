@@ -1,13 +1,16 @@
-"""A SLURM of one node in a folder of its own, run by root without systemd."""
+"""A SLURM of two nodes on this machine in a folder of its own, run by root without systemd."""
 
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 
+# names that every machine resolves, as ranks have to find the first node
+NODES = ("127.0.0.1", "127.0.0.2")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
 
@@ -26,7 +29,7 @@ def _free_port():
 
 
 class Cluster:
-    """Brings up munged, slurmctld and slurmd; as a context it takes them down.
+    """Brings up munged, slurmctld and a slurmd for each node; as a context it takes them down.
 
     Args:
         folder: Where configuration, state and logs go.
@@ -35,11 +38,12 @@ class Cluster:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.daemons = []
+        self.nodes = {}
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self):
         munge, host = self.folder / "munge", socket.gethostname()
-        for name in ("munge", "state", "spool"):
+        for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(mode=0o700, parents=True)
         key = munge / "key"
         key.write_bytes(secrets.token_bytes(1024))
@@ -51,7 +55,6 @@ class Cluster:
             "ClusterName": "test",
             "SlurmctldHost": f"{host}(127.0.0.1)",
             "SlurmctldPort": _free_port(),
-            "SlurmdPort": _free_port(),
             "SlurmUser": "root",
             "AuthType": "auth/munge",
             "AuthInfo": f"socket={munge / 'socket'}",
@@ -70,19 +73,19 @@ class Cluster:
             # tasks share the processors there are
             "SlurmdParameters": "config_overrides",
             "StateSaveLocation": self.folder / "state",
-            "SlurmdSpoolDir": self.folder / "spool",
+            "SlurmdSpoolDir": self.folder / "spool-%n",
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
-            "SlurmdPidFile": self.folder / "slurmd.pid",
+            "SlurmdPidFile": self.folder / "slurmd-%n.pid",
             "SlurmctldLogFile": self.folder / "slurmctld.log",
-            "SlurmdLogFile": self.folder / "slurmd.log",
-            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs=4",
+            "SlurmdLogFile": self.folder / "slurmd-%n.log",
             "PartitionName": "all Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
+        lines += [f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={_free_port()} CPUs=4" for name in NODES]
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-        for name in ("slurmctld", "slurmd"):
-            self._start(name, "-D", "-f", self.folder / "slurm.conf")
-        self._wait(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%T", check=False), "the node")
+        self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+        for name in NODES:
+            self.start_node(name)
         return self
 
     def __exit__(self, *_):
@@ -95,9 +98,17 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
+    def start_node(self, name):
+        """Start the daemon of a node, and wait until jobs can run there."""
+        self.nodes[name] = self._start("slurmd", "-D", "-N", name, "-f", self.folder / "slurm.conf")
+        state = ("sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%T")
+        self._wait(lambda: self.run(*state, check=False).strip() == "idle", f"the node {name}")
+
     def _start(self, *command):
-        with (self.folder / f"{command[0]}.out").open("w") as log:
-            self.daemons.append(subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=self.environment))
+        with (self.folder / f"{command[0]}.out").open("a") as log:
+            daemon = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=self.environment)
+        self.daemons.append(daemon)
+        return daemon
 
     def _wait(self, true, what, seconds=30):
         deadline = time.monotonic() + seconds
@@ -133,7 +144,25 @@ class Cluster:
         text = self.run("scontrol", "show", "--oneliner", "job", number)
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
-    def wait(self, number, true, seconds=180):
+    def tasks(self, number):
+        """Processes of a job's step, by rank."""
+        found = {}
+        for node in NODES:
+            # a node without processes of the job is an error
+            lines = self.run("scontrol", "listpids", f"{number}.0", node, check=False).splitlines()
+            columns = (line.split() for line in lines[1:])
+            found |= {int(rank): int(pid) for pid, _, _, _, rank in columns if rank != "-"}
+        return found
+
+    def kill_node(self, name, task):
+        """Kill the daemon of a node, the task that runs there, and what SLURM started for the task."""
+        parent = int(Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
+        self.nodes[name].kill()
+        self.nodes[name].wait()
+        for pid in (parent, task):
+            os.kill(pid, signal.SIGKILL)
+
+    def wait(self, number, true, seconds=600):
         """Wait until something is true of a job, without the delay that SLURM gives a requeued one."""
         deadline = time.monotonic() + seconds
         while True:

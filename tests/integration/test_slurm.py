@@ -1,7 +1,11 @@
-"""The shipped batch scripts on a real SLURM of one node: two ranks, preemption, and the same files in the end."""
+"""The shipped batch scripts on a real SLURM of two nodes: preemption, a node that fails, and the same files in the end.
+
+Both nodes are on this machine, each with a daemon and an address of its own.
+"""
 
 import csv
 import hashlib
+import json
 import os
 import re
 import signal
@@ -14,6 +18,7 @@ import yaml
 from helpers import slurm
 from helpers.fit_config import fit_settings, write_inputs
 from helpers.prune_options import method_arguments
+from helpers.two_ranks import SOON_S
 
 pytestmark = [
     pytest.mark.slurm,
@@ -43,7 +48,7 @@ def environment():
     return kept | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
+def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1", strategy="ddp"):
     """Prunes on two ranks and fine-tunes; blocks take so many seconds more."""
     config = fit_settings(inputs, "run")
     config["model"] = {
@@ -52,7 +57,7 @@ def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     }
     environment = "lightning.pytorch.plugins.environments.SLURMEnvironment"
     config["trainer"] |= {
-        "strategy": "ddp",
+        "strategy": strategy,
         "max_steps": STEPS,
         "limit_val_batches": 0,
         "plugins": [{"class_path": environment, "init_args": {"requeue_signal": requeue_signal}}],
@@ -67,9 +72,12 @@ def fit_config(inputs, folder, seconds=0.0, requeue_signal="SIGUSR1"):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def fit(cluster, folder):
+def fit(cluster, folder, nodes=1):
+    """Submit a run of two ranks, on one node or on two."""
+    script, options = SCRIPTS / ("one_node.sbatch" if nodes == 1 else "many_nodes.sbatch"), [f"--nodes={nodes}"]
+    tasks = 2 // nodes
     return cluster.submit(
-        SCRIPTS / "one_node.sbatch", "-c", "config.yaml", folder=folder, tasks=2, environment=environment()
+        script, "-c", "config.yaml", folder=folder, tasks=tasks, options=options, environment=environment()
     )
 
 
@@ -101,7 +109,12 @@ def blocks_of(folder):
 
 def result(folder):
     """Bytes of every pruned block, and what was trained."""
-    checkpoint = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    path = folder / "run" / "checkpoints" / "last.ckpt"
+    if path.is_dir():  # of DeepSpeed
+        checkpoint = torch.load(path / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=False)
+        checkpoint["state_dict"] = checkpoint["module"]
+    else:
+        checkpoint = torch.load(path, weights_only=True)
     state = {name: value for name, value in checkpoint["state_dict"].items() if name != "anchor"}
     return blocks_of(folder / "run" / "pruning"), checkpoint["global_step"], state
 
@@ -145,9 +158,7 @@ def test_a_job_preempted_within_a_step_goes_on_to_the_same_bits(cluster, inputs,
         cluster.run("scancel", "--signal=USR1", number)
     else:
         # the other one is within the same step, and waits for this one's losses
-        lines = [line.split() for line in cluster.run("scontrol", "listpids", number).splitlines()]
-        (pid,) = (int(line[0]) for line in lines if line[2] == "0" and line[3] == "1")
-        os.kill(pid, signal.SIGUSR1)
+        os.kill(cluster.tasks(number)[1], signal.SIGUSR1)
     assert through(cluster, number, folder) == 1
     (step,) = (int(found) for found in re.findall(r"Preempted after step (\d+): ", log(folder)))
     assert 0 < step < STEPS
@@ -173,6 +184,63 @@ def test_a_job_preempted_while_it_prunes_goes_on_to_the_same_bytes(cluster, inpu
     assert not list(folder.rglob("*.ckpt"))
     assert through(cluster, number, folder) == 1
     assert_equal(result(folder), result(undisturbed))
+
+
+STRATEGIES = ["ddp", {"class_path": "helpers.cpu_deepspeed.CPUDeepSpeedStrategy", "init_args": {"stage": 2}}]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["ddp", "deepspeed"])
+def test_two_nodes_are_preempted_and_go_on_to_the_bits_of_one(cluster, inputs, undisturbed, tmp_path, strategy):
+    folder = tmp_path / "nodes"
+    fit_config(inputs, folder, seconds=0.05, strategy=strategy)
+    number = fit(cluster, folder, nodes=2)
+    cluster.wait(number, lambda job: sum(map(len, logged(folder))) >= 2)
+    assert cluster.job(number)["NumNodes"] == "2"
+    cluster.run("scancel", "--signal=USR1", number)
+    assert through(cluster, number, folder) == 1
+    (step,) = (int(found) for found in re.findall(r"Preempted after step (\d+): ", log(folder)))
+    assert logged(folder)[1] == list(range(step, STEPS))
+    record = json.loads((folder / "run" / "log" / "environment.json").read_text())
+    assert (record["num_nodes"], record["world_size"]) == (2, 2)
+    assert_equal(result(folder), result(undisturbed))
+
+
+def test_a_node_that_fails_is_named_and_the_job_goes_on_when_it_is_back(cluster, inputs, undisturbed, tmp_path):
+    folder = tmp_path / "lost"
+    fit_config(inputs, folder, seconds=0.05)
+    number = fit(cluster, folder, nodes=2)
+    cluster.wait(number, lambda job: sum(map(len, logged(folder))) >= 2)
+    tasks = cluster.tasks(number)
+    cluster.kill_node(slurm.NODES[1], tasks[1])
+    survivor = Path(f"/proc/{tasks[0]}")
+    cluster.wait(number, lambda job: not survivor.exists(), seconds=SOON_S)
+    assert "error: rank 1 is lost: it was killed, or its machine does not answer" in log(folder)
+    # what SLURM does by itself once the node has not answered for some minutes; it then requeues the job
+    cluster.run("scontrol", "update", f"NodeName={slurm.NODES[1]}", "State=DOWN", "Reason=killed")
+    cluster.wait(number, lambda job: job["Restarts"] == "1")
+    cluster.start_node(slurm.NODES[1])
+    assert through(cluster, number, folder) == 1
+    assert_equal(result(folder), result(undisturbed))
+
+
+def test_two_nodes_prune_from_the_files_to_the_bytes_of_one_node_in_memory(cluster, inputs, undisturbed, tmp_path):
+    (tmp_path / "runs" / "slurm").mkdir(parents=True)
+    config = yaml.safe_load((undisturbed / "config.yaml").read_text())
+    model = {"model_name_or_path": str(inputs / "model"), "loading": {"stream_weights": True}}
+    # one device, as the shipped configurations of a pruning have it
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    chosen = {"model": {"class_path": "LanguageModel", "init_args": model}, "trainer": trainer}
+    settings = {name: config[name] for name in ("prune", "data")} | chosen
+    (tmp_path / "streamed.yaml").write_text(yaml.safe_dump(settings))
+    script, options = SCRIPTS / "prune_array.sbatch", ["--array=0", "--nodes=2"]
+    number = cluster.submit(
+        script, "streamed.yaml", folder=tmp_path, tasks=1, options=options, environment=environment()
+    )
+    assert through(cluster, f"{number}_0", tmp_path) == 0
+    assert log(tmp_path).count("pruned model: ") == 1
+    record = json.loads((tmp_path / "runs" / "streamed" / "log" / "prune" / "environment.json").read_text())
+    assert (record["num_nodes"], record["world_size"]) == (2, 2)
+    assert blocks_of(tmp_path / "runs" / "streamed" / "pruning") == result(undisturbed)[0]
 
 
 def test_an_array_prunes_side_by_side_and_a_preempted_task_goes_on(cluster, inputs, tmp_path):

@@ -1,5 +1,6 @@
 """LightningCLI with the options of wandazeta: one folder for a run, a group for pruning, presets, and resuming."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from inspect import signature
@@ -9,6 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -170,6 +172,8 @@ class WandazetaCLI(LightningCLI):
             # without a version of its own, so that a second run continues in the same folder
             kwargs["logger"] = CSVLogger(run_dir, name="log", version=command)
         self.save_config_kwargs = self.save_config_kwargs | {"folder": run_dir / "log" / command}
+        if self.subcommand == "prune":
+            kwargs |= _started_devices(given.devices)
         trainer = super().instantiate_trainer(**kwargs)
         self._require_checkpoint(trainer, run_dir)
         keep_metrics(trainer.loggers)
@@ -262,6 +266,29 @@ def _check_machine(trainer: Namespace) -> None:
             f"Expected argument `trainer.strategy` to be one whose package is installed, but got {strategy!r}; "
             "`pip install deepspeed`, or use another strategy, such as ddp"
         )
+
+
+def _started_devices(devices: Any) -> dict[str, int]:
+    """Return the trainer's `devices` and `num_nodes` for the processes that torchrun or srun started, if it did.
+
+    With other numbers, such as the single device of a configuration, every process would prune alone, all into one
+    folder.
+
+    Args:
+        devices: The devices that were asked for. A list of as many stays.
+    """
+    found = os.environ
+    if TorchElasticEnvironment.detect():
+        size, num_nodes = int(found["WORLD_SIZE"]), int(found["WORLD_SIZE"]) // int(found["LOCAL_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        size, num_nodes = int(found.get("SLURM_STEP_NUM_TASKS", "1")), int(found.get("SLURM_STEP_NUM_NODES", "1"))
+    else:
+        return {}
+    if size % num_nodes:
+        raise ValueError(f"Expected as many processes on every node, but got {size} on {num_nodes} nodes")
+    if size == 1 or (isinstance(devices, list) and len(devices) == size // num_nodes):
+        return {}
+    return {"devices": size // num_nodes, "num_nodes": num_nodes}
 
 
 def _check_module(command: str, config: Namespace) -> None:

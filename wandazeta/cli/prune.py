@@ -12,6 +12,7 @@ from wandazeta.pruning.export.pretrained import check_export_directory, check_ex
 from wandazeta.pruning.progress.folder import ProgressFolder
 from wandazeta.pruning.records import PruneReport
 from wandazeta.utilities.files import check_writable
+from wandazeta.utilities.ranks import Ranks
 
 __all__ = ["attach", "prune_module"]
 
@@ -27,8 +28,10 @@ def prune_module(
 ) -> PruneReport:
     """Prune a module without fitting it, and write its transformers model as a Hugging Face directory.
 
+    The ranks of the process group share the calibration samples; rank 0 writes.
+
     Args:
-        trainer: Determines the device; no loop of it is run.
+        trainer: Determines the device and the ranks; no loop of it is run.
         module: Holds a transformers model. Its `tokenizer`, or else that of the data module, is written too.
         datamodule: Yields the calibration data, unless the callback has a source of its own.
         callback: Determines what to prune and how; its `output_dir` keeps the progress.
@@ -48,12 +51,6 @@ def prune_module(
             "Expected argument `pack` to be False unless sparsity_pattern='2:4', the only pattern with a packed form, "
             f"but got '{callback.options.pattern.sparsity_pattern}'; prune 2:4 or leave out `pack`."
         )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"Expected one process to prune with a configuration, but got {trainer.world_size}; set `trainer.devices` "
-            "and `trainer.num_nodes` to 1, or share the samples among several by `torchrun -m wandazeta prune MODEL "
-            "--text FILE`."
-        )
     if fast_dev_run(trainer):
         raise ValueError(
             "Expected argument `fast_dev_run` to be False to write a pruned model, but got "
@@ -65,19 +62,25 @@ def prune_module(
             f"progress, and not to contain it, but got '{output_dir}' and '{callback.output_dir}'; choose another "
             "folder for one of them."
         )
-    check_export_directory(target, progress)
+    ranks = Ranks.of_process_group(trainer.strategy.root_device)
+    ranks.run_on_all(lambda: check_export_directory(target, progress) if ranks.rank == 0 else None)
     attach(trainer, module, datamodule)
     module.configure_model()
     prefix, model = find_pretrained(module)
-    check_writable(target.parent, needed_bytes=sum(weight.nbytes for weight in model.parameters()))
+    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    ranks.run_on_all(lambda: check_writable(target.parent, needed_bytes=num_bytes) if ranks.rank == 0 else None)
     if datamodule is not None:
-        datamodule.prepare_data()
+        prepares = trainer.local_rank == 0 and (datamodule.prepare_data_per_node or trainer.node_rank == 0)
+        ranks.run_on_all(lambda: datamodule.prepare_data() if prepares else None)
         datamodule.setup("fit")
     tokenizers = (getattr(owner, "tokenizer", None) for owner in (module, datamodule))
     tokenizer = next(filter(has_save_pretrained, tokenizers), None)
     check_exportable(model, tokenizer)
     callback.setup(trainer, module, "fit")
     assert callback.report is not None
+    if ranks.rank > 0:
+        # not waiting for rank 0, which may write for longer than a collective may take
+        return callback.report
     progress.open_existing()
     masks = {name.removeprefix(prefix): mask for name, mask in progress.stored_masks(callback.report).items()}
     export_pretrained(model, tokenizer, target, callback.report, masks, key=callback.key, pack=pack)

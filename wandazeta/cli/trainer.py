@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from wandazeta.callbacks import WandaPPPruneCallback
+from wandazeta.callbacks import RankWatchdog, WandaPPPruneCallback
 from wandazeta.callbacks.run_record import RunRecord
 from wandazeta.lightning_compat import checkpoint_path
 
@@ -25,6 +25,8 @@ class PruningTrainer(Trainer):
     ) -> None:
         """Prune without fitting and write a Hugging Face directory.
 
+        Several processes share the calibration samples, those of torchrun or srun or as many as `trainer.devices`.
+
         Args:
             model: The module whose model is pruned.
             datamodule: Calibration data, unless the callback has its own.
@@ -34,20 +36,44 @@ class PruningTrainer(Trainer):
         Raises:
             ValueError: If the trainer does not have exactly one WandaPPPruneCallback, or an argument does not fit.
         """
-        from wandazeta.cli.prune import prune_module
-
         callbacks = [callback for callback in self.callbacks if isinstance(callback, WandaPPPruneCallback)]
         if len(callbacks) != 1:
             raise ValueError(
                 f"Expected one WandaPPPruneCallback, but got {len(callbacks)}; give a `prune:` group or one in "
                 "`trainer.callbacks`"
             )
-        for callback in self.callbacks:
-            if isinstance(callback, RunRecord):
-                # of the other callbacks, only this one works without a fit
+        launcher, arguments = self.strategy.launcher, (model, datamodule, callbacks[0], output_dir, pack)
+        if launcher is None:
+            self._prune(*arguments)
+        else:
+            launcher.launch(self._prune, *arguments, trainer=self)
+
+    def _prune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        pruning: WandaPPPruneCallback,
+        output_dir: str,
+        pack: bool,
+    ) -> None:
+        """Prune, as one of the processes that the launcher started."""
+        from wandazeta.cli.prune import prune_module
+
+        self.strategy.setup_environment()
+        # of the other callbacks, only these work without a fit
+        others = [callback for callback in self.callbacks if isinstance(callback, (RankWatchdog, RunRecord))]
+        try:
+            for callback in others:
                 callback.setup(self, model, "fit")
-        prune_module(self, model, datamodule, callbacks[0], output_dir, pack=pack)
-        sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
+            prune_module(self, model, datamodule, pruning, output_dir, pack=pack)
+        except BaseException as error:
+            for callback in others:
+                callback.on_exception(self, model, error)
+            raise
+        for callback in others:
+            callback.teardown(self, model, "fit")
+        if self.is_global_zero:
+            sys.stdout.write(f"pruned model: {Path(output_dir).absolute()}\n")
 
     def diagnose(
         self,

@@ -110,6 +110,23 @@ def collect_rows(loader: Iterable[Any], num_samples: int | None, seed: int) -> l
     )
 
 
+def check_shares(num_samples: int, num_ranks: int) -> None:
+    """Check that every rank gets a calibration sample.
+
+    Args:
+        num_samples: Number of samples.
+        num_ranks: Number of ranks.
+
+    Raises:
+        ValueError: If there are more ranks than samples.
+    """
+    if num_samples < num_ranks:
+        raise ValueError(
+            f"Expected at least one calibration sample for each of {num_ranks} ranks, but got {num_samples}; start "
+            "fewer processes or give more text"
+        )
+
+
 def check_lengths(model: nn.Module, rows: Iterable[Any]) -> None:
     """Check that calibration samples are not longer than the positions that a model has learned.
 

@@ -16,6 +16,7 @@ from wandazeta.models.blocks import call_block
 from wandazeta.models.experts import fused_name, split_experts
 from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.placement import BlockPlacement
+from wandazeta.pruning.calibration import check_shares
 from wandazeta.pruning.method.block import BlockPruner
 from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_all_finite
 from wandazeta.pruning.options import PruneOptions
@@ -148,6 +149,7 @@ def prune_blocks(
         is_complete = ranks.broadcast_object(_is_complete(progress, num_blocks))
         samples = None
         if options.method.uses_calibration and not is_complete:
+            check_shares(len(prepared.rows), ranks.size)
             rows = prepared.rows[ranks.rank :: ranks.size]
             samples = capture_samples(prepared.blocks, prepared.forward, rows, prepared.token_mask, device)
         sequence = _BlockSequence(prepared, samples, device, ranks, reader)

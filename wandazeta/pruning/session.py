@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wandazeta.models.blocks import StopForward, block_lists, find_blocks, run_until_stopped
 from wandazeta.models.modes import evaluation_mode, frozen
+from wandazeta.models.streaming import is_file_backed
 from wandazeta.pruning.calibration import DEFAULT_NUM_SAMPLES, check_lengths, collect_rows, split_rows
 from wandazeta.pruning.method.layers import check_layers_run, validate_layers
 from wandazeta.pruning.options import PruneOptions
@@ -174,7 +175,9 @@ class PruningSession:
             self.was_complete = True
             for block, record in zip(prepared.blocks, report.blocks, strict=True):
                 parameters = dict(block.named_parameters())
-                ranks.broadcast_([parameters[layer.name] for layer in record.layers])
+                weights = [parameters[layer.name] for layer in record.layers]
+                # those of a streamed model are read from the folder, below
+                ranks.broadcast_([weight for weight in weights if not is_file_backed(weight)])
         else:
             report = self._prune(prepared, device, ranks, should_stop, show_progress)
         if report is not None:

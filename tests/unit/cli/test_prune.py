@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from wandazeta.cli.lightning_cli import _started_devices
 from wandazeta.cli.prune import prune_module
 from wandazeta.pruning.records import PruneReport
 
@@ -199,3 +200,27 @@ def test_fitting_after_pruning_takes_what_was_pruned(tmp_path):
     assert torch.equal(
         fresh.backbone.model.layers[1].mlp.up_proj.weight, module.backbone.model.layers[1].mlp.up_proj.weight
     )
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NAME": "prune"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SRUN])
+def test_processes_that_were_started_are_the_ranks_whatever_the_configuration_says(monkeypatch, launcher):
+    for name in TORCHRUN | SRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert _started_devices(1) == {}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert _started_devices(1) == _started_devices("auto") == {"devices": 4, "num_nodes": 2}
+    # which GPUs, one for each process
+    assert _started_devices([4, 5, 6, 7]) == {}
+
+
+def test_processes_that_differ_between_nodes_are_refused(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in (SRUN | {"SLURM_STEP_NUM_TASKS": "7"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="as many processes on every node, but got 7 on 2 nodes"):
+        _started_devices(1)

@@ -115,10 +115,6 @@ CASES = {
     # the machine
     "GPU": (("fit", *TRAINED, *DATA, "--trainer.accelerator", "gpu"), "got 'gpu', which it does not have"),
     "GPU to prune on": ((*PRUNE, "--prune.device", "cuda"), "`device` to be one of this machine, but got 'cuda'"),
-    "two devices to prune on": (
-        (*PRUNE, "--trainer.devices", "2"),
-        "one process to prune with a configuration, but got 2",
-    ),
     "indices of CPUs": (("test", *MODEL, *DATA, *CPU, "--trainer.devices", "[0,1]"), "got [0, 1]; use 2"),
     "peft": (
         ("fit", "--model", "FirstOrderModule", *TRAINED[2:], *DATA, *CPU, "--model.trainable", "PeftLoRA"),

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad
+from helpers.processes import fork_ranks
 from helpers.prune_model import BATCHES, FAST, equal, linears, prune, rows_of, tiny
 from helpers.prune_options import make_options
 from helpers.pruning import Tiny
 
 from wandazeta.pruning import prune_model
 from wandazeta.pruning.method.block import BlockPruner
+from wandazeta.utilities.ranks import Ranks
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -159,3 +161,12 @@ def test_compiled_blocks_are_pruned_as_others_are(method):
     for model in (compiled, eager):
         prune_model(model, model, tokens, options)
     assert equal(compiled, eager)
+
+
+def test_more_ranks_than_samples_are_refused_on_every_rank(tmp_path):
+    def work(rank, size):
+        with pytest.raises(ValueError, match="one calibration sample for each of 2 ranks, but got 1; start fewer"):
+            prune(build("llama")[0], BATCHES[:1], run={"ranks": Ranks.of_process_group("cpu")}, method="wanda")
+        return rank
+
+    assert fork_ranks(work, tmp_path) == [0, 1]
