@@ -1,4 +1,4 @@
-"""The commands that are functions: `prune MODEL`, `evaluate MODEL`, `recover MODEL`, `export-adapters RUN`, `bench MODEL`.
+"""The commands that are functions: `prune`, `evaluate`, `recover`, `export-adapters` and `bench`.
 
 Options, defaults and help of `prune`, `evaluate` and `recover` come from the functions themselves.
 """

@@ -67,9 +67,9 @@ def recover(
     """Train a pruned model on the predictions of the dense one, with its masks held, and write it.
 
     All weights are trained by AdamW, whose learning rate rises for a twentieth of the steps and then falls to zero by a
-    cosine. The text is cut into windows; every 20th, 32 at most, is held out to measure the perplexity before and after.
-    Checkpoints and the teacher's predictions are in the folder `progress` of the output directory until the model is
-    complete, so that a call that was interrupted continues, to the same bits.
+    cosine. The text is cut into windows; every 20th, 32 at most, is held out to measure the perplexity before and
+    after. Checkpoints and the teacher's predictions are in the folder `progress` of the output directory until the
+    model is complete, so that a call that was interrupted continues, to the same bits.
 
     Args:
         model: Directory that `wandazeta prune` wrote.
@@ -297,7 +297,8 @@ def _export(module: FirstOrderModule, source: Path, directory: Path, record: dic
         export_pretrained(module.backbone.cpu(), module.tokenizer, directory, report, masks)
         with (directory / "README.md").open("a", encoding="utf-8") as card:
             card.write(
-                f"\n## Trained after the pruning\n\nTrained on the predictions of `{Path(str(module.teacher)).name}` for "
+                "\n## Trained after the pruning\n\n"
+                f"Trained on the predictions of `{Path(str(module.teacher)).name}` for "
                 f"{record['settings']['tokens']:,} tokens of text with the pruned weights held at zero (`wandazeta "
                 f"recover`). Perplexity on {record['held_out_tokens']:,} tokens of the text that were held out: "
                 f"{record['perplexity_before']:.2f} before, {record['perplexity_after']:.2f} after, "

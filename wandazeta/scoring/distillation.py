@@ -1,4 +1,4 @@
-"""Predictions of a teacher as targets of training: the most probable tokens, kept on disk, and the divergence from them.
+"""Predictions of a teacher as targets: the most probable tokens, kept on disk, and the divergence from them.
 
 Legend: B examples, K most probable tokens, N positions, T tokens, V vocabulary.
 """
@@ -19,8 +19,8 @@ __all__ = ["NUM_TOP", "TeacherTargets", "divergence", "teacher_loss"]
 
 NUM_TOP = 64
 """Tokens of a position that are kept, in 386 bytes. In predictions of SmolLM2-135M on Wikipedia they hold 87% of the
-probability and 89% of the divergence of a 2:4 model; twice as many would hold 91% and 92%. The rest is one more outcome,
-so that no probability is lost."""
+probability and 89% of the divergence of a 2:4 model; twice as many would hold 91% and 92%. The rest is one more
+outcome, so that no probability is lost."""
 
 # positions whose float32 logits exist at a time: few enough for the cache of a processor
 _CHUNK = 64
@@ -201,9 +201,9 @@ def divergence(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK1: Tensor) -> Tenso
 class _Divergence(torch.autograd.Function):
     """The divergence in chunks of positions; its gradient in closed form needs no float32 copy of the logits.
 
-    With p the teacher's probabilities of the K + 1 outcomes and q the student's, the gradient of the logit of one of the
-    K tokens is q - p. That of another token is its share of the student's probability of all others, times q - p of
-    these together.
+    With p the teacher's probabilities of the K + 1 outcomes and q the student's, the gradient of the logit of one of
+    the K tokens is q - p. That of another token is its share of the student's probability of all others, times q - p
+    of these together.
     """
 
     @staticmethod
