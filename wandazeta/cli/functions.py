@@ -34,7 +34,12 @@ _EXAMPLES = {
     "export-adapters": "wandazeta export-adapters runs/demo adapters",
     "bench": "wandazeta bench out --batch_sizes 1 32",
 }
-_MODULES = {"prune": "wandazeta.api", "evaluate": "wandazeta.api", "recover": "wandazeta.cli.recover"}
+FUNCTIONS = {
+    "prune": "wandazeta.api:prune",
+    "evaluate": "wandazeta.api:evaluate",
+    "recover": "wandazeta.cli.recover:recover",
+}
+"""Commands whose options are the arguments of a function."""
 
 
 class Words(list[str]):
@@ -173,7 +178,7 @@ def _stand_in(function: str) -> Callable[..., Any]:
     It is made from the source, because importing the function takes seconds, which `--help` must not. Where the
     function takes an object or its name, the command takes the name.
     """
-    spec = find_spec(_MODULES[function])
+    spec = find_spec(FUNCTIONS[function].partition(":")[0])
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
