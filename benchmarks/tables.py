@@ -376,7 +376,7 @@ def recovery_table(result: dict[str, Any]) -> str:
 
 
 def distil_table(result: dict[str, Any]) -> str:
-    """Perplexity on test documents by tokens of distillation, at the learning rate with the best validation at the end."""
+    """Perplexity by tokens of distillation, at the learning rate with the best validation at the end."""
     records = result["records"]
     (dense, *_) = (r for r in records if r["method"] == "dense")
     runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -395,8 +395,8 @@ def distil_table(result: dict[str, Any]) -> str:
     body.append(["dense (teacher)", "", *(f"{dense['perplexity'][split]:.1f}" for split in ("val", "test")), "", ""])
     return (
         f"{rows(['', 'tokens', 'validation', 'test', 'learning rate', 'hours'], body)}\n\nSmolLM2-135M, steps of "
-        f"{dense['batch_size']} x {dense['sequence_length']} tokens of {dense['text']}; {dense['eval_windows']} windows "
-        f"of Wikipedia each; {result['hardware']['cpu']}, threads: {result['hardware']['threads']}."
+        f"{dense['batch_size']} x {dense['sequence_length']} tokens of {dense['text']}; {dense['eval_windows']} "
+        f"windows of Wikipedia each; {result['hardware']['cpu']}, threads: {result['hardware']['threads']}."
     )
 
 
