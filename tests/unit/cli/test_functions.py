@@ -119,11 +119,8 @@ def run(monkeypatch, *args):
         ("prune model --method wander --output_dir out", "argument `method` to be one of"),
         ("evaluate model", "Expected texts or `tasks`, but got neither"),
         ("evaluate model --limit", "argument --limit: expected one argument"),
-        ("recover pruned --text text.txt --output_dir out", "the following arguments are required: --teacher"),
-        (
-            RECOVER.replace("pruned", "model"),
-            "a directory that `wandazeta prune` wrote, but 'model' has no sparsity/mask",
-        ),
+        ("recover pruned --text text.txt --output_dir out", "the following arguments are required: teacher"),
+        (RECOVER.replace("pruned", "model"), "that `wandazeta prune` wrote, but 'model' has no sparsity/masks"),
         (RECOVER.replace("--teacher model", "--teacher other"), "`teacher` to be a model with the same tokens"),
         (RECOVER.replace("--teacher model", "--teacher no/such/model"), "there is no such directory"),
         (RECOVER.replace("--output_dir out", "--output_dir model"), "holds other files"),
