@@ -171,7 +171,9 @@ def one_cycle(learning_rate: float, num_steps: int) -> Any:
         learning_rate: Highest learning rate.
         num_steps: Number of steps.
     """
-    return partial(OneCycleLR, max_lr=learning_rate, total_steps=num_steps, pct_start=_WARM_UP, cycle_momentum=False)
+    # it is zero after the last step, not in it
+    steps = num_steps + 1
+    return partial(OneCycleLR, max_lr=learning_rate, total_steps=steps, pct_start=_WARM_UP, cycle_momentum=False)
 
 
 def training_precision() -> str:
