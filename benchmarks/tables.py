@@ -376,6 +376,31 @@ def recovery_table(result: dict[str, Any]) -> str:
     )
 
 
+def distil_table(result: dict[str, Any]) -> str:
+    """Perplexity by tokens of distillation, at the learning rate with the best validation at the end."""
+    records = result["records"]
+    (dense, *_) = (r for r in records if r["method"] == "dense")
+    runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["method"] == "distil":
+            runs.setdefault((r["model"], r["pruned_by"], r["pattern"], r["seed"], r["total_tokens"]), []).append(r)
+    body = []
+    for (_, pruned_by, pattern, *_), found in runs.items():
+        # those of a run that is not through have no last record yet
+        last = [r for r in found if r["tokens"] == r["total_tokens"]] or found
+        rate = min(last, key=lambda r: r["perplexity"]["val"])["learning_rate"]
+        for r in sorted((r for r in found if r["learning_rate"] == rate), key=lambda r: r["tokens"]):
+            figures = [f"{r['perplexity'][split]:.1f}" for split in ("val", "test")]
+            tokens = f"{r['tokens']:,}" if r["tokens"] else "none"
+            body.append([f"{pattern}, {pruned_by}", tokens, *figures, f"{rate:g}", f"{r['seconds'] / 3600:.1f}"])
+    body.append(["dense (teacher)", "", *(f"{dense['perplexity'][split]:.1f}" for split in ("val", "test")), "", ""])
+    return (
+        f"{rows(['', 'tokens', 'validation', 'test', 'learning rate', 'hours'], body)}\n\nSmolLM2-135M, steps of "
+        f"{dense['batch_size']} x {dense['sequence_length']} tokens of {dense['text']}; {dense['eval_windows']} "
+        f"windows of Wikipedia each; {result['hardware']['cpu']}, threads: {result['hardware']['threads']}."
+    )
+
+
 def finetune_table(result: dict[str, Any]) -> str:
     """Test accuracy of every method: means over the seeds with the range, one table per model and pattern."""
     final = [r for r in result["records"] if r["phase"] == "final"]

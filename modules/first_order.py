@@ -1,6 +1,7 @@
 """Fine-tuning by back-propagation as a LightningModule, the baseline of `ZerothOrderModule` on the same batches."""
 
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from wandazeta.adapters import AdapterVector, PeftLoRA, TensorTrainAdapters, Weights
-from wandazeta.adapters.files import describe_backbone, require_same, written_backbone
+from wandazeta.adapters.files import backbone_fingerprint, describe_backbone, require_same, written_backbone
 from wandazeta.adapters.gradient_training import GradientTrainable
 from wandazeta.lightning_compat import attached_trainer, is_fitting
 from wandazeta.models.attention import differentiable_attention
-from wandazeta.models.loading import LoadingOptions
+from wandazeta.models.loading import LoadingOptions, load_backbone, load_tokenizer
 from wandazeta.models.sharded import average_gradients
 from wandazeta.models.zero3 import gathered
 from wandazeta.modules.checkpoints import require_checkpoint_of
 from wandazeta.modules.language_model import LanguageModel, NonFiniteLossError
 from wandazeta.modules.strategies import configure_deepspeed, refuse_float16_training
 from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
+from wandazeta.scoring.distillation import TeacherTargets, teacher_loss
 from wandazeta.scoring.head_scorer import HeadScorer
 from wandazeta.scoring.objectives import objective_losses
 from wandazeta.utilities.arguments import check_range, describe_rates, stepped
@@ -53,12 +55,18 @@ class FirstOrderModule(LanguageModel):
         weight_decay: Weight decay of matrices; biases and norms have none. It has to be 0 for `TensorTrainAdapters`,
             whose matrices and biases are one parameter.
         seed: Seed of the adapters' initial values.
+        teacher: Hugging Face name or local directory of a causal language model with the same tokenizer, whose
+            predictions are the targets instead of the text: distillation, for example from the dense model to a pruned
+            one. For running text. The loss is the Kullback-Leibler divergence from the teacher's most probable tokens
+            and all others together, in float32. Targets are computed once for each text and kept in the folder
+            `teacher` of the trainer's `default_root_dir`. The teacher is neither trained nor in checkpoints.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the model, or peft is not installed.
 
     Examples:
         >>> FirstOrderModule("runs/pruned", trainable=PeftLoRA(rank=16), learning_rate=5e-4)  # doctest: +SKIP
+        >>> FirstOrderModule("runs/pruned", trainable=Weights(), teacher="path/to/dense")  # doctest: +SKIP
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class FirstOrderModule(LanguageModel):
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
+        teacher: str | None = None,
     ) -> None:
         check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
@@ -86,7 +95,14 @@ class FirstOrderModule(LanguageModel):
         owner = type(self).__name__
         loading.refuse("stream_weights", owner, "it is for `prune` with LanguageModel")
         loading.refuse("shard_on_load", owner, "leave it out: the strategy shards weights that are loaded")
+        if teacher is not None and loading.num_classes is not None:
+            raise ValueError(
+                f"Expected argument `teacher` to be left out with `num_classes`, but got {teacher!r}; it is for causal "
+                "language models"
+            )
         super().__init__(model_name_or_path, loading)
+        if teacher is not None:
+            _require_same_vocabulary(self.tokenizer, teacher, loading.trust_remote_code)
         self.trainable = trainable
         self.strict_loading = not training.has_adapters
         self.learning_rate = learning_rate
@@ -99,6 +115,10 @@ class FirstOrderModule(LanguageModel):
         """Names of the adapters' parameters, which are all that checkpoints contain; empty if weights are trained."""
         self.pruned_backbone_key: str | None = None
         """Key of the pruning of the backbone, set by the callback that prunes it."""
+        self.teacher = teacher
+        self.teacher_targets: TeacherTargets | None = None
+        """The teacher and its targets, from the setup of a fit on; no submodule, so that checkpoints do not hold it."""
+        self._teacher_fingerprint: str | None = None
         self._training = training
         self._backbone_description: dict[str, Any] = {}
         training.check(self.backbone)
@@ -137,6 +157,8 @@ class FirstOrderModule(LanguageModel):
                 refuse_float16_training(self.trainer, {p.dtype for p in self.parameters() if p.requires_grad})
             # transformers loads models in evaluation mode, without dropout
             self.backbone.train()
+            if self.teacher is not None and self.teacher_targets is None:
+                self.teacher_targets = self._load_teacher(self.teacher)
         if attached_trainer(self) is not None:
             configure_deepspeed(self.trainer.strategy, save_frozen=not self._training.has_adapters)
         self._is_set_up = True
@@ -151,6 +173,16 @@ class FirstOrderModule(LanguageModel):
     @override
     def _is_saved(self, name: str) -> bool:
         return not self._training.has_adapters or name in self.adapter_names
+
+    def _load_teacher(self, name: str) -> TeacherTargets:
+        model = load_backbone(name, self.loading).requires_grad_(False).eval()
+        trainer = attached_trainer(self)
+        precision = "32-true" if trainer is None else trainer.precision
+        self._teacher_fingerprint = backbone_fingerprint(model)
+        key = sha256(f"{self._teacher_fingerprint} {precision}".encode()).hexdigest()[:16]
+        folder = Path("." if trainer is None else trainer.default_root_dir) / "teacher"
+        # ranks have texts of their own, and write to files of their own
+        return TeacherTargets(model, folder, f"{key}-{self.global_rank}", self.scorer.head.weight.shape[0])
 
     def _insert_adapters(self) -> None:
         heads = ["head"] if isinstance(self.scorer, HeadScorer) else []
@@ -171,7 +203,11 @@ class FirstOrderModule(LanguageModel):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         with differentiable_attention(self.device):
-            loss = objective_losses(None, self.scorer, self.scorer.prepare(batch))[0]
+            prepared = self.scorer.prepare(batch)
+            if self.teacher_targets is None:
+                loss = objective_losses(None, self.scorer, prepared)[0]
+            else:
+                loss = teacher_loss(self.scorer, prepared, self.teacher_targets)
         self._require_finite(loss.detach())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -202,13 +238,14 @@ class FirstOrderModule(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for key, state in model_states(checkpoint):
             checkpoint[key] = {name: state[name] for name in state if self._is_saved(name)}
-        checkpoint["first_order"] = self._description() | self._rates()
+        checkpoint["first_order"] = self._description() | self._rates() | {"teacher": self._teacher_fingerprint}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = require_checkpoint_of("first_order", checkpoint)
         is_fitting = attached_trainer(self) is not None and self.trainer.training
-        require_same(saved, self._description() | (self._rates() if is_fitting else {}))
+        only_in_fit = self._rates() | {"teacher": self._teacher_fingerprint} if is_fitting else {}
+        require_same(saved, self._description() | only_in_fit)
         if not self._training.has_adapters:
             return
         # there is no `state_dict` under DeepSpeed, which has loaded its own files by now
@@ -269,3 +306,14 @@ class FirstOrderModule(LanguageModel):
 
     def _rates(self) -> dict[str, Any]:
         return describe_rates(self._new_optimizer(), self.lr_scheduler) | {"weight_decay": self.weight_decay}
+
+
+def _require_same_vocabulary(tokenizer: Any, teacher: str, trust_remote_code: bool) -> None:
+    """Refuse a teacher whose tokens are not those of the model, by its tokenizer, before it is loaded."""
+    vocabularies = tokenizer.get_vocab(), load_tokenizer(teacher, trust_remote_code, argument="teacher").get_vocab()
+    if vocabularies[0] != vocabularies[1]:
+        differ = len(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))
+        raise ValueError(
+            f"Expected argument `teacher` to be a model with the same tokens, but got {teacher!r}, where {differ:,} "
+            "differ; use the dense model that this one was made from"
+        )

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["StepCost"]
+__all__ = ["StepCost", "duration"]
 
 
 class StepCost:
@@ -47,16 +47,25 @@ class StepCost:
         if self._cached_bytes() > before and more:
             if self._num_measured == 2:
                 rank_zero_info(
-                    f"A step takes {_duration(seconds)} at first, while the layers below the adapters run once for "
+                    f"A step takes {duration(seconds)} at first, while the layers below the adapters run once for "
                     "each example; later steps are faster."
                 )
             return
         self.is_reported = True
-        rest = f"; {more:,} more steps take about {_duration(more * seconds)}" if more else ""
-        rank_zero_info(f"A step takes {_duration(seconds)}{rest}.")
+        rest = f"; {more:,} more steps take about {duration(more * seconds)}" if more else ""
+        rank_zero_info(f"A step takes {duration(seconds)}{rest}.")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write a time with its unit.
+
+    Args:
+        seconds: The time.
+
+    Examples:
+        >>> duration(0.25), duration(90), duration(9000)
+        ('250 ms', '90.0 s', '2.5 h')
+    """
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 120:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.causal_lms import save_tiny_lm
-from helpers.fit_config import write_fit_config
+from helpers.fit_config import write_fit_config, write_inputs
 from helpers.prune_config import write_prune_config
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import wandazeta
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import main
 from wandazeta.pruning import RegionalOptimisation
@@ -338,6 +339,39 @@ def test_recovery_runs_every_rate_and_shows_the_one_that_validation_chose(tmp_pa
     monkeypatch.setattr("sys.argv", ["recovery.py", "--models", str(tmp_path)])
     with pytest.raises(SystemExit, match="directories that `wandazeta prune` wrote"):
         recovery.main()
+
+
+def test_distillation_is_measured_at_several_tokens_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import recovery
+    import tables
+
+    write_inputs(tmp_path)
+    text = str(tmp_path / "text.txt")
+    texts = [(tmp_path / "text.txt").read_text()]
+    options = {"num_samples": 8, "sequence_length": 16, "method": "wanda"}
+    wandazeta.prune(str(tmp_path / "model"), None, texts, output_dir=tmp_path / "pruned", **options)
+    for name, value in {"SOURCE": text, "DISTIL_RESULT": tmp_path / "distil.json", "RUNS": tmp_path / "runs"}.items():
+        monkeypatch.setattr(recovery, name, value)
+    monkeypatch.setattr(recovery, "PERPLEXITY_WINDOW", 16)
+    setting = ["--models", tmp_path / "pruned", "--methods", "distil", "--tokens", "256", "128", "--text", text]
+    setting += ["--distil-length", "16", "--teacher", tmp_path / "model", "--eval-windows", "2"]
+    monkeypatch.setattr("sys.argv", ["recovery.py", *map(str, setting)])
+    recovery.main()
+    content = json.loads((tmp_path / "distil.json").read_text())
+    records = content["records"]
+    assert [(r["method"], r["tokens"]) for r in records] == [
+        ("dense", 0),
+        *(("distil", tokens) for tokens in (0, 128, 256)),
+    ]
+    assert str(tmp_path) not in json.dumps(records)
+    assert 0 == records[1]["seconds"] < records[2]["seconds"] < records[3]["seconds"]
+    assert len({r["perplexity"]["test"] for r in records}) == 4
+    shown = tables.distil_table(content).splitlines()
+    assert f"| 256 | {records[3]['perplexity']['val']:.1f} | {records[3]['perplexity']['test']:.1f} |" in shown[4]
+    # what is finished is not run again
+    monkeypatch.setattr(recovery, "FirstOrderModule", None)
+    recovery.main()
 
 
 def arguments(**changes):

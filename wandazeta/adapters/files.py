@@ -40,6 +40,7 @@ _ENTRIES = {
     "learning_rate": "`learning_rate`",
     "lr_scheduler": "`lr_scheduler`",
     "weight_decay": "`weight_decay`",
+    "teacher": "`teacher`",
     "schedule_states": "the state of `schedule`",
     "target_modules": "`target_modules`",
     "num_parameters": "the number of trained values",

@@ -1,6 +1,6 @@
-"""The commands that are functions: `prune MODEL`, `evaluate MODEL`, `export-adapters RUN` and `bench MODEL`.
+"""The commands that are functions: `prune`, `evaluate`, `recover`, `export-adapters` and `bench`.
 
-Options, defaults and help of `prune` and `evaluate` come from the functions of `wandazeta.api`.
+Options, defaults and help of `prune`, `evaluate` and `recover` come from the functions themselves.
 """
 
 import ast
@@ -30,9 +30,16 @@ _EXAMPLES = {
     "prune": "wandazeta prune path/or/name --text my.txt --sparsity 0.5 --method wanda --output_dir out\n"
     "  wandazeta prune -c preset:best -c my.yaml … has all options of Lightning (`--help all`)",
     "evaluate": "wandazeta evaluate out --baseline path/or/name --text my.txt",
+    "recover": "wandazeta recover out --teacher path/or/name --text my.txt --output_dir recovered",
     "export-adapters": "wandazeta export-adapters runs/demo adapters",
     "bench": "wandazeta bench out --batch_sizes 1 32",
 }
+FUNCTIONS = {
+    "prune": "wandazeta.api:prune",
+    "evaluate": "wandazeta.api:evaluate",
+    "recover": "wandazeta.cli.recover:recover",
+}
+"""Commands whose options are the arguments of a function."""
 
 
 class Words(list[str]):
@@ -73,7 +80,13 @@ def main(args: Sequence[str]) -> None:
     # after the options: it takes seconds
     from wandazeta.cli.errors import reported_errors
 
-    runs = {"prune": _prune, "evaluate": _evaluate, "export-adapters": _export_adapters, "bench": _bench}
+    runs = {
+        "prune": _prune,
+        "evaluate": _evaluate,
+        "recover": _recover,
+        "export-adapters": _export_adapters,
+        "bench": _bench,
+    }
     with reported_errors():
         try:
             runs[args[0]](options)
@@ -124,12 +137,14 @@ def _add_function(parser: CommandParser, function: Callable[..., Any]) -> None:
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("model", "tokenizer", "texts"):
             continue
-        has_default = not (parameter.default in (None, ()) or parameter.default is False)
+        is_required = parameter.default is inspect.Parameter.empty
+        has_default = not (is_required or parameter.default in (None, ()) or parameter.default is False)
         default = f" (default: {parameter.default})" if has_default else ""
         parser.add_argument(
             f"--{name}",
             type=parameter.annotation,
-            default=parameter.default,
+            default=None if is_required else parameter.default,
+            required=is_required,
             metavar=name.rpartition("_")[2].upper(),
             help=f"{help_of[name]}{default}",
         )
@@ -158,12 +173,12 @@ def _words(action: Action) -> str:
 
 
 def _stand_in(function: str) -> Callable[..., Any]:
-    """Return a stand-in for a function of `wandazeta.api`, with its signature and docstring.
+    """Return a stand-in for the function of a command, with its signature and docstring.
 
     It is made from the source, because importing the function takes seconds, which `--help` must not. Where the
     function takes an object or its name, the command takes the name.
     """
-    spec = find_spec("wandazeta.api")
+    spec = find_spec(FUNCTIONS[function].partition(":")[0])
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
@@ -174,6 +189,7 @@ def _stand_in(function: str) -> Callable[..., Any]:
         "Literal": Literal,
         "Iterable": _Lists,
         "Path": str,
+        "Sequence": _Lists,
         "PruningMethod": str,
         "nn": SimpleNamespace(Module=str),
         "torch": SimpleNamespace(device=str),
@@ -184,7 +200,7 @@ def _stand_in(function: str) -> Callable[..., Any]:
 
 
 class _Lists:
-    """Stand-in for `Iterable` in a signature."""
+    """Stand-in for `Iterable` and `Sequence` in a signature."""
 
     def __class_getitem__(cls, item: Any) -> type[Words]:
         return Words
@@ -214,6 +230,21 @@ def _evaluate(options: Namespace) -> None:
     texts = _read_texts(options)
     found = wandazeta.evaluate(options.pop("model"), None, texts, **vars(options))
     _print(evaluation_table(found))
+
+
+def _recover(options: Namespace) -> None:
+    from wandazeta.cli.recover import recover
+
+    _hide_bars()
+    texts = _read_texts(options)
+    record = recover(options.pop("model"), texts=texts, **vars(options))
+    sparsity = "" if record["sparsity"] is None else f", sparsity of the blocks {record['sparsity']:.1%}"
+    sys.stdout.write(
+        f"perplexity on {record['held_out_tokens']:,} tokens of the text: {record['perplexity_before']:.2f} before, "
+        f"{record['perplexity_after']:.2f} after, teacher {record['perplexity_teacher']:.2f}{sparsity}\n"
+        f"{'recovered model' if record['settings']['lora_rank'] is None else 'adapters'}: "
+        f"{Path(options.output_dir).absolute()}\n"
+    )
 
 
 def _export_adapters(options: Namespace) -> None:

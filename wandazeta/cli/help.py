@@ -35,6 +35,7 @@ class Page:
 COMMANDS = {
     "prune": "prune a model by its name or directory: a Hugging Face directory comes out",
     "evaluate": "measure a model, and another one beside it: perplexity, sample text, tasks",
+    "recover": "train a pruned model on the predictions of the dense one, and keep its zeros",
     "export-adapters": "write the adapters of a run for `wandazeta.load_adapters`",
     "bench": "measure the speed of a 2:4 model on a GPU, dense and on sparse kernels",
 }

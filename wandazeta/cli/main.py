@@ -46,6 +46,7 @@ __all__ = [
     "WandazetaCLI",
     "ZerothOrderModule",
     "command_line",
+    "hide_known_noise",
     "main",
 ]
 
@@ -60,7 +61,8 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
     return re.match(rf".*Tip:|\w+ available: False|{advice}", str(record.msg)) is None
 
 
-def _hide_known_noise() -> None:
+def hide_known_noise() -> None:
+    """Hide warnings and progress bars that say nothing to the user of a command."""
     for message in (
         # the batches are tokenised and in memory, so workers would only cost time
         r".*does not have many workers",
@@ -101,7 +103,7 @@ def command_line(args: ArgsType = None, run: bool = True, log: RankLog | None = 
     Raises:
         ValueError: If an argument does not fit.
     """
-    _hide_known_noise()
+    hide_known_noise()
     return WandazetaCLI(
         trainer_class=PruningTrainer,
         parser_class=Parser,

@@ -232,12 +232,21 @@ class Scorer:
             prepared: A batch of running text.
             repeats: Number of perturbed adapters in use, P.
         """
-        logits = self._run(prepared, repeats, self.head.forward)[:, :-1]
+        logits = self.token_logits(prepared, repeats)[:, :-1]
         ids, mask = prepared.rows.input_ids, prepared.rows.attention_mask
         targets = ids[:, 1:].repeat(repeats, 1)
         nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         # masked instead of multiplied: a non-finite value at a padded position must not reach the sum
         return nll.masked_fill(mask[:, 1:].repeat(repeats, 1) == 0, 0.0).view(repeats, *ids[:, 1:].shape)
+
+    def token_logits(self, prepared: Prepared, repeats: int = 1) -> Tensor:
+        """Return the logits of the next token at every position: `[P·B, T, V]`, repeated where padded.
+
+        Args:
+            prepared: A batch of running text.
+            repeats: Number of perturbed adapters in use, P.
+        """
+        return self._run(prepared, repeats, self.head.forward)
 
     def max_repeats(self, prepared: Prepared) -> int:
         """Return the largest number of perturbed adapters for one forward."""

@@ -2,17 +2,22 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
+from pkgutil import resolve_name
 
 import pytest
 from helpers.fit_config import write_inputs
+from helpers.tokenizer import byte_tokenizer
 
 import wandazeta
 from wandazeta import __main__
 from wandazeta.cli import functions
 from wandazeta.cli.help import is_function
 from wandazeta.pruning.pattern import SparsityPattern
+
+RECOVER = "recover pruned --teacher model --text text.txt --output_dir out --sequence_length 16"
 
 
 @pytest.mark.parametrize("command", ["prune", "evaluate"])
@@ -50,8 +55,8 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert f"example:\n  wandazeta {command} " in done.stdout
-    if command in ("prune", "evaluate"):
-        for name in inspect.signature(getattr(wandazeta, command)).parameters:
+    if command in functions.FUNCTIONS:
+        for name in inspect.signature(resolve_name(functions.FUNCTIONS[command])).parameters:
             assert f"--{name} " in done.stdout or name in ("model", "tokenizer", "texts")
 
 
@@ -65,6 +70,7 @@ finally:
         (["prune", "--config=a.yaml", "--output_dir", "out"], False),
         (["prune", "--prune", "{}", "--model.model_name_or_path", "name"], False),
         (["evaluate", "name"], True),
+        (["recover", "name", "--teacher", "dense"], True),
         (["export-adapters", "run", "out"], True),
         (["fit", "-c", "a.yaml"], False),
         (["--help"], False),
@@ -79,6 +85,11 @@ def test_commands_with_a_configuration_are_those_of_lightning(args, handled):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
+    # what tells a pruned model, and the tokens of another one
+    (shutil.copytree(tmp_path / "model", tmp_path / "pruned") / "sparsity").mkdir()
+    for name in ("sparsity/masks.safetensors", "prune_report.json"):
+        (tmp_path / "pruned" / name).touch()
+    byte_tokenizer((" north",)).save_pretrained(tmp_path / "other")
     return tmp_path
 
 
@@ -108,6 +119,16 @@ def run(monkeypatch, *args):
         ("prune model --method wander --output_dir out", "argument `method` to be one of"),
         ("evaluate model", "Expected texts or `tasks`, but got neither"),
         ("evaluate model --limit", "argument --limit: expected one argument"),
+        ("recover pruned --text text.txt --output_dir out", "the following arguments are required: teacher"),
+        (RECOVER.replace("pruned", "model"), "that `wandazeta prune` wrote, but 'model' has no sparsity/masks"),
+        (RECOVER.replace("--teacher model", "--teacher other"), "`teacher` to be a model with the same tokens"),
+        (RECOVER.replace("--teacher model", "--teacher no/such/model"), "there is no such directory"),
+        (RECOVER.replace("--output_dir out", "--output_dir model"), "holds other files"),
+        (RECOVER.replace("--text text.txt", ""), "Expected text that fills a window"),
+        (f"{RECOVER} --batch_size 999 --tokens 999999", "Expected text for a step of `batch_size` 999 windows"),
+        (f"{RECOVER} --tokens 100", "`tokens` to be an integer of at least 128, but got 100"),
+        (f"{RECOVER} --learning_rate 0", "`learning_rate` to be above 0"),
+        (f"{RECOVER} --lora_rank 0", "`lora_rank` to be an integer larger than 0"),
     ],
 )
 def test_wrong_usage_is_told_in_one_line(folder, monkeypatch, capsys, args, message):

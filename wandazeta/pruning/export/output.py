@@ -23,12 +23,12 @@ from wandazeta.pruning.progress.key import PruneKey
 from wandazeta.pruning.records import PruneReport
 from wandazeta.utilities.files import check_writable, write_json
 
-__all__ = ["OutputFolder"]
+__all__ = ["DISCARDED", "OutputFolder", "publish"]
 
 _PROGRESS = "progress"
 _KEY_FILE = Path(MASKS_FILE).with_name("key.json")
 # renamed before it is deleted, so that a killed process leaves the progress whole or not at all
-_DISCARDED = ".progress.old"
+DISCARDED = ".progress.old"
 # last of all: transformers reads no directory without it
 _LAST = "config.json"
 
@@ -67,7 +67,7 @@ class OutputFolder(ProgressFolder):
                 the disk has too little space for the model.
         """
         if self.is_exported:
-            shutil.rmtree(self.output / _DISCARDED, ignore_errors=True)
+            shutil.rmtree(self.output / DISCARDED, ignore_errors=True)
             return
         if self.output.is_dir() and any(self.output.iterdir()) and not self.directory.is_dir():
             what = "another pruned model" if (self.output / REPORT_FILE).exists() else "other files"
@@ -98,13 +98,7 @@ class OutputFolder(ProgressFolder):
         key = self.read_key()
         assert key is not None
         write_json(new / _KEY_FILE, key.to_dict())
-        for path in sorted(new.iterdir(), key=lambda path: path.name == _LAST):
-            target = self.output / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
-        self.directory.replace(self.output / _DISCARDED)
-        shutil.rmtree(self.output / _DISCARDED)
+        publish(new, self.output, self.directory)
 
     @override
     def reserve(self, num_bytes: int) -> None:
@@ -143,3 +137,22 @@ class OutputFolder(ProgressFolder):
             for name in masks.keys():  # noqa: SIM118 (not a dict)
                 parameters[names[name]].copy_(StoredTensor(files[name].path, name).read())
         return True
+
+
+def publish(new: Path, output: Path, progress: Path) -> None:
+    """Move finished files into the output directory and remove the progress, which stays whole until then.
+
+    A process that is killed at any instant leaves the progress or the complete directory.
+
+    Args:
+        new: Directory with the finished files, inside `progress`.
+        output: The output directory.
+        progress: Directory of the progress, inside `output`.
+    """
+    for path in sorted(new.iterdir(), key=lambda path: path.name == _LAST):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    progress.replace(output / DISCARDED)
+    shutil.rmtree(output / DISCARDED)
