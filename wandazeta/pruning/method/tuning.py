@@ -3,6 +3,7 @@
 Shapes: hidden states of a sample are (1, tokens, width); weights have the layout of the layer.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,9 +23,8 @@ _FLOOR = 0.1
 # rate that the search of the first block starts from, and how many factors of two every search moves at most
 _FIRST_RATE = 0.01
 _MAX_DOUBLINGS = 4
-# the first blocks search, and then one in so many; the others take the rate of the block before
+# the first blocks search the rate; the others take the median of theirs
 _NUM_SEARCHES = 3
-_SEARCH_EVERY = 4
 
 
 def split_held_out(num_samples: int) -> tuple[list[int], list[int]]:
@@ -141,9 +141,9 @@ class BlockTuner:
     def tune(self, rounds: int, rates: Sequence[float]) -> TuningRecord:
         """Optimise the block and keep the round with the smallest held-out error.
 
-        The first three blocks and every fourth after them search the rate from that of the block before: the first
-        round is run at rates a factor of two apart, as long as the held-out error falls. The others take the rate of
-        the block before, and search only if their first round ends above its start.
+        The first three blocks search the rate from that of the block before: the first round is run at rates a factor
+        of two apart, as long as the held-out error falls. The others take the median of these three, and search only if
+        their first round ends above its start.
 
         Args:
             rounds: Number of rounds.
@@ -166,8 +166,9 @@ class BlockTuner:
             self._round(trial, order)
             return trial
 
-        trial = first_round(rates[-1] if rates else _FIRST_RATE)
-        searches = len(rates) < _NUM_SEARCHES or len(rates) % _SEARCH_EVERY == 0
+        searches = len(rates) < _NUM_SEARCHES
+        rate = (rates[-1] if rates else _FIRST_RATE) if searches else statistics.median(rates[:_NUM_SEARCHES])
+        trial = first_round(rate)
         if searches or not trial.error < before:
             trial = _search(first_round, trial, before)
         best, best_round, weights = before, 0, start
