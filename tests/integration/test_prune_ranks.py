@@ -25,19 +25,19 @@ SCRIPT = """
     from lightning.pytorch import Callback
     from helpers.pruning import Tiny, callback, loader, trainer
     from safetensors.torch import save_file
-    from wandazeta.pruning.progress.folder import ProgressFolder
+    from wandazeta.pruning.method.block import BlockPruner
 
     folder, case, options = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
     rank, size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
-    if case == "stop":
-        save = ProgressFolder.save
+    if case == "stop" and rank == "0":
+        finish = BlockPruner.finish
 
-        def saving(self, index, result):
-            if index == 1:
+        def finishing(block, *args):
+            if block.index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            save(self, index, result)
+            return finish(block, *args)
 
-        ProgressFolder.save = saving
+        BlockPruner.finish = finishing
     counter = CountBytes()
     counter.counting = True
 
