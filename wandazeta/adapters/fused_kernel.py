@@ -6,7 +6,6 @@ activation is rounded to its own precision once.
 
 Legend: P perturbed copies, N rows of a copy, D features, r rank, H bottleneck.
 """
-# ruff: noqa: ANN001  (Triton gives annotations of a kernel's arguments a meaning of its own)
 
 from typing import Any
 
@@ -17,35 +16,36 @@ from torch import Tensor
 
 __all__ = ["apply_fused"]
 
-# values of activations that one program holds: whole rows
-_VALUES = 1 << 14
+# values of activations that a program holds, in whole rows, and its warps: with 32 values a thread, the registers of two
+# programs of LLaMA-7B's width fit on a multiprocessor of an H100, and none are spilled
+_VALUES, _WARPS = 1 << 13, 8
 
 
 @triton.jit
-def _adapter_kernel(  # type: ignore[no-untyped-def]
-    x_PND,
-    y_PND,
-    down_A,
-    down_A_copy,
-    down_A_row,
-    down_A_column,
-    down_B,
-    down_B_copy,
-    down_B_row,
-    down_bias,
-    down_bias_copy,
-    up_A,
-    up_A_copy,
-    up_A_row,
-    up_A_column,
-    up_B,
-    up_B_copy,
-    up_B_row,
-    up_bias,
-    up_bias_copy,
-    num_rows,
-    width,
-    bottleneck,
+def _adapter_kernel(
+    x_PND: tl.tensor,
+    y_PND: tl.tensor,
+    down_A: tl.tensor,
+    down_A_copy: int,
+    down_A_row: int,
+    down_A_column: int,
+    down_B: tl.tensor,
+    down_B_copy: int,
+    down_B_row: int,
+    down_bias: tl.tensor,
+    down_bias_copy: int,
+    up_A: tl.tensor,
+    up_A_copy: int,
+    up_A_row: int,
+    up_A_column: int,
+    up_B: tl.tensor,
+    up_B_copy: int,
+    up_B_row: int,
+    up_bias: tl.tensor,
+    up_bias_copy: int,
+    num_rows: int,
+    width: int,
+    bottleneck: int,
     rank: tl.constexpr,
     rows: tl.constexpr,
     padded_width: tl.constexpr,
@@ -121,6 +121,6 @@ def apply_fused(x_PND: Tensor, matrices: Any) -> Tensor:
             rows=rows,
             padded_width=padded,
             padded_bottleneck=triton.next_power_of_2(bottleneck),
-            num_warps=8,
+            num_warps=_WARPS,
         )
     return y_PND
