@@ -39,9 +39,18 @@ class Samples:
         return whole + (int(torch.stack(padded).sum()) if padded else 0)
 
     def batches(self, block_index: int) -> "Batches":
-        """Find the samples that can run through a block in one batch: without padding, and with equal arguments.
+        """Find the samples that can run through a block in one batch: those with equal keys.
 
-        Equal tensors of different samples were captured as one object, so their identities are compared.
+        Args:
+            block_index: Position of the block.
+        """
+        return Batches(self.masks, self.keys(block_index), [states.shape[:-1].numel() for states in self.hidden])
+
+    def keys(self, block_index: int) -> list[Hashable]:
+        """Return a key for each sample that is equal for those without padding of equal shape and arguments.
+
+        Equal tensors of different samples were captured as one object, so their identities are compared. The key of a
+        sample with padding is None.
 
         Args:
             block_index: Position of the block.
@@ -50,7 +59,7 @@ class Samples:
         for states, calls, mask in zip(self.hidden, self.calls, self.masks, strict=True):
             call = calls[block_index]
             keys.append(None if mask is not None else (states.shape, _key(_parts(call), id)))
-        return Batches(self.masks, keys, [states.shape[:-1].numel() for states in self.hidden])
+        return keys
 
     def call_signature(self, sample: int, block_index: int) -> Hashable:
         """Return a key that is equal for calls whose tensors have equal shapes.

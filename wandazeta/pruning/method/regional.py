@@ -5,11 +5,12 @@ Shapes: hidden states of a sample are (1, tokens, width); weights and gradients 
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from wandazeta.pruning.method.graphs import Graphed, GraphedCall
 from wandazeta.pruning.method.masks import zero_where_false
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tokens import select_rows
@@ -63,6 +64,7 @@ def regional_gradients(
     statistics: InputStatistics,
     on_output: Callable[[Tensor], None],
     ranks: Ranks,
+    graphed: Graphed = GraphedCall,
 ) -> dict[str, Tensor]:
     """Regional gradients G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer (Wanda++, section 4.1).
 
@@ -74,8 +76,9 @@ def regional_gradients(
         hidden: Input of the block for each sample of this rank.
         masks: For each sample, which positions are no padding; None if all are.
         statistics: Collects the input norms.
-        on_output: Called with the dense output of each sample, in order.
+        on_output: Called with the dense output of each sample, in order; the next sample may overwrite it.
         ranks: The ranks, among which the samples are distributed.
+        graphed: Makes functions of a sample that are captured as graphs.
 
     Returns:
         Gradients in float32, in the layout of the weights.
@@ -93,14 +96,23 @@ def regional_gradients(
 
         return hook
 
-    with ExitStack() as hooks, statistics.collect():
+    def add_sample(index: int, states: Tensor) -> tuple[Tensor, list[tuple[str, int]]]:
+        # what a capture has left that failed
+        statistics.seen = []
+        for layer in layers.values():
+            layer.weight.grad = None
+        with torch.enable_grad():
+            output = run([index], states)
+            (regional_loss(output, masks[index]) * scale).backward()
+        return output.detach(), statistics.seen
+
+    with ExitStack() as hooks, statistics.collect(), closing(graphed(add_sample)) as call:
         for name, layer in layers.items():
             hooks.callback(layer.weight.register_post_accumulate_grad_hook(add_square(name)).remove)
         for index, (states, mask) in enumerate(zip(hidden, masks, strict=True)):
-            with statistics.sample(mask), torch.enable_grad():
-                output = run([index], states)
-                (regional_loss(output, mask) * scale).backward()
-            on_output(output.detach())
+            with statistics.sample(mask):
+                output, statistics.seen = call(index, states)
+            on_output(output)
     statistics.all_reduce(ranks)
     ranks.all_reduce_(list(squares.values()))
     gradients = {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
@@ -154,6 +166,15 @@ class MasterWeights:
             if name in self._masks:
                 zero_where_false(weight, self._masks[name])
 
+    def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Set the gradients of the weights.
+
+        Args:
+            gradients: A gradient for each weight, or None.
+        """
+        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+            weight.grad = gradient
+
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
         """Move the gradients of the weights to the masters.
@@ -202,6 +223,7 @@ def optimise_block(
     optimisation: RegionalOptimisation,
     generator: torch.Generator,
     ranks: Ranks,
+    graphed: Graphed = GraphedCall,
 ) -> None:
     """Regional optimisation: K rounds, each of a pruning and one step towards the target for each of M samples.
 
@@ -218,6 +240,7 @@ def optimise_block(
         optimisation: The options, with `samples_per_round` filled in.
         generator: Draws the samples of each round.
         ranks: The ranks, among which the samples are distributed; all take the same steps.
+        graphed: Makes functions of a sample that are captured as graphs.
 
     Raises:
         ValueError: If the weights are no longer finite.
@@ -228,7 +251,20 @@ def optimise_block(
     num_samples = int(ranks.sum(len(hidden)))
     steps = itertools.count()
 
-    with _optimizer(parameters, optimisation) as optimizer:
+    def scale_of(index: int) -> float:
+        return float(targets[index].numel()) if half else 1.0
+
+    def gradients(index: int, states: Tensor, target: Tensor) -> tuple[list[Tensor | None], list[tuple[str, int]]]:
+        # what a capture has left that failed
+        statistics.seen = []
+        master.clear_gradients()
+        with torch.enable_grad():
+            # in memory of its own: how a view of a batch is aligned may change the rounding of products
+            output = run([index], states.clone())
+            (optimisation_loss(output, target, masks[index]) * scale_of(index)).backward()
+        return [weight.grad for weight in master.weights.values()], statistics.seen
+
+    with _optimizer(parameters, optimisation) as optimizer, closing(graphed(gradients)) as call:
         for number in range(optimisation.rounds):
             kept = start_round(number)
             statistics.reset()
@@ -238,12 +274,10 @@ def optimise_block(
                 for sample in drawn:
                     # on one rank only; the others add zeros
                     for index in ranks.local_indices([sample]):
-                        scale = float(targets[index].numel()) if half else 1.0
-                        with statistics.sample(masks[index]), torch.enable_grad():
-                            # in memory of its own: how a view of a batch is aligned may change the rounding of products
-                            output = run([index], hidden[index].clone())
-                            (optimisation_loss(output, targets[index], masks[index]) * scale).backward()
-                        master.take_gradients(scale)
+                        with statistics.sample(masks[index]):
+                            found, statistics.seen = call(index, hidden[index], targets[index])
+                        master.set_gradients(found)
+                        master.take_gradients(scale_of(index))
                     ranks.all_reduce_(master.gradients())
                     for group in optimizer.param_groups:
                         group["lr"] = _learning_rate(optimisation, next(steps))
