@@ -123,7 +123,7 @@ class BlockPruner:
 
         def on_output(output: Tensor) -> None:
             if keep_outputs or len(outputs) < self.num_probes:
-                outputs.extend(output.clone().split(1))
+                outputs.extend(output.split(1))
 
         with self._trainable():
             self.gradients = regional_gradients(

@@ -1,8 +1,9 @@
-"""CUDA graphs of a block's calls: a small block waits for the host, which launches its kernels one by one.
+"""CUDA graphs of calls with one sample, where a GPU waits for the host, which launches the kernels one by one.
 
-A graph is captured anew for every block. Graphs that all blocks share would need their weights, masters and statistics
-at common addresses, and blocks that are known to be alike; what that would save is one capture, which costs about as
-much as two calls, of the dozens to hundreds of calls of a block.
+These are the forward and backward passes of regional gradients and of each step, and the held-out errors; all other
+forward passes run in batches, which keep a GPU busy. A graph is captured anew for every block. Graphs that all blocks
+share would need their weights, masters and statistics at common addresses, and blocks that are known to be alike, and
+would save little: a capture costs about as much as two calls, of dozens to hundreds.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 _logger = logging.getLogger(__name__)
 
@@ -133,14 +135,15 @@ class GraphedCall(Generic[T]):
 
     A replay repeats what the function has done on the device, with tensors at the same addresses, and nothing of what
     it has done in Python. So the function changes tensors in place only, makes none that outlive it but those that it
-    returns, and begins by undoing what a failed capture may have left in Python. With equal keys, it uses the index of
-    the sample for nothing but what is equal for these samples.
+    returns, and begins by undoing what a failed capture may have left in Python.
 
     Args:
         function: Called with the index of a sample and tensors; returns tensors and other values.
-        keys: For each sample, a key that is equal for samples with the same tensors and shapes beside the inputs; None
-            for a sample that is like no other.
+        keys: For each sample, a key that is equal for samples for which the function does the same with inputs of equal
+            shapes; None for a sample that is like no other.
         backend: Captures graphs; None if nothing does.
+        copies: Return copies of the tensors that a graph has written. Without, they last until it, or another graph of
+            the backend, runs again.
 
     Examples:
         >>> call = GraphedCall(lambda sample, x: 2 * x)
@@ -149,25 +152,30 @@ class GraphedCall(Generic[T]):
     """
 
     def __init__(
-        self, function: Callable[..., T], keys: Sequence[Hashable] = (), backend: GraphBackend | None = None
+        self,
+        function: Callable[..., T],
+        keys: Sequence[Hashable] = (),
+        backend: GraphBackend | None = None,
+        copies: bool = True,
     ) -> None:
         self._function = function
         self._backend = backend
+        self._copies = copies
         counts = Counter(keys)
         self._keys = [key if counts[key] >= _MIN_SAMPLES else None for key in keys]
         # None after the first call
         self._graphs: dict[Hashable, _Graph | None] = {}
 
     def __call__(self, sample: int, *inputs: Tensor) -> T:
-        """Return the result of the function; a graph overwrites its tensors when it, or another one, runs again.
+        """Return the result of the function.
 
         Args:
             sample: Index of the sample.
-            inputs: Tensors, of equal shapes for equal keys.
+            inputs: Tensors.
         """
         if self._backend is None or self._keys[sample] is None:
             return self._function(sample, *inputs)
-        key = self._keys[sample]
+        key = (self._keys[sample], *(given.shape for given in inputs))
         if key not in self._graphs:
             self._graphs[key] = None
             with _HostReads() as reads:
@@ -185,8 +193,8 @@ class GraphedCall(Generic[T]):
         for own, given in zip(graph.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         graph.replay()
-        replayed: T = graph.result
-        return replayed
+        result = graph.result
+        return tree_map_only(Tensor, Tensor.clone, result) if self._copies else result
 
     def _capture(self, backend: GraphBackend, sample: int, inputs: Sequence[Tensor]) -> _Graph:
         own = [given.clone() for given in inputs]
@@ -208,8 +216,8 @@ class GraphedCall(Generic[T]):
         self._backend = None
 
 
-Graphed = Callable[[Callable[..., T]], GraphedCall[T]]
-"""Makes a `GraphedCall` of a function."""
+Graphed = Callable[..., GraphedCall[Any]]
+"""Makes a `GraphedCall` of a function for the samples of a block; `copies` can be given, too."""
 
 
 @functools.cache

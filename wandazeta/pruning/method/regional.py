@@ -76,7 +76,7 @@ def regional_gradients(
         hidden: Input of the block for each sample of this rank.
         masks: For each sample, which positions are no padding; None if all are.
         statistics: Collects the input norms.
-        on_output: Called with the dense output of each sample, in order; the next sample may overwrite it.
+        on_output: Called with the dense output of each sample, in order.
         ranks: The ranks, among which the samples are distributed.
         graphed: Makes functions of a sample that are captured as graphs.
 
@@ -264,7 +264,7 @@ def optimise_block(
             (optimisation_loss(output, target, masks[index]) * scale_of(index)).backward()
         return [weight.grad for weight in master.weights.values()], statistics.seen
 
-    with _optimizer(parameters, optimisation) as optimizer, closing(graphed(gradients)) as call:
+    with _optimizer(parameters, optimisation) as optimizer, closing(graphed(gradients, copies=False)) as call:
         for number in range(optimisation.rounds):
             kept = start_round(number)
             statistics.reset()

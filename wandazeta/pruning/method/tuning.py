@@ -145,7 +145,7 @@ class BlockTuner:
         self._sizes: list[float] = torch.stack(sizes).tolist()
         self._half = any(weight.dtype == torch.float16 for weight in master.weights.values())
         self._train, self._held_out = split_held_out(int(ranks.sum(len(hidden))))
-        self._gradients, self._error = graphed(self._gradients_of), graphed(self._error_of)
+        self._gradients, self._error = graphed(self._gradients_of, copies=False), graphed(self._error_of)
 
     def close(self) -> None:
         """Drop the graphs, whoever still refers to this object."""
@@ -249,8 +249,7 @@ class BlockTuner:
         errors = []
         with self._constant_weights():
             for index in self._ranks.local_indices(self._held_out):
-                # the next one may overwrite it
-                errors.append(self._error(index, *self._sample(index)).clone())
+                errors.append(self._error(index, *self._sample(index)))
         total = self._ranks.sum(float(torch.stack(errors).double().sum()) if errors else 0.0)
         error = total / len(self._held_out)
         return error if error == error else float("inf")
