@@ -1,5 +1,7 @@
 """Compare a device with the CPU: masks and losses of prunings, and trajectories of zeroth-order training.
 
+On a GPU, prunings with CUDA graphs are also compared with prunings without, whose bits they repeat.
+
     python benchmarks/gpu/correctness.py --device cuda
 
 The model is a random LLaMA with two blocks in float32. The order of sums differs between devices, so that nearly equal
@@ -11,6 +13,7 @@ import copy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ import zo_gpu
 from prune_gpu import SHAPES, random_model
 from records import describe, write
 
-from wandazeta.pruning import PruneOptions, prune_model
+from wandazeta.pruning import PruneOptions, prune_model, pruner
 
 CPU = torch.device("cpu")
 # method -> smallest share of equal mask entries, largest relative difference of the loss of the last block
@@ -32,6 +35,8 @@ BOUNDS = {
     "wanda++": (0.999, 1e-3),
     "sparsegpt": (0.98, 2e-2),
 }
+# methods whose calls are captured as graphs
+GRAPHED = ("rgs", "wanda++", "tuned-ro")
 # largest distance of the trained vectors, relative to how far the steps have moved them
 TRAJECTORY, STEPS = 1e-2, 10
 
@@ -60,6 +65,27 @@ def compare_pruning(method: str, device: torch.device) -> dict[str, Any]:
     passed = equal >= least and (most is None or (change is not None and change <= most))
     record = {"what": f"{method}: masks and loss", "equal_entries": equal, "least": least}
     return record | {"difference": change, "most": most, "passed": passed}
+
+
+def compare_graphs(method: str, device: torch.device) -> dict[str, Any]:
+    """Return the record of a method with CUDA graphs; two prunings without tell what this device repeats exactly."""
+    torch.manual_seed(0)
+    model = random_model(SHAPES["tiny"], CPU, CPU)
+    ids = torch.randint(SHAPES["tiny"].vocabulary, (16, 32))
+    options = PruneOptions.from_dict({"method": method})
+    weights, losses = [], []
+    with patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay) as replay:
+        for backend in (lambda device: None, lambda device: None, pruner.graph_backend):
+            pruned = copy.deepcopy(model)
+            with patch.object(pruner, "graph_backend", backend):
+                losses.append(prune(pruned, ids, options, device)[1])
+            weights.append(
+                torch.cat([parameter.detach().cpu().double().flatten() for parameter in pruned.parameters()])
+            )
+    eager, graphed = (float((other - weights[0]).abs().max()) for other in weights[1:])
+    record = {"what": f"{method}: weights with CUDA graphs", "replays": replay.call_count, "losses": losses}
+    record |= {"difference": graphed, "most": eager}
+    return record | {"passed": graphed <= eager and replay.call_count > 0}
 
 
 def compare_trajectory(device: torch.device) -> dict[str, Any]:
@@ -95,6 +121,9 @@ def main() -> None:
 
     for method in BOUNDS:
         add(compare_pruning(method, arguments.device))
+    if arguments.device.type == "cuda":
+        for method in GRAPHED:
+            add(compare_graphs(method, arguments.device))
     add(compare_trajectory(arguments.device))
     failed = [record["what"] for record in records if not record["passed"]]
     if failed:

@@ -62,11 +62,11 @@ def assert_same_bits(found, wanted):
     [
         (TUNED | IN_BFLOAT16, torch.float32, 3),
         (TUNED, torch.bfloat16, 0),
-        (WANDAPP, torch.float32, 3),
-        (WANDAPP | STRAIGHT | IN_BFLOAT16, torch.bfloat16, 0),
+        (WANDAPP, torch.float32, 0),
+        (WANDAPP | STRAIGHT | IN_BFLOAT16, torch.bfloat16, 3),
         (WANDAPP | {"mask_mode": "fixed"}, torch.float16, 0),
     ],
-    ids=["tuned-padded-autocast", "tuned-bfloat16", "paper-padded", "best-bfloat16", "fixed-float16"],
+    ids=["tuned-padded-autocast", "tuned-bfloat16", "paper", "best-padded-bfloat16", "fixed-float16"],
 )
 def test_graphs_change_no_bits(options, dtype, padding, monkeypatch):
     backend, alive = RecordedGraphs(), []
