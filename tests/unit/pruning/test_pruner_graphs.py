@@ -14,7 +14,7 @@ from wandazeta.pruning import prune_model, pruner
 from wandazeta.pruning.method import graphs
 
 TUNED = {"method": "tuned-ro", "rounds": 1}
-WANDAPP = {"method": "wanda++", "rounds": 2, "samples_per_round": 6}
+WANDAPP = {"method": "wanda++", "rounds": 2, "samples_per_round": 6, "learning_rate": 1e-2}
 STRAIGHT = {"mask_mode": "straight_through", "target": "dense_stream", "optimizer": "adamw", "lr_schedule": "linear"}
 IN_BFLOAT16 = {"compute_dtype": "bfloat16"}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,6 +1,7 @@
 """Calls that are captured as graphs, here by `helpers.graphs` on a CPU."""
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,10 @@ from torch import nn
 
 from wandazeta.pruning.method import graphs
 from wandazeta.pruning.method.graphs import CUDAGraphBackend, GraphedCall, graph_backend
+from wandazeta.pruning.method.regional import MasterWeights, optimise_block
+from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.methods import RegionalOptimisation
+from wandazeta.utilities.ranks import Ranks
 
 
 @pytest.fixture
@@ -150,6 +155,34 @@ def test_close_drops_graphs_and_tensors(backend):
     assert len(backend.recordings) == 1
     call.close()
     assert len(backend.recordings) == 0
+
+
+def test_statistics_of_a_round_of_replays_are_complete(backend):
+    found = []
+    for graphed in (GraphedCall, partial(GraphedCall, keys=["a"] * 6, backend=backend)):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+        layers, hidden = {"up": block[0], "down": block[2]}, [x[None] for x in inputs(6)]
+        statistics, master = InputStatistics(layers), MasterWeights(layers)
+        options = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.1)
+        optimise_block(
+            lambda batch, states, block=block: block(states),
+            master,
+            lambda number: {},
+            hidden,
+            [torch.ones_like(states) for states in hidden],
+            [None] * 6,
+            statistics,
+            options,
+            torch.Generator().manual_seed(0),
+            Ranks(),
+            graphed,
+        )
+        found.append([(statistics.norm(name).tolist(), statistics.num_tokens(name)) for name in layers])
+        found[-1] += [statistics.num_samples, layers["up"].weight.tolist()]
+    assert found[0] == found[1]
+    assert found[0][0][1] == 4 * 2
+    assert backend.num_replays == 3 * 4 - 1
 
 
 class Broken:
