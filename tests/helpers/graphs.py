@@ -88,7 +88,7 @@ class RecordedGraphs:
         self.num_captures = self.num_failures = self.num_replays = 0
         self.recordings = weakref.WeakSet()
 
-    def warm_up(self, function):
+    def run(self, function):
         return function()
 
     def capture(self, function):

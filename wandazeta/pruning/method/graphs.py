@@ -25,13 +25,18 @@ _ATEN = torch.ops.aten
 
 # with fewer samples that can share a graph, its capture does not pay
 _MIN_SAMPLES = 4
+# a capture cannot use memory that is cached; with less than this part of all memory free, the cache is emptied before
+_FREE_PART = 8
 
 
 class GraphBackend(Protocol):
     """Captures and replays what a function does on the device."""
 
-    def warm_up(self, function: Callable[[], T]) -> T:
-        """Run a function where it will be captured, as its first run prepares libraries and memory.
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a function as usual, but on the stream of the captures.
+
+        Its first run prepares libraries for this stream; and autograd, which remembers the stream that a weight was
+        used on, is not led out of a capture.
 
         Args:
             function: The function.
@@ -76,8 +81,8 @@ class CUDAGraphBackend:
         self._last: torch.cuda.CUDAGraph | None = None
         self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def warm_up(self, function: Callable[[], T]) -> T:
-        """Run a function on the stream of the captures; see `GraphBackend`."""
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a function on the stream of the captures; see `GraphBackend.run`."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -86,13 +91,16 @@ class CUDAGraphBackend:
         return result
 
     def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Capture a function; see `GraphBackend`."""
+        """Capture a function; see `GraphBackend.capture`."""
         if self._failed:
             raise RuntimeError("an earlier capture has failed")
+        free, total = torch.cuda.mem_get_info(self._device)
+        if free < total / _FREE_PART:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         pool = () if self._last is None else (self._last.pool(),)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # not `torch.cuda.graph`, which empties the caches of device and pinned memory before each capture
+        # not `torch.cuda.graph`, which always empties the caches, also that of pinned memory
         with torch.cuda.stream(self._stream):
             try:
                 # other threads may allocate and copy meanwhile
@@ -173,13 +181,15 @@ class GraphedCall(Generic[T]):
             sample: Index of the sample.
             inputs: Tensors.
         """
-        if self._backend is None or self._keys[sample] is None:
+        if self._backend is None:
             return self._function(sample, *inputs)
+        if self._keys[sample] is None:
+            return self._backend.run(lambda: self._function(sample, *inputs))
         key = (self._keys[sample], *(given.shape for given in inputs))
         if key not in self._graphs:
             self._graphs[key] = None
             with _HostReads() as reads:
-                result = self._backend.warm_up(lambda: self._function(sample, *inputs))
+                result = self._backend.run(lambda: self._function(sample, *inputs))
             if reads.found:
                 self._give_up(f"the block reads values ({reads.found})")
             return result

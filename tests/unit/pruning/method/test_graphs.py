@@ -224,7 +224,7 @@ def test_the_recorder_shows_memory_that_was_freed(backend):
 class Fake:
     """What `CUDAGraphBackend` calls of torch.cuda, as a list of events."""
 
-    def __init__(self, monkeypatch, error_at_end=False):
+    def __init__(self, monkeypatch, error_at_end=False, free=50):
         self.events, self.stack, self.num_graphs = events, stack, num_graphs = [], ["main"], [0]
         current = SimpleNamespace(name="main", wait_stream=lambda other: events.append(("main waits for", other.name)))
 
@@ -259,6 +259,8 @@ class Fake:
         )
         generator = SimpleNamespace(clone_state=lambda: "clone", graphsafe_set_state=events.append)
         for name, value in {
+            "mem_get_info": lambda device: (free, 100),
+            "empty_cache": lambda: events.append("empty"),
             "Stream": lambda device: side,
             "current_stream": lambda device: current,
             "stream": Entered,
@@ -271,7 +273,7 @@ class Fake:
 def test_cuda_graphs_are_captured_on_the_stream_of_the_first_call_and_share_a_pool(monkeypatch):
     fake = Fake(monkeypatch)
     backend = graph_backend(torch.device("cuda"))
-    assert backend.warm_up(lambda: fake.stack[-1]) == "side"
+    assert backend.run(lambda: fake.stack[-1]) == "side"
     assert fake.events == [("side waits for", "main"), ("main waits for", "side")]
     fake.events.clear()
     (where, replay), _ = (backend.capture(lambda: fake.stack[-1]) for _ in range(2))
@@ -287,6 +289,12 @@ def test_cuda_graphs_are_captured_on_the_stream_of_the_first_call_and_share_a_po
         ("replay", 1, "main"),
     ]
     assert graph_backend(torch.device("cpu")) is None
+
+
+def test_a_capture_has_room(monkeypatch):
+    fake = Fake(monkeypatch, free=10)
+    CUDAGraphBackend(torch.device("cuda")).capture(lambda: None)
+    assert fake.events[0] == "empty"
 
 
 @pytest.mark.parametrize("error_at_end", [False, True])
