@@ -112,3 +112,14 @@ class RecordedGraphs:
                 recording.replay()
 
         return result, replay
+
+
+class FailingGraphs(RecordedGraphs):
+    """A backend whose captures fail at their end."""
+
+    def capture(self, function):
+        def fails():
+            function()
+            raise RuntimeError("out of memory")
+
+        return super().capture(fails)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.architectures import build
 from helpers.causal_lms import tiny_lm
-from helpers.graphs import RecordedGraphs
+from helpers.graphs import FailingGraphs, RecordedGraphs
 from helpers.prune_options import make_options
 
 from wandazeta.pruning import prune_model, pruner
@@ -18,17 +18,6 @@ WANDAPP = {"method": "wanda++", "rounds": 2, "samples_per_round": 6, "learning_r
 STRAIGHT = {"mask_mode": "straight_through", "target": "dense_stream", "optimizer": "adamw", "lr_schedule": "linear"}
 IN_BFLOAT16 = {"compute_dtype": "bfloat16"}
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-class FailingGraphs(RecordedGraphs):
-    """A backend whose captures fail at their end."""
-
-    def capture(self, function):
-        def fails():
-            function()
-            raise RuntimeError("out of memory")
-
-        return super().capture(fails)
 
 
 def pruned(monkeypatch, backend, options, model=None, padding=0, device="cpu", on_block=None):

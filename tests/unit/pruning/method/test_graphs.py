@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.graphs import RecordedGraphs
+from helpers.graphs import FailingGraphs, RecordedGraphs
 from torch import nn
 
 from wandazeta.pruning.method import graphs
@@ -159,7 +159,8 @@ def test_close_drops_graphs_and_tensors(backend):
 
 def test_statistics_of_a_round_of_replays_are_complete(backend):
     found = []
-    for graphed in (GraphedCall, partial(GraphedCall, keys=["a"] * 6, backend=backend)):
+    for own in (None, backend, FailingGraphs()):
+        graphed = partial(GraphedCall, keys=["a"] * 6, backend=own)
         torch.manual_seed(0)
         block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
         layers, hidden = {"up": block[0], "down": block[2]}, [x[None] for x in inputs(6)]
@@ -180,7 +181,7 @@ def test_statistics_of_a_round_of_replays_are_complete(backend):
         )
         found.append([(statistics.norm(name).tolist(), statistics.num_tokens(name)) for name in layers])
         found[-1] += [statistics.num_samples, layers["up"].weight.tolist()]
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert found[0][0][1] == 4 * 2
     assert backend.num_replays == 3 * 4 - 1
 
