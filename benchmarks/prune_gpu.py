@@ -244,7 +244,10 @@ def measure_method(name: str, options: PruneOptions, arguments: argparse.Namespa
     windows = torch.randint(shape.vocabulary, (arguments.num_samples, arguments.sequence_length), generator=generator)
     batches = [{"input_ids": window.to(arguments.home)} for window in windows.split(1)]
     phases = Phases(device)
-    with phases.watch():
+    with ExitStack() as stack:
+        if arguments.without_graphs:
+            stack.enter_context(patch.object(pruner, "graph_backend", lambda device: None))
+        stack.enter_context(phases.watch())
         forward = partial(model, use_cache=False)
         run = {"device": device, "progress": Unwritten(), "on_block": phases.end_block}
         prune_model(model, lambda batch: forward(**batch), batches, options, **run)
@@ -288,6 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, help="tokens of a sample; 2048, and 16 for the tiny shape")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the optimisation, K")
     parser.add_argument("--samples-per-round", type=int, help="samples of a round, M; a quarter of all by default")
+    parser.add_argument("--without-graphs", action="store_true", help="launch every kernel, to compare with graphs")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the card; known for a few")
     parser.add_argument("--result", type=Path, help="the result file; none is written for a CPU unless it is named")
     arguments = parser.parse_args()

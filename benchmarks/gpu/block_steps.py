@@ -70,9 +70,7 @@ class Block:
 
     def step(self, optimizer: BlockOptimizer) -> None:
         """Take a step with the gradients as if a backward pass had just computed them."""
-        for name, layer in self.layers.items():
-            layer.weight.grad = self.gradients[name]
-        optimizer._take_gradients(1.0)
+        optimizer.take_gradients([self.gradients[name] for name in self.layers], num_values=1)
         optimizer.step()
 
 

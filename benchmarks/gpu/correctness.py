@@ -2,6 +2,8 @@
 
 On a GPU, the fused optimizer steps of a block are compared with those of torch, too.
 
+On a GPU, prunings with CUDA graphs are also compared with prunings without, whose bits they repeat.
+
     python benchmarks/gpu/correctness.py --device cuda
 
 The model is a random LLaMA with two blocks in float32. The order of sums differs between devices, so that nearly equal
@@ -13,6 +15,7 @@ import copy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -24,7 +27,7 @@ from block_steps import ALGORITHMS, Block
 from prune_gpu import SHAPES, random_model
 from records import describe, write
 
-from wandazeta.pruning import PruneOptions, prune_model
+from wandazeta.pruning import PruneOptions, prune_model, pruner
 from wandazeta.pruning.method.sparsegpt import sparsegpt
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.pattern import SparsityPattern
@@ -43,6 +46,8 @@ BOUNDS = {
 GRAM = 1e-5
 # a layer solved from one Gram matrix: smallest share of equal mask entries, largest relative difference of the loss
 SOLVE_MASK, SOLVE_LOSS = 0.999, 1e-3
+# methods whose calls are captured as graphs
+GRAPHED = ("rgs", "wanda++", "tuned-ro")
 # largest distance of the trained vectors, relative to how far the steps have moved them
 TRAJECTORY, STEPS = 1e-2, 10
 # largest distance of float32 masters after fused steps, relative to how far the steps have moved them: rounding
@@ -115,6 +120,27 @@ class StepsAlongCPUDirections(zo_gpu.Steps):
         return lambda query: on_cpu(query).to(theta.device)
 
 
+def compare_graphs(method: str, device: torch.device) -> dict[str, Any]:
+    """Return the record of a method with CUDA graphs; two prunings without tell what this device repeats exactly."""
+    torch.manual_seed(0)
+    model = random_model(SHAPES["tiny"], CPU, CPU)
+    ids = torch.randint(SHAPES["tiny"].vocabulary, (16, 32))
+    options = PruneOptions.from_dict({"method": method})
+    weights, losses = [], []
+    with patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay) as replay:
+        for backend in (lambda device: None, lambda device: None, pruner.graph_backend):
+            pruned = copy.deepcopy(model)
+            with patch.object(pruner, "graph_backend", backend):
+                losses.append(prune(pruned, ids, options, device)[1])
+            weights.append(
+                torch.cat([parameter.detach().cpu().double().flatten() for parameter in pruned.parameters()])
+            )
+    eager, graphed = (float((other - weights[0]).abs().max()) for other in weights[1:])
+    record = {"what": f"{method}: weights with CUDA graphs", "replays": replay.call_count, "losses": losses}
+    record |= {"difference": graphed, "most": eager}
+    return record | {"passed": graphed <= eager and replay.call_count > 0}
+
+
 def compare_trajectory(device: torch.device) -> dict[str, Any]:
     """Return the record of zeroth-order steps."""
     thetas: list[torch.Tensor] = []
@@ -168,6 +194,9 @@ def main() -> None:
     add(compare_gram(arguments.device))
     for pattern in (SparsityPattern("2:4"), SparsityPattern("4:8"), SparsityPattern(sparsity=0.5)):
         add(compare_solve(pattern, arguments.device))
+    if arguments.device.type == "cuda":
+        for method in GRAPHED:
+            add(compare_graphs(method, arguments.device))
     add(compare_trajectory(arguments.device))
     if arguments.device.type == "cuda":
         for algorithm in ALGORITHMS:

@@ -18,6 +18,7 @@ from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.placement import BlockPlacement
 from wandazeta.pruning.calibration import check_shares
 from wandazeta.pruning.method.block import BlockPruner
+from wandazeta.pruning.method.graphs import GraphedCall, graph_backend
 from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_all_finite
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
@@ -245,6 +246,7 @@ class _BlockSequence:
         self._placement = BlockPlacement(prepared.blocks, device, reader)
         keeps_stream = self.options.method.target == "dense_stream"
         self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        self.graph_backend = graph_backend(device)
         # of the blocks that the tuned optimisation improved
         self.rates: list[float] = []
         self._is_batchable: dict[Hashable, bool] = {}
@@ -312,6 +314,7 @@ class _BlockSequence:
                 self._batches(index),
                 self.samples.masks if self.samples is not None else (),
                 self.ranks,
+                partial(GraphedCall, keys=self._keys(index), backend=self.graph_backend),
                 self.rates,
             )
             stack.callback(block.close)
@@ -367,6 +370,9 @@ class _BlockSequence:
         if block.loss_before is None:
             block.loss_before = loss_after
         return kept, loss_after
+
+    def _keys(self, index: int) -> list[Hashable]:
+        return self.samples.keys(index) if self.samples is not None else []
 
     def _batches(self, index: int) -> Batches:
         """Group the samples that can run through a block together; tried once for each signature of its calls."""

@@ -58,22 +58,31 @@ class Samples:
         return whole + (int(torch.stack(padded).sum()) if padded else 0)
 
     def batches(self, block_index: int) -> "Batches":
-        """Find the samples that can run through a block in one batch: without padding, and with equal arguments.
-
-        Equal tensors of different samples were captured as one object, so their identities are compared.
+        """Find the samples that can run through a block in one batch: those with equal keys.
 
         Args:
             block_index: Position of the block.
         """
         if not self.hidden:
             return Batches(())
+        num_tokens = [states.shape[:-1].numel() for states in self.hidden]
+        first = self.hidden[0]
+        return Batches(self.masks, self.keys(block_index), num_tokens, max_tokens(first.device, first.shape[-1]))
+
+    def keys(self, block_index: int) -> list[Hashable]:
+        """Return a key for each sample that is equal for those without padding of equal shape and arguments.
+
+        Equal tensors of different samples were captured as one object, so their identities are compared. The key of a
+        sample with padding is None.
+
+        Args:
+            block_index: Position of the block.
+        """
         keys: list[Hashable] = []
         for states, calls, mask in zip(self.hidden, self.calls, self.masks, strict=True):
             call = calls[block_index]
             keys.append(None if mask is not None else (states.shape, _key(_parts(call), id)))
-        num_tokens = [states.shape[:-1].numel() for states in self.hidden]
-        first = self.hidden[0]
-        return Batches(self.masks, keys, num_tokens, max_tokens(first.device, first.shape[-1]))
+        return keys
 
     def call_signature(self, sample: int, block_index: int) -> Hashable:
         """Return a key that is equal for calls whose tensors have equal shapes.

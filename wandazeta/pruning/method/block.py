@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from wandazeta.models.experts import ExpertLayer
+from wandazeta.pruning.method.graphs import Graphed
 from wandazeta.pruning.method.layers import require_all_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.optimizer import MasterWeights
@@ -42,6 +43,7 @@ class BlockPruner:
         batches: Groups samples that can run through the block together.
         masks: For each sample, which positions are no padding; None if all are.
         ranks: The ranks, among which the samples are distributed; all samples here belong to this rank.
+        graphed: Makes functions of a sample that are captured as graphs.
         rates: Rates of the earlier blocks that the tuned optimisation improved.
     """
 
@@ -55,6 +57,7 @@ class BlockPruner:
         batches: Batches,
         masks: Sequence[Tensor | None],
         ranks: Ranks,
+        graphed: Graphed,
         rates: Sequence[float] = (),
     ) -> None:
         self.index = index
@@ -67,6 +70,7 @@ class BlockPruner:
         self.batches = batches
         self.masks = masks
         self.ranks = ranks
+        self.graphed = graphed
         self.rates = rates
         self.num_probes = len(ranks.local_indices(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=self.method.uses_gram)
@@ -123,7 +127,7 @@ class BlockPruner:
 
         with self._trainable():
             self.gradients = regional_gradients(
-                self.run, self.layers, hidden, self.masks, self.statistics, on_output, self.ranks
+                self.run, self.layers, hidden, self.masks, self.statistics, on_output, self.ranks, self.graphed
             )
         return outputs
 
@@ -214,6 +218,7 @@ class BlockPruner:
                 self.optimisation,
                 self.generator,
                 self.ranks,
+                self.graphed,
             )
         if self.optimisation.mask_mode != "free":
             return kept
@@ -224,18 +229,20 @@ class BlockPruner:
     def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
         kept = self._solve()
         self.loss_before = self._probe_loss(hidden, targets)
-        with self._trainable():
-            self.tuning = BlockTuner(
-                self.run,
-                self.constant_weights,
-                self.master,
-                kept,
-                hidden,
-                targets,
-                self.masks,
-                self.generator,
-                self.ranks,
-            ).tune(self.method.tuning_rounds, self.rates)
+        tuner = BlockTuner(
+            self.run,
+            self.constant_weights,
+            self.master,
+            kept,
+            hidden,
+            targets,
+            self.masks,
+            self.generator,
+            self.ranks,
+            self.graphed,
+        )
+        with self._trainable(), closing(tuner):
+            self.tuning = tuner.tune(self.method.tuning_rounds, self.rates)
         return kept
 
     def _probe_loss(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:

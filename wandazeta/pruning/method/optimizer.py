@@ -68,6 +68,15 @@ class MasterWeights:
         self._masks: Mapping[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
         self.masters: dict[str, Tensor] = {name: self._master(weight) for name, weight in self.weights.items()}
+        self._half = any(weight.dtype == torch.float16 for weight in self.weights.values())
+
+    def loss_scale(self, num_values: int) -> float:
+        """Return the factor of a loss, without which gradients in float16 underflow to zero.
+
+        Args:
+            num_values: Number of values that the loss is a mean over.
+        """
+        return float(num_values) if self._half else 1.0
 
     def _master(self, weight: Tensor) -> Tensor:
         if weight.dtype in (torch.float16, torch.bfloat16):
@@ -140,7 +149,7 @@ class MasterWeights:
 class BlockOptimizer(ABC):
     """Base class of optimizers of one block: RMSprop, or AdamW without weight decay; see `make_optimizer`.
 
-    For each step, the rank that has the sample calls `backward`, and then all ranks call `step`.
+    For each step, the rank that has the sample calls `take_gradients`, and then all ranks call `step`.
 
     Args:
         master: The weights of the block.
@@ -151,7 +160,6 @@ class BlockOptimizer(ABC):
         self._master = master
         self._ranks = ranks
         self._masks: dict[str, Tensor] = {}
-        self._half = any(weight.dtype == torch.float16 for weight in master.weights.values())
 
     @abstractmethod
     def hold(self, masks: Mapping[str, Tensor]) -> None:
@@ -161,20 +169,19 @@ class BlockOptimizer(ABC):
             masks: Bool masks in the layout of the weights, True where a weight is kept; always of the same layers.
         """
 
-    def backward(self, loss: Tensor, num_values: int) -> None:
-        """Compute the gradients of a loss.
+    def take_gradients(self, gradients: Sequence[Tensor | None], num_values: int) -> None:
+        """Take the gradients of a loss times `MasterWeights.loss_scale`.
 
         Args:
-            loss: A mean.
-            num_values: Number of values that it is a mean over. In float16 it is the factor of the loss, without which
-                gradients underflow to zero.
+            gradients: A gradient for each weight, in its precision, or None.
+            num_values: Number of values that the loss is a mean over.
         """
-        scale = float(num_values) if self._half else 1.0
-        (loss * scale).backward()
-        self._take_gradients(scale)
+        for weight, gradient in zip(self._master.weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        self._prepare(self._master.loss_scale(num_values))
 
     @abstractmethod
-    def _take_gradients(self, scale: float) -> None:
+    def _prepare(self, scale: float) -> None:
         """Prepare gradients of the loss times `scale` for the step."""
 
     @abstractmethod
@@ -224,7 +231,7 @@ class TorchBlockOptimizer(BlockOptimizer):
         """Apply masks after each step from now on; see `BlockOptimizer.hold`."""
         self._masks = dict(masks)
 
-    def _take_gradients(self, scale: float) -> None:
+    def _prepare(self, scale: float) -> None:
         self._master.take_gradients(scale)
 
     def step(self) -> None:
@@ -248,8 +255,7 @@ class FusedBlockOptimizer(BlockOptimizer):
     """An optimizer of a block by one Triton kernel for each layer, which reads gradients in the model's precision.
 
     The step number, rates, bias corrections, the factor of the loss, masks and moments are on the device at fixed
-    addresses. On a single rank, `backward` and `step` allocate only the gradients and never wait for the device, so
-    that a CUDA graph can replay both.
+    addresses. On a single rank, a step allocates nothing and never waits for the device.
 
     Args:
         kernels: The module of kernels, from `load_kernels`.
@@ -300,10 +306,10 @@ class FusedBlockOptimizer(BlockOptimizer):
             else:
                 self._masks[name] = mask.to(torch.uint8, memory_format=torch.contiguous_format)
 
-    def _take_gradients(self, scale: float) -> None:
+    def _prepare(self, scale: float) -> None:
         if self._ranks.size > 1:
             self._master.take_gradients(scale)
-        elif self._half:
+        elif scale != 1.0:
             self._scale.fill_(scale)
 
     @torch.no_grad()

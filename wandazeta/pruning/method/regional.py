@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor, nn
 
+from wandazeta.pruning.method.graphs import Graphed, GraphedCall
 from wandazeta.pruning.method.optimizer import MasterWeights, load_kernels, make_optimizer
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tokens import select_rows
@@ -62,6 +63,7 @@ def regional_gradients(
     statistics: InputStatistics,
     on_output: Callable[[Tensor], None],
     ranks: Ranks,
+    graphed: Graphed = GraphedCall,
 ) -> dict[str, Tensor]:
     """Regional gradients G = sqrt(mean over samples of (∂L_n/∂W)²) of every layer (Wanda++, section 4.1).
 
@@ -75,6 +77,7 @@ def regional_gradients(
         statistics: Collects the input norms.
         on_output: Called with the dense output of each sample, in order.
         ranks: The ranks, among which the samples are distributed.
+        graphed: Makes functions of a sample that are captured as graphs.
 
     Returns:
         Gradients in float32, in the layout of the weights.
@@ -96,14 +99,23 @@ def regional_gradients(
 
         return hook
 
-    with ExitStack() as hooks, statistics.collect():
+    def add_sample(index: int, states: Tensor) -> tuple[Tensor, list[tuple[str, int]]]:
+        # what a capture has left that failed
+        statistics.seen = []
+        for layer in layers.values():
+            layer.weight.grad = None
+        with torch.enable_grad():
+            output = run([index], states)
+            (regional_loss(output, masks[index]) * scale).backward()
+        return output.detach(), statistics.seen
+
+    with ExitStack() as hooks, statistics.collect(), closing(graphed(add_sample)) as call:
         for name, layer in layers.items():
             hooks.callback(layer.weight.register_post_accumulate_grad_hook(add_square(name)).remove)
         for index, (states, mask) in enumerate(zip(hidden, masks, strict=True)):
-            with statistics.sample(mask), torch.enable_grad():
-                output = run([index], states)
-                (regional_loss(output, mask) * scale).backward()
-            on_output(output.detach())
+            with statistics.sample(mask):
+                output, statistics.seen = call(index, states)
+            on_output(output)
     statistics.all_reduce(ranks)
     ranks.all_reduce_(list(squares.values()))
     gradients = {name: (square / statistics.num_samples).sqrt_().div_(scale) for name, square in squares.items()}
@@ -122,6 +134,7 @@ def optimise_block(
     optimisation: RegionalOptimisation,
     generator: torch.Generator,
     ranks: Ranks,
+    graphed: Graphed = GraphedCall,
 ) -> None:
     """Regional optimisation: K rounds, each of a pruning and one step towards the target for each of M samples.
 
@@ -138,6 +151,7 @@ def optimise_block(
         optimisation: The options, with `samples_per_round` filled in.
         generator: Draws the samples of each round.
         ranks: The ranks, among which the samples are distributed; all take the same steps.
+        graphed: Makes functions of a sample that are captured as graphs.
 
     Raises:
         ValueError: If the weights are no longer finite.
@@ -145,6 +159,17 @@ def optimise_block(
     assert optimisation.samples_per_round is not None
     parameters = list(master.masters.values())
     num_samples = int(ranks.sum(len(hidden)))
+
+    def gradients(index: int, states: Tensor, target: Tensor) -> tuple[list[Tensor | None], list[tuple[str, int]]]:
+        # what a capture has left that failed
+        statistics.seen = []
+        master.clear_gradients()
+        with torch.enable_grad():
+            # in memory of its own: how a view of a batch is aligned may change the rounding of products
+            output = run([index], states.clone())
+            (optimisation_loss(output, target, masks[index]) * master.loss_scale(target.numel())).backward()
+        return [weight.grad for weight in master.weights.values()], statistics.seen
+
     optimizer = make_optimizer(
         master,
         optimisation.optimizer,
@@ -153,7 +178,7 @@ def optimise_block(
         optimisation.rounds * optimisation.samples_per_round,
         ranks,
     )
-    with closing(optimizer):
+    with closing(optimizer), closing(graphed(gradients, copies=False)) as call:
         for number in range(optimisation.rounds):
             kept = start_round(number)
             if optimisation.mask_mode != "free":
@@ -165,11 +190,9 @@ def optimise_block(
                 for sample in drawn:
                     # on one rank only; the others add zeros
                     for index in ranks.local_indices([sample]):
-                        with statistics.sample(masks[index]), torch.enable_grad():
-                            # in memory of its own: how a view of a batch is aligned may change the rounding of products
-                            output = run([index], hidden[index].clone())
-                            loss = optimisation_loss(output, targets[index], masks[index])
-                            optimizer.backward(loss, targets[index].numel())
+                        with statistics.sample(masks[index]):
+                            found, statistics.seen = call(index, hidden[index], targets[index])
+                        optimizer.take_gradients(found, targets[index].numel())
                     optimizer.step()
             statistics.all_reduce(ranks)
     # one read of the device for all

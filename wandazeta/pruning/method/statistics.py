@@ -40,12 +40,15 @@ class InputStatistics:
         self._with_gram = with_gram
         self._mask: Tensor | None = None
         self._last: tuple[Tensor, int, Tensor, Tensor | None] | None = None
-        self._seen: list[str] = []
+        self.seen: list[tuple[str, int]] = []
+        """The layers that have run in this forward, in order, each with the number of tokens that have reached it. A
+        graph that is replayed runs no hooks, so who replays it sets what its capture has seen."""
         self._stop_at: str | None = None
         # name of the layer that runs last, by shape of the hidden states; None if a layer runs twice or not at all
         self._last_layers: dict[torch.Size, str | None] = {}
         # layers without an entry were reached by no token
         self._num_tokens: dict[str, int] = {}
+        # never replaced, as graphs add to them
         self._sums: dict[str, Tensor] = {}
         self._grams: dict[str, Tensor] = {}
         self._earlier: dict[str, Tensor] = {}
@@ -53,10 +56,10 @@ class InputStatistics:
 
     def reset(self) -> None:
         """Discard all samples; a layer that does not run afterwards, such as a rare expert, keeps its last norm."""
-        self._earlier.update({name: self.norm(name) for name in self._sums})
+        self._earlier.update({name: self.norm(name) for name in self._num_tokens})
         self._num_tokens.clear()
-        self._sums.clear()
-        self._grams.clear()
+        for total in (*self._sums.values(), *self._grams.values()):
+            total.zero_()
         self.num_samples = 0
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class InputStatistics:
                 with this shape has shown that every layer runs exactly once.
         """
         self._mask = mask
-        self._seen = []
+        self.seen = []
         self._stop_at = self._last_layers.get(shape) if shape is not None and may_stop else None
         try:
             yield
@@ -105,12 +108,15 @@ class InputStatistics:
                 raise
         else:
             if shape is not None:
-                once = sorted(self._seen) == sorted(self._layers)
-                self._last_layers[shape] = self._seen[-1] if once else None
+                names = [name for name, _ in self.seen]
+                self._last_layers[shape] = names[-1] if sorted(names) == sorted(self._layers) else None
         finally:
             # a reference to the activation would keep its graph alive
             self._last = None
             self._stop_at = None
+        for name, num_tokens in self.seen:
+            if num_tokens:
+                self._num_tokens[name] = self.num_tokens(name) + num_tokens
         self.num_samples += num_samples
 
     def norm(self, name: str) -> Tensor:
@@ -125,7 +131,7 @@ class InputStatistics:
         Raises:
             ValueError: If the layer never ran.
         """
-        if name not in self._sums and name in self._earlier:
+        if name not in self._num_tokens and name in self._earlier:
             return self._earlier[name]
         self._require(name)
         return (self._sums[name] / max(self.num_samples, 1)).sqrt().float()
@@ -152,7 +158,7 @@ class InputStatistics:
         names: list[str] = []
         for name, layer in self._layers.items():
             if isinstance(layer, ExpertLayer):
-                of_experts += [(self._grams[name], [name])] if name in self._grams else []
+                of_experts += [(self._grams[name], [name])] if name in self._num_tokens else []
             else:
                 self._require(name)
                 names.append(name)
@@ -192,7 +198,7 @@ class InputStatistics:
         self.num_samples = int(ranks.sum(self.num_samples))
 
     def _require(self, name: str) -> None:
-        if name not in self._sums:
+        if name not in self._num_tokens:
             raise ValueError(
                 f"Expected every layer of the block to run on the calibration data, but `{name}` did not; "
                 "add it to `exclude_modules` to leave it dense"
@@ -207,13 +213,14 @@ class InputStatistics:
                 self._last = (x, *self._products(name, x, *routed))
             _, num_tokens, squares, gram = self._last
             if num_tokens:
-                self._num_tokens[name] = self.num_tokens(name) + num_tokens
-                self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+                if name not in self._sums:
+                    self._sums[name] = torch.zeros_like(squares)
+                self._sums[name].add_(squares)
                 if gram is not None:
                     self._grams.setdefault(name, torch.zeros_like(gram)).add_(gram)
-            self._seen.append(name)
+            self.seen.append((name, num_tokens))
             # if the order has changed, the layer that ran last before may run earlier than others
-            if name == self._stop_at and len(set(self._seen)) == len(self._layers):
+            if name == self._stop_at and len({seen for seen, _ in self.seen}) == len(self._layers):
                 raise StopForward(self)
 
         return hook

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wandazeta.pruning.method.graphs import Graphed
 from wandazeta.pruning.method.optimizer import BlockOptimizer, MasterWeights, make_optimizer
 from wandazeta.pruning.method.regional import RunBlock
 from wandazeta.pruning.records import TuningRecord
@@ -109,6 +110,7 @@ class BlockTuner:
         masks: For each sample, which positions are no padding; None if all are.
         generator: Draws the order of the samples in each round.
         ranks: The ranks, among which the samples are distributed; all take the same steps.
+        graphed: Makes functions of a sample that are captured as graphs.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class BlockTuner:
         masks: Sequence[Tensor | None],
         generator: torch.Generator,
         ranks: Ranks,
+        graphed: Graphed,
     ) -> None:
         self._run = run
         self._constant_weights = constant_weights
@@ -137,6 +140,12 @@ class BlockTuner:
         sizes = [parameter.detach().square().mean().sqrt() for parameter in self._parameters]
         self._sizes: list[float] = torch.stack(sizes).tolist()
         self._train, self._held_out = split_held_out(int(ranks.sum(len(hidden))))
+        self._gradients, self._error = graphed(self._gradients_of, copies=False), graphed(self._error_of)
+
+    def close(self) -> None:
+        """Drop the graphs, whoever still refers to this object."""
+        self._gradients.close()
+        self._error.close()
 
     def tune(self, rounds: int, rates: Sequence[float]) -> TuningRecord:
         """Optimise the block and keep the round with the smallest held-out error.
@@ -198,21 +207,33 @@ class BlockTuner:
         for sample in order:
             # on one rank only; the others add zeros
             for index in self._ranks.local_indices([sample]):
-                with torch.enable_grad():
-                    # in memory of its own: how a view of a batch is aligned may change the rounding of products
-                    output = self._run([index], self._hidden[index].clone())
-                    error = relative_error(output, self._targets[index], self._weights[index])
-                    trial.optimizer.backward(error, self._targets[index].numel())
+                trial.optimizer.take_gradients(
+                    self._gradients(index, *self._sample(index)), self._targets[index].numel()
+                )
             trial.optimizer.step()
         trial.error, trial.weights = self._held_out_error(), self._copy()
+
+    def _sample(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._hidden[index], self._targets[index], self._weights[index]
+
+    def _gradients_of(self, index: int, states: Tensor, target: Tensor, weights: Tensor) -> list[Tensor | None]:
+        # what a capture has left that failed
+        self._master.clear_gradients()
+        with torch.enable_grad():
+            # in memory of its own: how a view of a batch is aligned may change the rounding of products
+            output = self._run([index], states.clone())
+            (relative_error(output, target, weights) * self._master.loss_scale(target.numel())).backward()
+        return [weight.grad for weight in self._master.weights.values()]
+
+    def _error_of(self, index: int, states: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        return relative_error(self._run([index], states), target, weights)
 
     def _held_out_error(self) -> float:
         """Mean error of the held-out samples over all ranks; infinity if it is not a number."""
         errors = []
         with self._constant_weights():
             for index in self._ranks.local_indices(self._held_out):
-                output = self._run([index], self._hidden[index])
-                errors.append(relative_error(output, self._targets[index], self._weights[index]))
+                errors.append(self._error(index, *self._sample(index)))
         total = self._ranks.sum(float(torch.stack(errors).double().sum()) if errors else 0.0)
         error = total / len(self._held_out)
         return error if error == error else float("inf")

@@ -155,7 +155,9 @@ def test_a_fused_step_equals_torch_optimizers_with_masks_and_a_cast(dtype, algor
             steps.hold(masks[number])
         losses = [(layers[name].weight.float() * gradient).sum() for name, gradient in gradients[number].items()]
         # another factor in float16 each time, as a constant one would cancel
-        steps.backward(sum(losses), 2 ** (6 + number))
+        num_values = 2 ** (6 + number)
+        (sum(losses) * master.loss_scale(num_values)).backward()
+        steps.take_gradients([layer.weight.grad for layer in layers.values()], num_values)
         steps.step()
         assert all(parameter.grad is None for parameter in (*master.weights.values(), *master.masters.values()))
         state = [*steps._masks.values(), *(t for layer in steps._layers.values() for t in vars(layer).values())]
