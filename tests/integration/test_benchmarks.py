@@ -135,7 +135,8 @@ def test_prune_gpu_times_all_phases(tmp_path):
         assert all(r["seconds"] > 0 and r["peak_gib"] > 0 for r in records.values())
         assert 0 < total["mfu"] < 1
         assert len(total["block_peaks_gib"]) == 2
-        assert max(total["block_peaks_gib"]) == total["peak_gib"]
+        # the result of the last block is on its way after it
+        assert max(total["block_peaks_gib"]) == pytest.approx(total["peak_gib"], rel=0.05)
 
 
 def test_zo_gpu_counts_tokens_and_their_share_of_the_peak(tmp_path):
