@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["apply_fused"]
 
-# values of activations that a program holds, in whole rows, and its warps: with 32 values a thread, the registers of two
-# programs of LLaMA-7B's width fit on a multiprocessor of an H100, and none are spilled
+# values of activations that a program holds, in whole rows, and its warps: with 32 values a thread, the registers of
+# two programs of LLaMA-7B's width fit on a multiprocessor of an H100, and none are spilled
 _VALUES, _WARPS = 1 << 13, 8
 
 

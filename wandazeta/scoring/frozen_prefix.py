@@ -227,10 +227,10 @@ class FrozenPrefix:
             self._trace({"input_ids": alone, "attention_mask": torch.ones_like(alone), "use_cache": False})
         if _runs_in_batches(ids.device):
             width = self._padded_width(lengths[chosen[0]])
-            places = [*chosen, *[chosen[0]] * (_NUM_ROWS - len(chosen))]
-            sizes = torch.tensor([lengths[row] for row in places]).to(ids.device)
+            filled = [*chosen, *[chosen[0]] * (_NUM_ROWS - len(chosen))]
+            sizes = torch.tensor([lengths[row] for row in filled]).to(ids.device)
             mask = (torch.arange(width, device=ids.device) < sizes[:, None]).long()
-            ids = F.pad(ids[places, :width], (0, max(0, width - ids.shape[1]))) * mask
+            ids = F.pad(ids[filled, :width], (0, max(0, width - ids.shape[1]))) * mask
         else:
             (row,) = chosen
             ids = ids[row, None, : lengths[row]]
@@ -254,7 +254,7 @@ class FrozenPrefix:
         with torch.no_grad(), override_forward(forwards | recording_forwards(self._replayed, outputs)):
             self.model(**call)
         states = (entered[0], *outputs)
-        places = [rows.positions[row] if self.narrow else slice(lengths[row]) for row in chosen]
+        places: list[Any] = [rows.positions[row] if self.narrow else slice(lengths[row]) for row in chosen]
         # cloned: a view would keep every position in memory
         return [[x[i, where].clone() for x in states] for i, where in enumerate(places)]
 
