@@ -98,13 +98,13 @@ class CUDAGraphBackend:
         if free < total / _FREE_PART:
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        pool = () if self._last is None else (self._last.pool(),)
+        pool = None if self._last is None else self._last.pool()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # not `torch.cuda.graph`, which always empties the caches, also that of pinned memory
         with torch.cuda.stream(self._stream):
             try:
                 # other threads may allocate and copy meanwhile
-                graph.capture_begin(*pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     result = function()
                 finally:
