@@ -221,9 +221,10 @@ class GraphedCall(Generic[T]):
         _log(reason)
 
     def close(self) -> None:
-        """Drop graphs and tensors, whoever still refers to this object."""
+        """Drop the graphs and the function, whoever still refers to this object; it can no longer be called."""
         self._graphs.clear()
-        self._backend = None
+        # often a method of an object that refers to this one
+        del self._function
 
 
 Graphed = Callable[..., GraphedCall[Any]]
