@@ -98,13 +98,13 @@ class CUDAGraphBackend:
         if free < total / _FREE_PART:
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        pool = () if self._last is None else (self._last.pool(),)
+        pool = None if self._last is None else self._last.pool()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # not `torch.cuda.graph`, which always empties the caches, also that of pinned memory
         with torch.cuda.stream(self._stream):
             try:
                 # other threads may allocate and copy meanwhile
-                graph.capture_begin(*pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     result = function()
                 finally:
@@ -221,9 +221,10 @@ class GraphedCall(Generic[T]):
         _log(reason)
 
     def close(self) -> None:
-        """Drop graphs and tensors, whoever still refers to this object."""
+        """Drop the graphs and the function, whoever still refers to this object; it can no longer be called."""
         self._graphs.clear()
-        self._backend = None
+        # often a method of an object that refers to this one
+        del self._function
 
 
 Graphed = Callable[..., GraphedCall[Any]]

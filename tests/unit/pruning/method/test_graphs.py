@@ -165,11 +165,16 @@ def test_statistics_of_a_round_of_replays_are_complete(backend):
         block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
         layers, hidden = {"up": block[0], "down": block[2]}, [x[None] for x in inputs(6)]
         statistics, master = InputStatistics(layers), MasterWeights(layers)
-        options = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.1)
+        options, counts = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.1), []
+
+        def start_round(number, statistics=statistics, counts=counts):
+            counts.append(statistics.num_tokens("up"))
+            return {}
+
         optimise_block(
             lambda batch, states, block=block: block(states),
             master,
-            lambda number: {},
+            start_round,
             hidden,
             [torch.ones_like(states) for states in hidden],
             [None] * 6,
@@ -180,7 +185,7 @@ def test_statistics_of_a_round_of_replays_are_complete(backend):
             graphed,
         )
         found.append([(statistics.norm(name).tolist(), statistics.num_tokens(name)) for name in layers])
-        found[-1] += [statistics.num_samples, layers["up"].weight.tolist()]
+        found[-1] += [statistics.num_samples, layers["up"].weight.tolist(), counts]
     assert found[0] == found[1] == found[2]
     assert found[0][0][1] == 4 * 2
     assert backend.num_replays == 3 * 4 - 1
@@ -239,7 +244,7 @@ class Fake:
                     raise RuntimeError("capture failed")
 
             return SimpleNamespace(
-                capture_begin=lambda *pool, capture_error_mode: events.append(("begin", number, stack[-1], *pool)),
+                capture_begin=lambda pool, capture_error_mode: events.append(("begin", number, stack[-1], pool)),
                 capture_end=end,
                 pool=lambda: f"pool of {number}",
                 replay=lambda: events.append(("replay", number, stack[-1])),
@@ -282,7 +287,7 @@ def test_cuda_graphs_are_captured_on_the_stream_of_the_first_call_and_share_a_po
     assert where == "side"
     assert fake.events == [
         ("side waits for", "main"),
-        ("begin", 1, "side"),
+        ("begin", 1, "side", None),
         ("end", 1, "side"),
         ("side waits for", "main"),
         ("begin", 2, "side", "pool of 1"),
@@ -308,7 +313,7 @@ def test_a_cuda_capture_that_fails_is_the_last(error_at_end, monkeypatch):
 
     with pytest.raises(RuntimeError, match="capture failed" if error_at_end else "not permitted"):
         backend.capture(fails)
-    assert fake.events[1:] == [("begin", 1, "side"), ("end", 1, "side"), "clone"]
+    assert fake.events[1:] == [("begin", 1, "side", None), ("end", 1, "side"), "clone"]
     assert fake.stack == ["main"]
     with pytest.raises(RuntimeError, match="an earlier capture has failed"):
         backend.capture(lambda: None)
