@@ -194,7 +194,7 @@ def test_adapters_are_written_whole_and_merged_only_where_weights_are(interrupte
     for rank in ranks:
         assert ("error" in rank[f"adapter-{stage}"]) == (stage == 3)
     if stage == 3:
-        assert "stage 3 has sharded them" in ranks[0]["adapter-3"]["error"]
+        assert "the strategy has sharded them" in ranks[0]["adapter-3"]["error"]
 
 
 def test_a_checkpoint_is_evaluated(interrupted, alone):
