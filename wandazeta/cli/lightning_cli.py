@@ -285,7 +285,9 @@ def _started_devices(devices: Any) -> dict[str, int]:
     else:
         return {}
     if size % num_nodes:
-        raise ValueError(f"Expected as many processes on every node, but got {size} on {num_nodes} nodes")
+        raise ValueError(
+            f"Expected as many processes on every node, but got {size} on {num_nodes} nodes; give `--ntasks-per-node`"
+        )
     if size == 1 or (isinstance(devices, list) and len(devices) == size // num_nodes):
         return {}
     return {"devices": size // num_nodes, "num_nodes": num_nodes}
