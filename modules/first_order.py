@@ -182,7 +182,8 @@ class FirstOrderModule(LanguageModel):
         key = sha256(f"{self._teacher_fingerprint} {precision}".encode()).hexdigest()[:16]
         folder = Path("." if trainer is None else trainer.default_root_dir) / "teacher"
         # ranks have texts of their own, and write to files of their own
-        return TeacherTargets(model, folder, f"{key}-{self.global_rank}", self.scorer.head.weight.shape[0])
+        head: Any = self.scorer.head
+        return TeacherTargets(model, folder, f"{key}-{self.global_rank}", head.weight.shape[0])
 
     def _insert_adapters(self) -> None:
         heads = ["head"] if isinstance(self.scorer, HeadScorer) else []
