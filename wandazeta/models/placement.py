@@ -1,6 +1,6 @@
 """Put one block at a time on the compute device, while the weights of the next one are read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +26,7 @@ class BlockPlacement:
         reader: Reads the next block.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, reader: BackgroundThread) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, reader: BackgroundThread) -> None:
         self._blocks = list(blocks)
         self._device = device
         self._reader = reader

@@ -5,7 +5,7 @@ not pinned make the host wait for the GPU. On the CPU the same code copies at on
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class HostBuffers:
 
     def __init__(self, device: torch.device) -> None:
         self._is_pinned = device.type == "cuda"
-        self._buffers: Mapping[Hashable, Tensor] = {}
+        self._buffers: dict[Any, Tensor] = {}
 
     def like(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """Return buffers for tensors; they are those of the last call where names, shapes and types are equal.
@@ -38,7 +38,7 @@ class HostBuffers:
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._is_pinned)
             buffers[name] = buffer
-        self._buffers = dict(buffers)
+        self._buffers = buffers
         return buffers
 
 
