@@ -128,8 +128,9 @@ def unshard_like(shard: Tensor, weight: Tensor) -> Tensor:
     """
     if not isinstance(weight, DTensor):
         return shard
-    size = {"shape": weight.shape, "stride": weight.stride()}
-    return whole(DTensor.from_local(shard, weight.device_mesh, weight.placements, run_check=False, **size))
+    mesh, placements = weight.device_mesh, weight.placements
+    part = DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    return whole(part)
 
 
 def whole(tensor: Tensor) -> Tensor:

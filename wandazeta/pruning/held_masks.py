@@ -125,8 +125,8 @@ class HeldMasks:
                         f"shape {tuple(mask.shape)}; use the masks that were written with this model"
                     )
                 pruned = ~shard_like(mask, weight)
-                num_dense = torch.count_nonzero(local_shard(weight)[pruned])
-            if num_dense := sum_over_shards(num_dense, weight):
+                found = torch.count_nonzero(local_shard(weight)[pruned])
+            if num_dense := sum_over_shards(found, weight):
                 raise ValueError(
                     f"Expected weights that are zero where their masks prune, but {num_dense} of `{name}` are not; "
                     "load the pruned weights that the masks belong to"
@@ -214,8 +214,8 @@ class HeldMasks:
         for name, weight in self._weights.items():
             with gathered([weight]):
                 values = local_shard(weight)[self._pruned[weight].to(weight.device)]
-            count = ((values != 0) | (values.signbit() & signs)).sum()
-            if count := sum_over_shards(count, weight):
+            found = ((values != 0) | (values.signbit() & signs)).sum()
+            if count := sum_over_shards(found, weight):
                 broken[name] = count
         if broken:
             name = next(iter(broken))
