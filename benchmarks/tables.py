@@ -420,6 +420,22 @@ def finetune_table(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def defaults_table(result: dict[str, Any]) -> str:
+    """Test accuracy and time of defaults of `ZerothOrderModule`: means over the seeds with the range."""
+    final = [r for r in result["records"] if r["phase"] == "final"]
+    body = []
+    for method in dict.fromkeys(r["method"] for r in final):
+        found = [r for r in final if r["method"] == method]
+        accuracy, minutes = [r["accuracy"] for r in found], [r["seconds"] / 60 for r in found]
+        forwards, seeds = max(r["forwards"] for r in found), len({r["seed"] for r in found})
+        name = method.replace("_", " ")
+        rate = f"{found[0]['learning_rate']:g}"
+        body.append([name, rate, spread(accuracy, ".3f"), f"{mean(minutes):.1f}", f"{forwards:,}", str(seeds)])
+    table = rows(["", "learning rate", "accuracy", "minutes", "forwards", "seeds"], body)
+    task, model = final[0]["task"], final[0]["model"]
+    return f"{table}\n\n{model}, {task}; minutes with the evaluation, threads: {result['hardware']['threads']}."
+
+
 def epsilon_table(result: dict[str, Any]) -> str:
     """Correlations by epsilon, one column per precision, start and estimator; recommended values in bold."""
     records = result["records"]
