@@ -23,7 +23,13 @@ def check(monkeypatch):
 def run(folder, *arguments):
     command = [sys.executable, "benchmarks/gpu/check.py", "--device", "cpu", "--folder", folder, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
 
 
