@@ -27,8 +27,8 @@ class KeepSparsity(Callback):
     masked, which is enough for SGD, Adam and other optimizers that update each value from its own gradient; sparsity
     is also checked after the first step. Every rank holds the masks of all weights, one byte per weight.
 
-    FSDP2 (`ModelParallelStrategy`) shards the masks as it shards the weights. Gradients are masked after they are
-    reduced. Classic FSDP (`FSDPStrategy`) is refused.
+    Under FSDP2 (`ModelParallelStrategy`) every rank holds the masks of its shards only, and gradients are masked after
+    they are reduced. Classic FSDP (`FSDPStrategy`) is refused.
 
     It is for models that were pruned before, such as those that `wandazeta prune` wrote: masked full fine-tuning is
     this callback beside `FirstOrderModule(trainable=Weights())`. `WandaPPPruneCallback` keeps what it pruned by itself.

@@ -117,11 +117,11 @@ class LanguageModel(LightningModule):
     @override
     def configure_model(self) -> None:
         """Shard the model where FSDP2 leaves that to the module; callbacks that prune call this before `setup`, too."""
-        is_sharded = isinstance(self.backbone, FSDPModule) if self._is_set_up else False
-        if self._is_set_up and not is_sharded and attached_trainer(self) is not None:
-            mesh = shard_by_fsdp2(self.trainer, self.backbone)
-            if mesh is not None:
-                self._complete_sharding(mesh)
+        if not self._is_set_up or isinstance(self.backbone, FSDPModule) or attached_trainer(self) is None:
+            return
+        mesh = shard_by_fsdp2(self.trainer, self.backbone)
+        if mesh is not None:
+            self._complete_sharding(mesh)
 
     def _complete_sharding(self, mesh: DeviceMesh) -> None:
         """Adapt what is not a part of the sharded model.

@@ -1,8 +1,7 @@
 """Compare a device with the CPU: prunings, the parts of SparseGPT, and trajectories of zeroth-order training.
 
-On a GPU, the fused optimizer steps of a block are compared with those of torch, too.
-
-On a GPU, prunings with CUDA graphs are also compared with prunings without, whose bits they repeat.
+On a GPU, the fused optimizer steps of a block are also compared with those of torch, and prunings with CUDA graphs with
+prunings without, whose bits they repeat.
 
     python benchmarks/gpu/correctness.py --device cuda
 

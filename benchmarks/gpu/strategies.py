@@ -34,11 +34,17 @@ BOUND = 0.05
 
 def strategies(device: str) -> dict[str, list[str]]:
     """Return the arguments that choose each strategy; the first is a single device."""
+    ranks = str(torch.cuda.device_count() if device == "cuda" else 2)
+    size = ["--trainer.devices", ranks]
+    # its config names a number of devices
+    sizes = {"ddp": size, "fsdp2": [*size, "--trainer.strategy.init_args.data_parallel_size", ranks]}
     if device == "cpu":
-        ddp = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-        return {"cpu": [], "ddp": ["-c", "configs/trainer/ddp.yaml", *ddp]}
+        on_cpu = ["--trainer.accelerator", "cpu"]
+        chosen = {name: ["-c", f"configs/trainer/{name}.yaml", *on_cpu, *sizes[name]] for name in sizes}
+        return {"cpu": []} | chosen
     others = sorted(path.stem for path in (ROOT / "configs" / "trainer").glob("*.yaml"))
-    return {name: ["-c", f"configs/trainer/{name}.yaml"] for name in ("gpu", *others) if name != "cpu"}
+    names = ("gpu", *(name for name in others if name not in ("cpu", "gpu")))
+    return {name: ["-c", f"configs/trainer/{name}.yaml", *sizes.get(name, [])] for name in names}
 
 
 def settings(folder: Path, name: str, kind: str) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def cases(device):
 
 def check_kernel(device):
     """Compare all cases."""
-    from wandazeta.adapters.fused_kernel import apply_fused
+    from wandazeta.adapters.fused_kernel import apply_fused, try_out
 
+    try_out(torch.device(device))
     for x, matrices in cases(device):
         # the sums of fp32; bfloat16 has eight significant bits, which the interpreter cuts off instead of rounding
         for dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 2**-7)):

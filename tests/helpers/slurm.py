@@ -120,7 +120,7 @@ class Cluster:
     def run(self, *command, check=True):
         """The output of a command of SLURM's."""
         done = subprocess.run(
-            list(map(str, command)), env=self.environment, capture_output=True, text=True, check=False
+            list(map(str, command)), env=self.environment, capture_output=True, text=True, check=False, timeout=60
         )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
@@ -135,6 +135,7 @@ class Cluster:
             capture_output=True,
             text=True,
             check=False,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -158,7 +159,7 @@ class Cluster:
         """Kill the daemon of a node, the task that runs there, and what SLURM started for the task."""
         parent = int(Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
         self.nodes[name].kill()
-        self.nodes[name].wait()
+        self.nodes[name].wait(30)
         for pid in (parent, task):
             os.kill(pid, signal.SIGKILL)
 

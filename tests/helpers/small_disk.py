@@ -20,4 +20,4 @@ def small_disk(folder, megabytes):
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=300)

@@ -112,6 +112,7 @@ def run(script, *arguments, environment=None):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
 
 

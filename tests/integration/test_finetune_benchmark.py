@@ -120,7 +120,7 @@ def test_every_method_is_measured_once(tmp_path, config, benchmark, capsys):
 
 def test_a_run_of_its_own(tmp_path, config):
     command = [sys.executable, BENCHMARKS / "finetune.py", *arguments_of(tmp_path, config, "--methods", "zero_shot")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "result.json").read_text())["records"]) == 2
 

@@ -23,7 +23,13 @@ def check(monkeypatch):
 def run(folder, *arguments):
     command = [sys.executable, "benchmarks/gpu/check.py", "--device", "cpu", "--folder", folder, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
 
 
@@ -56,7 +62,7 @@ def test_everything_runs_without_a_gpu(tmp_path, check):
     assert list(found) == list(check.STEPS)
     for name, record in found.items():
         assert record["status"] == ("needs a GPU" if check.STEPS[name].needs_gpu else "ok"), record
-    assert {record["strategy"] for record in found["strategies"]["records"]} == {"cpu", "ddp"}
+    assert {record["strategy"] for record in found["strategies"]["records"]} == {"cpu", "ddp", "fsdp2"}
     assert found["best"]["records"][1]["perplexity"] > 0
     assert found["demo"]["records"][0]["val/accuracy"] >= 0
 

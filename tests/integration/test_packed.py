@@ -94,7 +94,7 @@ def test_packed_shipped_and_restored(tmp_path, kind, dtype):
     (out / "model.safetensors").unlink()
     (out / "sparsity/masks.safetensors").unlink()
     command = [sys.executable, "-m", "wandazeta.pruning.export.packed", "out", "restored"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "restored" / "sparsity/model.2of4.safetensors").exists()
     equal_tensors(load_file(tmp_path / "restored" / "model.safetensors"), plain)

@@ -61,7 +61,9 @@ def test_the_use_is_five_lines(repository, name):
 @pytest.mark.slow
 def test_an_example_runs_as_a_script_from_anywhere(repository, tmp_path):
     script = repository / "examples" / "prune_plain_transformer.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "sparsity of the first block: 50%" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,8 @@ from helpers.fit_config import write_inputs
 from safetensors.torch import load_file
 
 import wandazeta
+from wandazeta.cli.recover import recover
+from wandazeta.data.sources import SourceOptions, read_documents
 
 HELPER = Path(__file__).parents[1] / "helpers" / "killed_recover.py"
 RUN = "recover pruned --teacher model --text text.txt --sequence_length 16 --batch_size 4 --tokens 1024"
@@ -27,6 +29,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_zeros_stay(tmp_path):
         [sys.executable, HELPER, tmp_path, *RUN.split(), "--learning_rate", "3e-3"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
+        timeout=600,
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
@@ -51,3 +54,9 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_zeros_stay(tmp_path):
     assert "sparsity of the blocks 50.0%" in shown
     # after the progress bar
     assert (tmp_path / "resumed.out").read_text().endswith(shown)
+    # of another model nothing is told that is known of this one
+    texts = [document.text for document in read_documents(str(tmp_path / "text.txt"), SourceOptions())]
+    options = {"sequence_length": 16, "batch_size": 4, "tokens": 1024, "learning_rate": 3e-3}
+    assert recover(tmp_path / "pruned", tmp_path / "model", texts, killed, **options).items() >= records[1].items()
+    with pytest.raises(ValueError, match="`model` was"):
+        recover(whole, tmp_path / "model", texts, killed, **options)

@@ -42,7 +42,9 @@ sys.meta_path.insert(0, Blocked())
 for name in {names!r}:
     importlib.import_module(name)
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -61,7 +63,9 @@ def test_core_rooms_import_without_transformers(room, tmp_path):
 def test_no_bare_names_are_imported(tmp_path):
     bare = ("callbacks", "datamodules", "modules", "main")
     program = f"import sys, wandazeta.cli.main; print([n for n in sys.modules if n.split('.')[0] in {bare}])"
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
+    )
     assert result.stdout.strip() == "[]"
 
 

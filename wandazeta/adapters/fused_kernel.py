@@ -7,14 +7,14 @@ activation is rounded to its own precision once.
 Legend: P perturbed copies, N rows of a copy, D features, r rank, H bottleneck.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["apply_fused"]
+from wandazeta.adapters.tensor_train_vector import AdapterLayout, AdapterMatrices
+
+__all__ = ["apply_fused", "try_out"]
 
 # values of activations that a program holds, in whole rows, and its warps: with 32 values a thread, the registers of
 # two programs of LLaMA-7B's width fit on a multiprocessor of an H100, and none are spilled
@@ -78,12 +78,12 @@ def _adapter_kernel(
     tl.store(y_PND + place, y.to(y_PND.dtype.element_ty), mask=is_inside)
 
 
-def apply_fused(x_PND: Tensor, matrices: Any) -> Tensor:
+def apply_fused(x_PND: Tensor, matrices: AdapterMatrices) -> Tensor:
     """Adapt activations and return them in the same shape and dtype.
 
     Args:
         x_PND: Activations `(P, N, D)`, or `(N, D)` for matrices without P.
-        matrices: Merged adapter of the site, `AdapterMatrices` in fp32.
+        matrices: Merged adapter of the site, in fp32.
     """
     x_PND = x_PND.contiguous()
     y_PND = torch.empty_like(x_PND)
@@ -124,3 +124,22 @@ def apply_fused(x_PND: Tensor, matrices: Any) -> Tensor:
             num_warps=_WARPS,
         )
     return y_PND
+
+
+def try_out(device: torch.device) -> None:
+    """Compile the kernel and compare it with torch on a few values.
+
+    Args:
+        device: A GPU.
+
+    Raises:
+        Exception: What Triton raises where it cannot compile or run it.
+        AssertionError: If the values differ.
+    """
+    layout = AdapterLayout([8], rank=2, bottleneck=4)
+    theta = torch.linspace(-1, 1, layout.num_parameters, dtype=torch.float32, device=device)
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64, device=device).view(3, 8)
+    found = apply_fused(x.float(), layout.merge(theta)[0])
+    # the fp64 adapter is not the kernel
+    expected = layout.merge(theta.double())[0].apply(x, (-1,)).float()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -3,11 +3,8 @@
 Legend: P perturbed copies of the vector, S sites of one width, D features, r rank, H bottleneck.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,9 +15,11 @@ from typing_extensions import override
 
 from wandazeta.adapters.flat_vector import AdapterVector
 from wandazeta.adapters.tensor_train import TTShape, init_cores, tt_matrices
+from wandazeta.utilities.triton_kernels import load_kernels
 
-MAX_WIDTH = 1 << 14
-"""Largest number of features of a site whose adapter runs as one GPU kernel."""
+# one GPU kernel for a site of up to so many features
+_KERNEL = "wandazeta.adapters.fused_kernel"
+_MAX_WIDTH = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,11 @@ class AdapterMatrices(NamedTuple):
 
     def apply(self, x: Tensor, rows: tuple[int, ...]) -> Tensor:
         """Adapt activations `(…, D)` and return them in the same shape and dtype."""
-        fused = _fused_kernel() if x.is_cuda and self._fits_kernel(x) else None
-        if fused is not None:
-            return fused(x.reshape(*rows, x.shape[-1]), self).view(x.shape)
+        if x.is_cuda and self._fits_kernel(x):
+            kernel = load_kernels(_KERNEL, x.device, "an adapter is ten kernels instead of one, and steps take longer")
+            if kernel is not None:
+                adapted: Tensor = kernel.apply_fused(x.reshape(*rows, x.shape[-1]), self)
+                return adapted.view(x.shape)
         x_ND = x.reshape(*rows, x.shape[-1]).to(self.down_A.dtype)
         # in place, as fresh activation-sized tensors cost more than the arithmetic on them
         h_NH = (x_ND @ self.down_A @ self.down_B).add_(self.down_bias).relu_()
@@ -68,31 +69,7 @@ class AdapterMatrices(NamedTuple):
             or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, theta))
             or any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (x, theta))
         )
-        return theta.dtype == torch.float32 and x.shape[-1] <= MAX_WIDTH and not differentiated
-
-
-@cache
-def _fused_kernel() -> Callable[[Tensor, AdapterMatrices], Tensor] | None:
-    """Return the adapter of a site as one GPU kernel, or None where Triton is missing or cannot compile it."""
-    if find_spec("triton") is None:
-        return None
-    from wandazeta.adapters.fused_kernel import apply_fused
-
-    layout = AdapterLayout([8], rank=2, bottleneck=4)
-    theta = torch.linspace(-1, 1, layout.num_parameters, dtype=torch.float32, device="cuda")
-    x = torch.linspace(-1, 1, 24, dtype=torch.float64, device="cuda").view(3, 8)
-    try:
-        found = apply_fused(x.float(), layout.merge(theta)[0])
-        # the fp64 adapter is not the kernel
-        torch.testing.assert_close(found, layout.merge(theta.double())[0].apply(x, (-1,)).float(), atol=1e-5, rtol=1e-5)
-    except Exception as error:  # whatever a compiler or its driver raises
-        warnings.warn(
-            "Adapters run as ten kernels each instead of one, and steps take longer, because Triton failed: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}",
-            stacklevel=2,
-        )
-        return None
-    return apply_fused
+        return theta.dtype == torch.float32 and x.shape[-1] <= _MAX_WIDTH and not differentiated
 
 
 class _Group:

@@ -233,9 +233,10 @@ def _evaluate(options: Namespace) -> None:
 
 
 def _recover(options: Namespace) -> None:
+    from wandazeta.cli.main import hide_known_noise
     from wandazeta.cli.recover import recover
 
-    _hide_bars()
+    hide_known_noise()
     texts = _read_texts(options)
     record = recover(options.pop("model"), texts=texts, **vars(options))
     sparsity = "" if record["sparsity"] is None else f", sparsity of the blocks {record['sparsity']:.1%}"

@@ -268,6 +268,16 @@ def _check_machine(trainer: Namespace) -> None:
         )
 
 
+def started_processes() -> tuple[int, int]:
+    """Return the numbers of processes and of nodes that torchrun or srun started; both are 1 if neither did."""
+    found = os.environ
+    if TorchElasticEnvironment.detect():
+        return int(found["WORLD_SIZE"]), int(found["WORLD_SIZE"]) // int(found["LOCAL_WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        return int(found.get("SLURM_STEP_NUM_TASKS", "1")), int(found.get("SLURM_STEP_NUM_NODES", "1"))
+    return 1, 1
+
+
 def _started_devices(devices: Any) -> dict[str, int]:
     """Return the trainer's `devices` and `num_nodes` for the processes that torchrun or srun started, if it did.
 
@@ -276,14 +286,11 @@ def _started_devices(devices: Any) -> dict[str, int]:
 
     Args:
         devices: The devices that were asked for. A list of as many stays.
+
+    Raises:
+        ValueError: If the nodes have different numbers of processes.
     """
-    found = os.environ
-    if TorchElasticEnvironment.detect():
-        size, num_nodes = int(found["WORLD_SIZE"]), int(found["WORLD_SIZE"]) // int(found["LOCAL_WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        size, num_nodes = int(found.get("SLURM_STEP_NUM_TASKS", "1")), int(found.get("SLURM_STEP_NUM_NODES", "1"))
-    else:
-        return {}
+    size, num_nodes = started_processes()
     if size % num_nodes:
         raise ValueError(
             f"Expected as many processes on every node, but got {size} on {num_nodes} nodes; give `--ntasks-per-node`"

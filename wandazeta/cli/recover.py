@@ -23,7 +23,7 @@ from typing_extensions import override
 from wandazeta.adapters import PeftLoRA, Weights
 from wandazeta.adapters.files import backbone_fingerprint
 from wandazeta.callbacks import AtomicCheckpointIO, KeepSparsity, RunProgressBar
-from wandazeta.cli.main import hide_known_noise
+from wandazeta.cli.lightning_cli import started_processes
 from wandazeta.data.windows import collate_windows, cut_windows
 from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.models.loading import load_tokenizer, stored_dtype
@@ -89,6 +89,12 @@ def recover(
     Raises:
         ValueError: If an argument is out of range, or model, teacher, texts or directory do not fit; before any work.
     """
+    num_processes, _ = started_processes()
+    if num_processes > 1:
+        raise ValueError(
+            f"Expected one process to recover a model, but got {num_processes}; on several GPUs use `wandazeta fit -c "
+            "configs/recovery/masked.yaml --model.teacher NAME`"
+        )
     for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         check_at_least(name, value, 1)
     check_at_least("tokens", tokens, batch_size * sequence_length)
@@ -113,12 +119,6 @@ def recover(
         "text": sha256(torch.stack(windows).numpy().tobytes()).hexdigest()[:16],
     }
     record = _opened(output, settings)
-    if record is not None and not progress.exists():
-        shutil.rmtree(output / DISCARDED, ignore_errors=True)
-        return record
-    hide_known_noise()
-    # the perplexity is measured before and after
-    warnings.filterwarnings("ignore", r"You defined a `validation_step` but have no `val_dataloader`")
     module = FirstOrderModule(
         str(model),
         trainable=Weights() if lora_rank is None else PeftLoRA(lora_rank, 2 * lora_rank),
@@ -129,12 +129,15 @@ def recover(
     )
     backbone: Any = module.backbone
     weights = sum(weight.nbytes for weight in backbone.parameters())
-    # the model, and a checkpoint beside the one that it replaces, each with two moments of every weight
-    check_writable(progress, needed_bytes=weights * (7 if lora_rank is None else 1))
-    check_exportable(backbone, module.tokenizer)
     settings["model"] = backbone_fingerprint(backbone)
     if record is not None:
         _require_same(record["settings"], settings, output)
+        if not progress.exists():
+            shutil.rmtree(output / DISCARDED, ignore_errors=True)
+            return record
+    # the model, and a checkpoint beside the one that it replaces, each with two moments of every weight
+    check_writable(progress, needed_bytes=weights * (7 if lora_rank is None else 1))
+    check_exportable(backbone, module.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if record is None:
         record = {"settings": settings, "perplexity_before": _perplexity(backbone, held_out, device, source.name)}
@@ -148,7 +151,10 @@ def recover(
     )
     loader = _loader(train, batch_size, seed, trainer)
     checkpoint = progress / "checkpoints" / "last.ckpt"
-    trainer.fit(module, loader, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    with warnings.catch_warnings():
+        # the perplexity is measured before and after
+        warnings.filterwarnings("ignore", r"You defined a `validation_step` but have no `val_dataloader`")
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     assert module.teacher_targets is not None
     # trained in float32
     module.backbone.to(getattr(torch, stored_dtype(str(model))))

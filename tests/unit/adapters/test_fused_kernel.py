@@ -1,20 +1,12 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.fused_adapters import by_hand, cases, check_kernel
+from helpers.interpreter import run_interpreted
 
 
-def test_the_kernel_equals_dense_matrices_in_the_interpreter():
+def test_the_kernel_equals_dense_matrices_in_the_interpreter(repository):
     pytest.importorskip("triton")
-    # in a process of its own: Triton decides at its import whether it interprets
-    program = Path(__file__).parents[2] / "helpers" / "fused_adapters.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(repository / "tests" / "helpers" / "fused_adapters.py")
 
 
 def test_the_kernel_compiles_for_a_gpu_and_does_not_use_tf32(tmp_path, monkeypatch):
@@ -40,9 +32,6 @@ def test_the_kernel_compiles_for_a_gpu_and_does_not_use_tf32(tmp_path, monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_site_is_one_kernel_on_a_gpu():
-    from wandazeta.adapters.tensor_train_vector import _fused_kernel
-
-    assert _fused_kernel() is not None
     check_kernel("cuda")
     for x, matrices in cases("cuda"):
         rows = (len(x), -1) if x.ndim == 3 else (-1,)

@@ -53,7 +53,7 @@ try:
 finally:
     assert not {{"torch", "lightning", "transformers"}} & sys.modules.keys()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert f"example:\n  wandazeta {command} " in done.stdout
     if command in functions.FUNCTIONS:
         for name in inspect.signature(resolve_name(functions.FUNCTIONS[command])).parameters:
@@ -140,6 +140,15 @@ def test_wrong_usage_is_told_in_one_line(folder, monkeypatch, capsys, args, mess
     assert len(shown.splitlines()) == 1
     assert message in shown
     assert set(folder.rglob("*")) == before
+
+
+def test_recover_is_for_one_process(folder, monkeypatch, capsys):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *RECOVER.split())
+    assert "Expected one process to recover a model, but got 2" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_texts_come_from_files_of_several_kinds(folder, monkeypatch, capsys):

@@ -49,7 +49,9 @@ def test_help_and_version_answer_at_once_without_anything_heavy(arguments):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_function_imports_nothing_heavy(command):
     arguments = json.dumps([command, "--help"])
-    done = subprocess.run([sys.executable, "-c", RUN, arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, arguments], capture_output=True, text=True, check=True, timeout=300
+    )
     assert "example:" in done.stdout
     assert COMMANDS[command][1:] in " ".join(done.stdout.split())
     assert not HEAVY & set(json.loads(done.stderr))

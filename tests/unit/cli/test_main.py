@@ -260,7 +260,7 @@ def test_the_default_logger_is_csv_even_beside_tensorboard(tmp_path, monkeypatch
 
 
 def run(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_the_checkout_runs_the_same_program():

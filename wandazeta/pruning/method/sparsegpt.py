@@ -1,7 +1,6 @@
 """SparseGPT: prune column by column, and adjust the later columns to compensate for the error (arXiv 2301.00774)."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -9,6 +8,9 @@ from torch import Tensor
 
 from wandazeta.pruning.method.masks import OneGroup, zero_where_false
 from wandazeta.pruning.pattern import SparsityPattern, num_pruned
+from wandazeta.utilities.triton_kernels import load_kernels
+
+_KERNEL = "wandazeta.pruning.method.sparsegpt_kernel"
 
 # columns for which an unstructured mask is chosen at once, as in the paper
 _MASK_BLOCK = 128
@@ -23,7 +25,7 @@ def sparsegpt(
 
     The columns are split in halves recursively, so that most of the error is passed to later columns by large matrix
     products; only within a leaf of a few columns is it passed on column by column. On a GPU such a leaf has up to 128
-    columns and is a single kernel, where Triton is installed.
+    columns and is a single kernel, where Triton can be used.
 
     Args:
         weights: Weights, each of shape (out, in).
@@ -121,11 +123,9 @@ class _Solver:
 
 def _kernel(device: torch.device) -> ModuleType | None:
     """Return the module of the kernel if it runs on a device, else None."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda":
         return None
-    from wandazeta.pruning.method import sparsegpt_kernel
-
-    return sparsegpt_kernel if sparsegpt_kernel.is_usable(device) else None
+    return load_kernels(_KERNEL, device, "SparseGPT takes many times as long")
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:

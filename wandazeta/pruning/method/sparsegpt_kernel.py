@@ -3,17 +3,12 @@
 On a GPU the loop in torch takes four kernel launches a column, each of them longer for the host than for the GPU.
 """
 
-import functools
-import logging
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_logger = logging.getLogger(__name__)
-
-__all__ = ["BLOCK", "eliminate", "is_usable"]
+__all__ = ["BLOCK", "eliminate", "try_out"]
 
 BLOCK = 128
 """Largest number of columns of a block, a power of two; it is the paper's."""
@@ -52,27 +47,19 @@ def eliminate(columns: Tensor, errors: Tensor, kept: Tensor, factor: Tensor, gro
         )
 
 
-@functools.cache
-def is_usable(device: torch.device) -> bool:
-    """Whether the kernel runs on a device; a warning says why not, for example for want of a C compiler.
+def try_out(device: torch.device) -> None:
+    """Compile and run the kernel on a few values.
 
     Args:
         device: The device.
+
+    Raises:
+        Exception: What Triton raises where it cannot compile or run it.
     """
-    try:
-        columns = torch.tensor([[1.0], [2.0]], device=device)
-        errors, kept = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.bool)
-        eliminate(columns, errors, kept, torch.eye(2, device=device), (1, 2))
-        errors.tolist()  # waits for the kernel
-    except Exception as error:  # of many types: a missing compiler or driver, or an old card
-        _logger.warning(
-            "Triton cannot be used on %s, so that SparseGPT takes many times as long: %s: %s",
-            device,
-            type(error).__name__,
-            error,
-        )
-        return False
-    return True
+    columns = torch.tensor([[1.0], [2.0]], device=device)
+    errors, kept = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.bool)
+    eliminate(columns, errors, kept, torch.eye(2, device=device), (1, 2))
+    errors.tolist()  # waits for the kernel
 
 
 @triton.jit

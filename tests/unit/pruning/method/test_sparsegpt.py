@@ -1,10 +1,8 @@
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers.interpreter import run_interpreted
 from helpers.sparsegpt_reference import pattern_of, problem, published
 
 from wandazeta.pruning.method.sparsegpt import sparsegpt
@@ -82,16 +80,12 @@ def test_sixteen_bit_weights_are_solved_in_thirty_two():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 def test_the_kernel_equals_the_published_procedure_and_the_loop_in_torch(repository):
-    # Triton's interpreter has to be switched on before Triton is imported
-    command = [sys.executable, "tests/helpers/interpreted_sparsegpt.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(repository / "tests" / "helpers" / "interpreted_sparsegpt.py")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 @pytest.mark.parametrize("group", [(0, 0), (2, 4)])
-def test_the_kernel_can_be_compiled_for_an_a100(group):
+def test_the_kernel_can_be_compiled_for_an_a100(group, tmp_path, monkeypatch):
     """The interpreter runs Python that the compiler refuses."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -99,22 +93,13 @@ def test_the_kernel_can_be_compiled_for_an_a100(group):
 
     from wandazeta.pruning.method import sparsegpt_kernel
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = sparsegpt_kernel._eliminate
     pointers = {"columns_ptr": "*fp32", "errors_ptr": "*fp32", "kept_ptr": "*u8", "factor_ptr": "*fp32"}
     constants = {"num_pruned": group[1] - group[0], "group_size": group[1], "block_size": 128, "rows_at_once": 32}
     signature = pointers | {"num_rows": "i32", "size": "i32"} | dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
     assert "st.global" in compiled.asm["ptx"]
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
-def test_where_the_kernel_does_not_run_a_warning_says_so(caplog):
-    from wandazeta.pruning.method.sparsegpt_kernel import is_usable
-
-    is_usable.cache_clear()
-    assert not is_usable(torch.device("cpu"))
-    (message,) = caplog.messages
-    assert "Triton cannot be used on cpu, so that SparseGPT takes many times as long" in message
 
 
 @pytest.mark.gpu

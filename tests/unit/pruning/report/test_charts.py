@@ -148,5 +148,5 @@ def test_without_optimisation_there_is_one_series_of_losses():
 
 def test_matplotlib_is_imported_when_something_is_drawn():
     program = "import sys, wandazeta.pruning.report.page; print(sorted({'matplotlib', 'jinja2'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert "matplotlib" not in done.stdout
