@@ -18,12 +18,12 @@ from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.placement import BlockPlacement
 from wandazeta.pruning.calibration import check_shares
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.graphs import GraphedCall, graph_backend
 from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_all_finite
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 from wandazeta.pruning.samples import Batches, Samples, capture_samples
 from wandazeta.utilities.background import BackgroundThread
+from wandazeta.utilities.graphs import GraphedCall, graph_backend
 from wandazeta.utilities.host_memory import HostCopies
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.utilities.ranks import Ranks
@@ -246,6 +246,10 @@ class _BlockSequence:
         self._placement = BlockPlacement(prepared.blocks, device, reader)
         keeps_stream = self.options.method.target == "dense_stream"
         self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        # for the forward and backward passes of regional gradients and of each step, and the held-out errors: all other
+        # forward passes run in batches, which keep a GPU busy. A graph is captured anew for every block. Graphs that
+        # all blocks share would need their weights, masters and statistics at common addresses, and blocks that are
+        # known to be alike, and would save little: a capture costs about as much as two calls, of dozens to hundreds
         self.graph_backend = graph_backend(device)
         # of the blocks that the tuned optimisation improved
         self.rates: list[float] = []

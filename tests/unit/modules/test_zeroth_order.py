@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers.causal_lms import classification_batch, save_tiny_lm, text_batch
+from helpers.graphs import RecordedGraphs
 from helpers.zo_run import components, train, trainable_of
 from lightning.pytorch import Callback
 
@@ -285,3 +286,25 @@ def test_saved_adapters(model_dir, tmp_path):
 def test_data_sharding_outside_a_trainer(model_dir):
     module = ZerothOrderModule(str(model_dir), parallel="data", schedule=ConstantSchedule(2))
     assert module.data_sharding == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"estimator": ["OneSided", {}], "head": {"num_answers": 2, "gradient": "exact"}}], ids=["", "exact"]
+)
+def test_graphs_change_no_bits(model_dir, tmp_path, monkeypatch, options):
+    found = []
+    for backend in (None, RecordedGraphs()):
+        monkeypatch.setattr(zeroth_order, "graph_backend", lambda device, backend=backend: backend)
+        _, module, recorder = train(model_dir, tmp_path, steps=4, queries=3, query_chunk_size=2, **options)
+        found.append((module.adapters.theta, [step["loss"] for step in recorder.steps.values()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert backend.num_replays > 0
+    assert module._graphed_losses is None
+
+
+def test_derivatives_are_not_graphed(model_dir, tmp_path, monkeypatch):
+    backend = RecordedGraphs()
+    monkeypatch.setattr(zeroth_order, "graph_backend", lambda device: backend)
+    train(model_dir, tmp_path, steps=4, queries=1, estimator=["ForwardMode", {}])
+    assert backend.num_captures == 0

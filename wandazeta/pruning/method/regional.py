@@ -9,11 +9,11 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor, nn
 
-from wandazeta.pruning.method.graphs import Graphed, GraphedCall
 from wandazeta.pruning.method.optimizer import MasterWeights, load_kernels, make_optimizer
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.pruning.methods import RegionalOptimisation
+from wandazeta.utilities.graphs import Graphed, GraphedCall
 from wandazeta.utilities.ranks import Ranks
 
 # (indices of the samples of a batch, their hidden states) -> output of the block
