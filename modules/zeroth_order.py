@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -375,12 +376,11 @@ class ZerothOrderModule(LanguageModel):
         self._graphed_losses = self._new_graphed_losses()
 
     def _new_graphed_losses(self) -> GraphedLosses | None:
-        """Return losses by CUDA graphs; None if none can be captured, or a step computes more than its losses."""
+        """Return losses by CUDA graphs; None if nothing captures them, or they are more than a forward of the model."""
         assert self.adapters is not None
         backend = graph_backend(self.device)
         sharded = any(map(is_sharded, self.backbone.parameters()))
-        in_forward = isinstance(self.adapters, AdapterVector) and not self.estimator.needs_differentiable_loss
-        if backend is None or sharded or not in_forward or self.objective is not None:
+        if backend is None or sharded or self.objective is not None or not isinstance(self.adapters, AdapterVector):
             return None
         return GraphedLosses(self.scorer, self.adapters.use, backend)
 
@@ -576,7 +576,8 @@ class ZerothOrderModule(LanguageModel):
         losses = []
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds_queries else 1):
             observe = None if on_scores is None else partial(on_scores, part)
-            if self._graphed_losses is not None:
+            differentiated = torch.is_grad_enabled() or forward_ad.unpack_dual(part).tangent is not None
+            if self._graphed_losses is not None and not differentiated:
                 losses.append(self._graphed_losses(part, prepared, observe))
                 continue
             with self.adapters.use(part):
