@@ -120,7 +120,9 @@ class GraphedLosses:
                 raise
             # whatever a model raises that cannot do without its own mask
             except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-                self._call.give_up(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                first_line = (str(error).splitlines() or [""])[0]
+                kind = type(self._scorer.model).__name__
+                self._call.give_up(f"{kind} fails with prepared attention masks: {type(error).__name__}: {first_line}")
         return self._losses(theta_Pd, prepared)
 
     def _graphed(self, shapes: Hashable, theta_Pd: Tensor, prepared: Prepared) -> _Result:
@@ -170,7 +172,7 @@ class GraphedLosses:
         prefix = None
         if layout.num_states is not None:
             prefix = Prefix([next(remaining) for _ in range(layout.num_states)], layout.narrow)
-        options = [next(remaining) if layout.has_options else None for _ in range(2)]
+        option_ids, option_mask = (next(remaining) if layout.has_options else None for _ in range(2))
         labels = next(remaining) if layout.has_labels else None
         distinct = list(remaining)
         masks = {index: None if place is None else distinct[place] for index, place in layout.masks}
@@ -181,7 +183,7 @@ class GraphedLosses:
         unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=theta_Pd.device)
         forwards[self._masked] = _with_mask(self._masked.forward, unread, always=True)
         with override_forward(forwards):
-            return self._losses(theta_Pd, Prepared(rows, prefix, *options, labels))
+            return self._losses(theta_Pd, Prepared(rows, prefix, option_ids, option_mask, labels))
 
     def _record_masks(self, prepared: Prepared, repeats: int) -> Masks:
         """Return the masks of the blocks that run, by a forward pass that skips the blocks."""
