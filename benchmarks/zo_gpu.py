@@ -10,7 +10,8 @@ counted over all forward passes of a step; the share of the peak counts the oper
 card's dense peak in both cases.
 
 Steps alternate with their bare forward passes: the same rows through the same weights, without adapters and without the
-estimator, as many copies of the batch in each pass. The ratio is that of each step to the forward passes next to it.
+estimator, as many copies of the batch in each pass. On a GPU, the step's forward passes are CUDA graphs, and the bare
+ones are not. The ratio is that of each step to the forward passes next to it.
 """
 
 import argparse
@@ -33,12 +34,16 @@ from torch import Tensor, nn
 from wandazeta.adapters import AdapterVector, TensorTrainAdapters
 from wandazeta.pruning.export.semi_structured import to_semi_structured
 from wandazeta.pruning.method.masks import group_mask, zero_where_false
-from wandazeta.scoring.scorer import Prepared, Scorer, option_losses
+from wandazeta.scoring.graphed_losses import GraphedLosses
+from wandazeta.scoring.scorer import Prepared, Scorer
+from wandazeta.utilities.graphs import graph_backend
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.zeroth_order import Directions, TwoSided, directions_of_step, projected_gradients
 
 RESULT = RESULTS / "zo_gpu.json"
 EPSILON = 3e-3
+# rounds until kernels are chosen and graphs are captured
+WARMUP_ROUNDS = 3
 LEARNING_RATE = 1e-4
 
 console = Console()
@@ -84,6 +89,7 @@ class Steps:
         self.vector.to(batch["input_ids"].device)
         self.scorer = Scorer(model)
         self.prepared: Prepared = self.scorer.prepare(batch)
+        self.losses = GraphedLosses(self.scorer, self.vector.use, graph_backend(batch["input_ids"].device))
         self.estimator = TwoSided(EPSILON)
         self.chunk_size = chunk_size
         self.done = 0
@@ -92,18 +98,14 @@ class Steps:
         """Return the directions of the next step."""
         return directions_of_step(self.vector.theta, 0, self.done)
 
-    def _losses(self, theta_Pd: Tensor) -> Tensor:
-        assert self.prepared.labels is not None
-        with self.vector.use(theta_Pd):
-            return option_losses(self.scorer.option_scores(self.prepared, len(theta_Pd)).values, self.prepared.labels)
-
     @torch.no_grad()
     def run(self, num_queries: int) -> None:
         """Take one step and synchronise the device."""
         theta = self.vector.theta
         directions = self.directions()
         points = range(self.estimator.num_points(num_queries))
-        found = self.estimator.evaluate(self._losses, theta, directions, points, self.chunk_size)
+        losses = partial(self.losses, prepared=self.prepared)
+        found = self.estimator.evaluate(losses, theta, directions, points, self.chunk_size)
         self.chunk_size = found.chunk_size
         slopes = projected_gradients(self.estimator.slopes(found.values_VP))
         gradient = self.estimator.gradient(theta, slopes, directions)
@@ -143,7 +145,7 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def alternate(runs: Sequence[Callable[[], None]], times: int) -> list[list[float]]:
-    """Measure the seconds of functions in turn, after a round that chooses kernels.
+    """Measure the seconds of functions in turn, after some rounds.
 
     Args:
         runs: The functions.
@@ -153,12 +155,12 @@ def alternate(runs: Sequence[Callable[[], None]], times: int) -> list[list[float
         The seconds of each function.
     """
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(times + 1):
+    for _ in range(times + WARMUP_ROUNDS):
         for run, measured in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
             measured.append(time.perf_counter() - start)
-    return [measured[1:] for measured in seconds]
+    return [measured[WARMUP_ROUNDS:] for measured in seconds]
 
 
 def measure(sparse: bool, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -57,9 +58,11 @@ from wandazeta.modules.strategies import (
 from wandazeta.modules.summary import show_trained_values
 from wandazeta.modules.supported_callbacks import copy_module_again, model_states, refuse_callbacks
 from wandazeta.scoring.frozen_prefix import FrozenPrefix
+from wandazeta.scoring.graphed_losses import GraphedLosses
 from wandazeta.scoring.objectives import GeneratedText, Objective, check_objective, objective_losses
 from wandazeta.scoring.scorer import Prepared, Scores
 from wandazeta.utilities.arguments import check_choice, check_range, describe_rates, stepped
+from wandazeta.utilities.graphs import graph_backend
 from wandazeta.utilities.random_streams import drawn_by
 from wandazeta.zeroth_order import (
     DEFAULT_EPSILON,
@@ -212,6 +215,8 @@ class ZerothOrderModule(LanguageModel):
         # what drew the directions before a checkpoint
         self._drawn_by: str | None = None
         self._rank_sync: RankSync | None = None
+        # while it trains, where forward passes can be graphs
+        self._graphed_losses: GraphedLosses | None = None
         self._step_cost = StepCost(self._cached_bytes)
         if not loading.shard_on_load:
             self.trainable.check(self.backbone, self.update.num_states)
@@ -368,6 +373,21 @@ class ZerothOrderModule(LanguageModel):
                 "training continues, along other directions than those of an uninterrupted run"
             )
         self._step_cost = StepCost(self._cached_bytes)
+        self._graphed_losses = self._new_graphed_losses()
+
+    def _new_graphed_losses(self) -> GraphedLosses | None:
+        """Return losses by CUDA graphs; None if nothing captures them, or they are more than a forward of the model."""
+        assert self.adapters is not None
+        backend = graph_backend(self.device)
+        sharded = any(map(is_sharded, self.backbone.parameters()))
+        if backend is None or sharded or self.objective is not None or not isinstance(self.adapters, AdapterVector):
+            return None
+        return GraphedLosses(self.scorer, self.adapters.use, backend)
+
+    @override
+    def on_train_end(self) -> None:
+        # weights may move from now on
+        self._graphed_losses = None
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -555,8 +575,12 @@ class ZerothOrderModule(LanguageModel):
         assert self.adapters is not None
         losses = []
         for part in theta_Pd.split(self.scorer.max_repeats(prepared) if self.adapters.folds_queries else 1):
+            observe = None if on_scores is None else partial(on_scores, part)
+            differentiated = torch.is_grad_enabled() or forward_ad.unpack_dual(part).tangent is not None
+            if self._graphed_losses is not None and not differentiated:
+                losses.append(self._graphed_losses(part, prepared, observe))
+                continue
             with self.adapters.use(part):
-                observe = None if on_scores is None else partial(on_scores, part)
                 losses.append(
                     objective_losses(self.objective, self.scorer, prepared, len(part), self.tokenizer, observe)
                 )

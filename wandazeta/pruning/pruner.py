@@ -18,13 +18,13 @@ from wandazeta.models.modes import evaluation_mode, frozen
 from wandazeta.models.placement import BlockPlacement
 from wandazeta.pruning.calibration import check_shares
 from wandazeta.pruning.method.block import BlockPruner
-from wandazeta.pruning.method.graphs import GraphedCall, graph_backend
 from wandazeta.pruning.method.layers import PrunableWeight, prunable_layers, prunable_weights, require_all_finite
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import BlockRecord, LayerRecord, PruneReport
 from wandazeta.pruning.samples import Batches, Samples, capture_samples
 from wandazeta.utilities.background import BackgroundThread
-from wandazeta.utilities.host_memory import HostCopies
+from wandazeta.utilities.graphs import GraphedCall, graph_backend
+from wandazeta.utilities.host_memory import HostCopies, pack_mask, unpack_mask
 from wandazeta.utilities.memory import peak_memory
 from wandazeta.utilities.ranks import Ranks
 from wandazeta.utilities.rng import isolated_rng
@@ -171,8 +171,9 @@ def prune_blocks(
                 # if the disk of rank 0 is full, no rank may wait for it at the next block
                 ranks.run_on_all(writer.wait)
                 if progress is not None or homes:
-                    copied, wait_for_copy = _start_copy(result, copies)
-                    writer.submit(partial(_keep, progress, index, copied, homes, wait_for_copy))
+                    # a bool takes a byte
+                    finish_copy = _start_copy(result, copies, packs=device.type == "cuda")
+                    writer.submit(partial(_keep, progress, index, finish_copy, homes))
                 del result, homes
             records.append(record)
             if on_block is not None:
@@ -192,24 +193,38 @@ def _is_complete(progress: Progress | None, num_blocks: int) -> bool:
     return all(progress.load(index) is not None for index in range(num_blocks))
 
 
-def _start_copy(result: BlockResult, copies: HostCopies) -> tuple[BlockResult, Callable[[], None]]:
-    """Start to copy a finished block to the CPU; returns the copy, and a function that waits until it is complete."""
+def _start_copy(result: BlockResult, copies: HostCopies, packs: bool) -> Callable[[], BlockResult]:
+    """Start to copy a finished block to the CPU.
+
+    Args:
+        result: The block.
+        copies: Makes the copies.
+        packs: Copy the masks with eight values a byte.
+
+    Returns:
+        A function that waits until the copy is complete and returns it, in any thread.
+    """
     weights = {("weight", name): weight for name, weight in result.weights.items()}
-    masks = {("mask", name): mask for name, mask in result.masks.items()}
+    masks = {("mask", name): pack_mask(mask) if packs else mask for name, mask in result.masks.items()}
+    shapes = {name: mask.shape for name, mask in result.masks.items()}
     copied, wait = copies.start(weights | masks)
-    of_kind = {kind: {name: t for (k, name), t in copied.items() if k == kind} for kind in ("weight", "mask")}
-    return BlockResult(of_kind["weight"], of_kind["mask"], result.record), wait
+    record = result.record
+
+    def finish() -> BlockResult:
+        wait()
+        of_kind = {kind: {name: t for (k, name), t in copied.items() if k == kind} for kind in ("weight", "mask")}
+        if packs:
+            of_kind["mask"] = {name: unpack_mask(mask, shapes[name]) for name, mask in of_kind["mask"].items()}
+        return BlockResult(of_kind["weight"], of_kind["mask"], record)
+
+    return finish
 
 
 def _keep(
-    progress: Progress | None,
-    index: int,
-    result: BlockResult,
-    homes: Mapping[str, Tensor],
-    wait_for_copy: Callable[[], None],
+    progress: Progress | None, index: int, finish_copy: Callable[[], BlockResult], homes: Mapping[str, Tensor]
 ) -> None:
     """Write a finished block to the weights of the model that are not on the device, and to the progress."""
-    wait_for_copy()
+    result = finish_copy()
     for name, home in homes.items():
         home.copy_(result.weights[name])
     if progress is not None:
@@ -246,6 +261,10 @@ class _BlockSequence:
         self._placement = BlockPlacement(prepared.blocks, device, reader)
         keeps_stream = self.options.method.target == "dense_stream"
         self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        # for the forward and backward passes of regional gradients and of each step, and the held-out errors: all other
+        # forward passes run in batches, which keep a GPU busy. A graph is captured anew for every block. Graphs that
+        # all blocks share would need their weights, masters and statistics at common addresses, and blocks that are
+        # known to be alike, and would save little: a capture costs about as much as two calls, of dozens to hundreds
         self.graph_backend = graph_backend(device)
         # of the blocks that the tuned optimisation improved
         self.rates: list[float] = []

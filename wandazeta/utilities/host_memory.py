@@ -4,13 +4,16 @@ Fresh host memory costs more time than the copy: its pages have to be made first
 not pinned make the host wait for the GPU. On the CPU the same code copies at once, to plain memory.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
+from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["HostBuffers", "HostCopies", "work_so_far"]
+__all__ = ["HostBuffers", "HostCopies", "pack_mask", "unpack_mask", "work_so_far"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -92,3 +95,34 @@ def work_so_far(device: torch.device) -> Callable[[], None]:
 
 def _wait_for_nothing() -> None:
     pass
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a mask, eight values a byte, the first one in the lowest bit: an eighth of the memory and of the copy.
+
+    Args:
+        mask: Bool of any shape.
+
+    Returns:
+        Unsigned bytes, of shape (values / 8,), rounded up.
+    """
+    bits = mask.flatten().view(torch.uint8)
+    bits = F.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Return the mask of this shape that `pack_mask` has packed, in new memory.
+
+    Args:
+        packed: The bytes, on the CPU.
+        shape: Shape of the mask.
+    """
+    return _bits_of_bytes().index_select(0, packed.int()).flatten()[: prod(shape)].view(shape)
+
+
+@functools.cache
+def _bits_of_bytes() -> Tensor:
+    """Return the bits of each byte, bool of shape (256, 8)."""
+    values = torch.arange(256, device="cpu")
+    return values[:, None].bitwise_right_shift(values[:8]).bitwise_and(1).bool()

@@ -1,8 +1,11 @@
 import pytest
 import torch
 from helpers.causal_lms import classification_batch, save_tiny_lm, text_batch
+from helpers.graphs import RecordedGraphs
 from helpers.zo_run import components, train, trainable_of
 from lightning.pytorch import Callback
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wandazeta.adapters import LoRAAdapters, TensorTrainAdapters
 from wandazeta.adapters.files import backbone_fingerprint
@@ -285,3 +288,33 @@ def test_saved_adapters(model_dir, tmp_path):
 def test_data_sharding_outside_a_trainer(model_dir):
     module = ZerothOrderModule(str(model_dir), parallel="data", schedule=ConstantSchedule(2))
     assert module.data_sharding == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"estimator": ["OneSided", {}], "head": {"num_answers": 2, "gradient": "exact"}}], ids=["", "exact"]
+)
+def test_graphs_change_no_bits(model_dir, tmp_path, monkeypatch, options):
+    found = []
+    for backend in (None, RecordedGraphs()):
+        monkeypatch.setattr(zeroth_order, "graph_backend", lambda device, backend=backend: backend)
+        _, module, recorder = train(model_dir, tmp_path, steps=4, queries=3, query_chunk_size=2, **options)
+        found.append((module.adapters.theta, [step["loss"] for step in recorder.steps.values()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert backend.num_replays > 0
+    assert module._graphed_losses is None
+
+
+def test_derivatives_are_not_graphed(model_dir):
+    module = ready(model_dir)
+    theta_Pd = module.adapters.theta[None]
+    with torch.no_grad():
+        prepared = module.scorer.prepare(classification_batch(4))
+        loss = module.losses(theta_Pd, prepared)
+    module._graphed_losses = lambda theta_Pd, prepared, on_scores: torch.zeros(1)
+    with torch.no_grad():
+        assert module.losses(theta_Pd, prepared) == 0
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            dual = forward_ad.make_dual(theta_Pd, torch.ones_like(theta_Pd))
+            assert forward_ad.unpack_dual(module.losses(dual, prepared)).tangent.abs() > 0
+    assert torch.allclose(module.losses(theta_Pd.requires_grad_(), prepared), loss)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, EXCLUDED, build, pad
 from helpers.processes import fork_ranks
-from helpers.prune_model import BATCHES, FAST, equal, linears, prune, rows_of, tiny
+from helpers.prune_model import BATCHES, FAST, Memory, equal, linears, prune, rows_of, tiny
 from helpers.prune_options import make_options
 from helpers.pruning import Tiny
 
-from wandazeta.pruning import prune_model
+from wandazeta.pruning import prune_model, pruner
 from wandazeta.pruning.method.block import BlockPruner
 from wandazeta.utilities.ranks import Ranks
 
@@ -66,6 +66,19 @@ def test_the_global_random_state_has_no_say_and_the_seed_has():
     torch.manual_seed(2)
     assert equal(tiny("bert")[0], first)
     assert not equal(tiny("bert", seed=1)[0], first)
+
+
+def test_masks_that_are_packed_for_the_copy_are_saved_as_they_are(monkeypatch):
+    start, found = pruner._start_copy, []
+    for packs in (False, True):
+        monkeypatch.setattr(pruner, "_start_copy", lambda result, copies, packs, own=packs: start(result, copies, own))
+        progress = Memory()
+        # fused experts have masks of three dimensions
+        tiny("mixtral", method="wanda", run={"progress": progress})
+        found.append({(i, name): mask for i, block in progress.results.items() for name, mask in block.masks.items()})
+    assert {mask.dim() for mask in found[0].values()} == {2, 3}
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_inside_inference_mode():

@@ -11,7 +11,7 @@ from helpers.graphs import FailingGraphs, RecordedGraphs
 from helpers.prune_options import make_options
 
 from wandazeta.pruning import prune_model, pruner
-from wandazeta.pruning.method import graphs
+from wandazeta.utilities import graphs
 
 TUNED = {"method": "tuned-ro", "rounds": 1}
 WANDAPP = {"method": "wanda++", "rounds": 2, "samples_per_round": 6, "learning_rate": 1e-2}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from wandazeta.models.experts import ExpertLayer
-from wandazeta.pruning.method.graphs import Graphed
 from wandazeta.pruning.method.layers import require_all_finite, weight_view
 from wandazeta.pruning.method.masks import make_mask
 from wandazeta.pruning.method.optimizer import MasterWeights
@@ -25,6 +24,7 @@ from wandazeta.pruning.method.tuning import BlockTuner
 from wandazeta.pruning.options import PruneOptions
 from wandazeta.pruning.records import LayerRecord, TuningRecord
 from wandazeta.pruning.samples import Batches
+from wandazeta.utilities.graphs import Graphed
 from wandazeta.utilities.ranks import Ranks
 
 # samples whose mean loss is reported: enough to see the gain, at little cost

@@ -156,6 +156,9 @@ class BlockOptimizer(ABC):
         ranks: The ranks, whose gradients are summed.
     """
 
+    is_capturable = False
+    """Whether `take_gradients` and `step` can be part of a CUDA graph, which is the same for all steps of one scale."""
+
     def __init__(self, master: MasterWeights, ranks: Ranks) -> None:
         self._master = master
         self._ranks = ranks
@@ -255,7 +258,7 @@ class FusedBlockOptimizer(BlockOptimizer):
     """An optimizer of a block by one Triton kernel for each layer, which reads gradients in the model's precision.
 
     The step number, rates, bias corrections, the factor of the loss, masks and moments are on the device at fixed
-    addresses. On a single rank, a step allocates nothing and never waits for the device.
+    addresses. On a single rank, a step allocates nothing and never waits for the device; a graph can contain it.
 
     Args:
         kernels: The module of kernels, from `load_kernels`.
@@ -276,6 +279,7 @@ class FusedBlockOptimizer(BlockOptimizer):
         ranks: Ranks,
     ) -> None:
         super().__init__(master, ranks)
+        self.is_capturable = ranks.size == 1
         self._kernels = kernels
         self._betas = _BETAS[algorithm]
         device = next(iter(master.masters.values())).device

@@ -9,11 +9,11 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor, nn
 
-from wandazeta.pruning.method.graphs import Graphed, GraphedCall
 from wandazeta.pruning.method.optimizer import MasterWeights, load_kernels, make_optimizer
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.method.tokens import select_rows
 from wandazeta.pruning.methods import RegionalOptimisation
+from wandazeta.utilities.graphs import Graphed, GraphedCall
 from wandazeta.utilities.ranks import Ranks
 
 # (indices of the samples of a batch, their hidden states) -> output of the block
@@ -160,7 +160,8 @@ def optimise_block(
     parameters = list(master.masters.values())
     num_samples = int(ranks.sum(len(hidden)))
 
-    def gradients(index: int, states: Tensor, target: Tensor) -> tuple[list[Tensor | None], list[tuple[str, int]]]:
+    def take_step(index: int, states: Tensor, target: Tensor) -> tuple[list[Tensor | None], list[tuple[str, int]]]:
+        """Return the gradients, unless the step can be taken here, where a graph contains it."""
         # what a capture has left that failed
         statistics.seen = []
         master.clear_gradients()
@@ -168,7 +169,12 @@ def optimise_block(
             # in memory of its own: how a view of a batch is aligned may change the rounding of products
             output = run([index], states.clone())
             (optimisation_loss(output, target, masks[index]) * master.loss_scale(target.numel())).backward()
-        return [weight.grad for weight in master.weights.values()], statistics.seen
+        found = [weight.grad for weight in master.weights.values()]
+        if not optimizer.is_capturable:
+            return found, statistics.seen
+        optimizer.take_gradients(found, target.numel())
+        optimizer.step()
+        return [], statistics.seen
 
     optimizer = make_optimizer(
         master,
@@ -178,7 +184,7 @@ def optimise_block(
         optimisation.rounds * optimisation.samples_per_round,
         ranks,
     )
-    with closing(optimizer), closing(graphed(gradients, copies=False)) as call:
+    with closing(optimizer), closing(graphed(take_step, copies=False)) as call:
         for number in range(optimisation.rounds):
             kept = start_round(number)
             if optimisation.mask_mode != "free":
@@ -192,8 +198,10 @@ def optimise_block(
                     for index in ranks.local_indices([sample]):
                         with statistics.sample(masks[index]):
                             found, statistics.seen = call(index, hidden[index], targets[index])
-                        optimizer.take_gradients(found, targets[index].numel())
-                    optimizer.step()
+                        if not optimizer.is_capturable:
+                            optimizer.take_gradients(found, targets[index].numel())
+                    if not optimizer.is_capturable:
+                        optimizer.step()
             statistics.all_reduce(ranks)
     # one read of the device for all
     if not bool(torch.stack([parameter.sum() for parameter in parameters]).isfinite().all()):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wandazeta.pruning.method.graphs import Graphed
 from wandazeta.pruning.method.optimizer import BlockOptimizer, MasterWeights, make_optimizer
 from wandazeta.pruning.method.regional import RunBlock
 from wandazeta.pruning.records import TuningRecord
+from wandazeta.utilities.graphs import Graphed
 from wandazeta.utilities.ranks import Ranks
 
 # one sample in this many is held out

@@ -5,16 +5,21 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.architectures import build, token_batches
+from helpers.graphs import FailingGraphs, RecordedGraphs
 from helpers.prune_model import prune
 from torch import nn
 
 from wandazeta.pruning.method import optimizer, regional
 from wandazeta.pruning.method.optimizer import FusedBlockOptimizer, MasterWeights, load_kernels, make_optimizer
 from wandazeta.pruning.method.statistics import InputStatistics
+from wandazeta.pruning.methods import RegionalOptimisation
+from wandazeta.utilities.graphs import GraphedCall
 from wandazeta.utilities.ranks import Ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -248,3 +253,53 @@ def test_without_triton_a_line_says_why_once(monkeypatch, caplog):
     assert found == [None, None]
     (record,) = caplog.records
     assert "Triton cannot be used on cpu" in record.getMessage()
+
+
+class TorchKernels:
+    """RMSprop by operations that change tensors at fixed addresses, as the kernels do."""
+
+    LayerState = SimpleNamespace
+
+    def __init__(self):
+        self.num_steps = 0
+
+    def step(self, layer, gradient, mask, keep_pruned, schedule, number, scale, betas, epsilon):
+        self.num_steps += 1
+        gradient = gradient / scale
+        layer.square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        factor = layer.rate * schedule.index_select(0, number.view(1).long())[0, 0]
+        layer.master.sub_(factor * gradient / (layer.square.sqrt() + epsilon))
+        layer.master.mul_(mask)
+
+
+def test_a_graph_contains_the_steps(monkeypatch):
+    weights = []
+    for backend in (None, FailingGraphs(), RecordedGraphs()):
+        kernels = TorchKernels()
+        monkeypatch.setattr(optimizer, "load_kernels", lambda weights, kernels=kernels: kernels)
+        torch.manual_seed(0)
+        layers = {"up": nn.Linear(4, 3)}
+        masks = [torch.rand_like(layers["up"].weight) < 0.5 for _ in range(2)]
+        hidden = list(torch.randn(6, 1, 2, 4))
+        regional.optimise_block(
+            lambda batch, states, layers=layers: layers["up"](states),
+            MasterWeights(layers),
+            lambda number, masks=masks: {"up": masks[number]},
+            hidden,
+            [torch.ones(1, 2, 3)] * 6,
+            [None] * 6,
+            InputStatistics(layers),
+            RegionalOptimisation(
+                rounds=2, samples_per_round=5, learning_rate=0.1, mask_mode="fixed", lr_schedule="linear"
+            ),
+            torch.Generator().manual_seed(0),
+            Ranks(),
+            partial(GraphedCall, keys=["a"] * 6, backend=backend),
+        )
+        weights.append(layers["up"].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0] != 0, masks[1])
+    # one as usual, one in the capture, and all others in replays
+    assert kernels.num_steps == 2
+    assert backend.num_replays == 9

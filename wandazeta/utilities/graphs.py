@@ -1,10 +1,4 @@
-"""CUDA graphs of calls with one sample, where a GPU waits for the host, which launches the kernels one by one.
-
-These are the forward and backward passes of regional gradients and of each step, and the held-out errors; all other
-forward passes run in batches, which keep a GPU busy. A graph is captured anew for every block. Graphs that all blocks
-share would need their weights, masters and statistics at common addresses, and blocks that are known to be alike, and
-would save little: a capture costs about as much as two calls, of dozens to hundreds.
-"""
+"""CUDA graphs of calls that recur, where a GPU waits for the host, which launches the kernels one by one."""
 
 import functools
 import logging
@@ -137,18 +131,19 @@ class _Graph(NamedTuple):
 class GraphedCall(Generic[T]):
     """Function of a sample that is captured as a graph, and replayed for all samples with an equal key.
 
-    For each key, the first call runs the function as usual, the second one captures it, and this and all later ones
-    replay the graph with their inputs. The function runs as usual where there is no backend, for keys of few samples,
-    and where it cannot be captured.
+    For each key and shapes of the inputs, the first call runs the function as usual, the second one captures it, and
+    this and all later ones replay the graph with their inputs. The function runs as usual where there is no backend,
+    for keys of few samples, and where it cannot be captured.
 
     A replay repeats what the function has done on the device, with tensors at the same addresses, and nothing of what
     it has done in Python. So the function changes tensors in place only, makes none that outlive it but those that it
     returns, and begins by undoing what a failed capture may have left in Python.
 
     Args:
-        function: Called with the index of a sample and tensors; returns tensors and other values.
-        keys: For each sample, a key that is equal for samples for which the function does the same with inputs of equal
-            shapes; None for a sample that is like no other.
+        function: Called with a sample and tensors; returns tensors and other values.
+        keys: For each sample, which is its index, a key that is equal for samples for which the function does the same
+            with inputs of equal shapes; None for a sample that is like no other. Without `keys`, a sample is its own
+            key, and recurs often enough.
         backend: Captures graphs; None if nothing does.
         copies: Return copies of the tensors that a graph has written. Without, they last until it, or another graph of
             the backend, runs again.
@@ -162,43 +157,44 @@ class GraphedCall(Generic[T]):
     def __init__(
         self,
         function: Callable[..., T],
-        keys: Sequence[Hashable] = (),
+        keys: Sequence[Hashable] | None = None,
         backend: GraphBackend | None = None,
         copies: bool = True,
     ) -> None:
         self._function = function
         self._backend = backend
         self._copies = copies
-        counts = Counter(keys)
-        self._keys = [key if counts[key] >= _MIN_SAMPLES else None for key in keys]
+        counts = Counter(keys or ())
+        self._keys = None if keys is None else [key if counts[key] >= _MIN_SAMPLES else None for key in keys]
         # None after the first call
         self._graphs: dict[Hashable, _Graph | None] = {}
 
-    def __call__(self, sample: int, *inputs: Tensor) -> T:
+    def __call__(self, sample: Any, *inputs: Tensor) -> T:
         """Return the result of the function.
 
         Args:
-            sample: Index of the sample.
+            sample: The sample: its index, or its key if there are no `keys`.
             inputs: Tensors.
         """
         if self._backend is None:
             return self._function(sample, *inputs)
-        if self._keys[sample] is None:
+        alike = sample if self._keys is None else self._keys[sample]
+        if alike is None:
             return self._backend.run(lambda: self._function(sample, *inputs))
-        key = (self._keys[sample], *(given.shape for given in inputs))
+        key = (alike, *(given.shape for given in inputs))
         if key not in self._graphs:
             self._graphs[key] = None
             with _HostReads() as reads:
                 result = self._backend.run(lambda: self._function(sample, *inputs))
             if reads.found:
-                self._give_up(f"the block reads values ({reads.found})")
+                self.give_up(f"the host reads values ({reads.found})")
             return result
         graph = self._graphs[key]
         if graph is None:
             try:
                 graph = self._graphs[key] = self._capture(self._backend, sample, inputs)
             except RuntimeError as error:
-                self._give_up(f"{type(error).__name__}: {error}")
+                self.give_up(f"{type(error).__name__}: {error}")
                 return self._function(sample, *inputs)
         for own, given in zip(graph.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
@@ -206,7 +202,7 @@ class GraphedCall(Generic[T]):
         result = graph.result
         return tree_map_only(Tensor, Tensor.clone, result) if self._copies else result
 
-    def _capture(self, backend: GraphBackend, sample: int, inputs: Sequence[Tensor]) -> _Graph:
+    def _capture(self, backend: GraphBackend, sample: Any, inputs: Sequence[Tensor]) -> _Graph:
         own = [given.clone() for given in inputs]
         # weights that autocast has cast before, or casts now, do not outlive the contexts around the calls
         torch.clear_autocast_cache()
@@ -216,7 +212,17 @@ class GraphedCall(Generic[T]):
             torch.clear_autocast_cache()
         return _Graph(own, result, replay)
 
-    def _give_up(self, reason: str) -> None:
+    @property
+    def is_graphed(self) -> bool:
+        """Whether calls are captured, or would be if they recur."""
+        return self._backend is not None
+
+    def give_up(self, reason: str) -> None:
+        """Run the function as usual from now on, and log why.
+
+        Args:
+            reason: Why it cannot be captured.
+        """
         self._backend = None
         _log(reason)
 
@@ -233,8 +239,8 @@ Graphed = Callable[..., GraphedCall[Any]]
 
 @functools.cache
 def _log(reason: str) -> None:
-    """Log a reason once, not for every block."""
-    _logger.warning("CUDA graphs are not used, so that the pruning of small blocks waits for the host: %s", reason)
+    """Log a reason once, not for every function."""
+    _logger.warning("CUDA graphs are not used, so that the GPU waits for the host where its work is small: %s", reason)
 
 
 class _HostReads(TorchDispatchMode):

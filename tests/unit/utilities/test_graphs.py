@@ -9,11 +9,11 @@ import torch
 from helpers.graphs import FailingGraphs, RecordedGraphs
 from torch import nn
 
-from wandazeta.pruning.method import graphs
-from wandazeta.pruning.method.graphs import CUDAGraphBackend, GraphedCall, graph_backend
 from wandazeta.pruning.method.regional import MasterWeights, optimise_block
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.methods import RegionalOptimisation
+from wandazeta.utilities import graphs
+from wandazeta.utilities.graphs import CUDAGraphBackend, GraphedCall, graph_backend
 from wandazeta.utilities.ranks import Ranks
 
 
