@@ -1,7 +1,5 @@
 """Optimizers of one block: the weights in float32, and steps that end with masked weights in the model's precision."""
 
-import functools
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 
 from wandazeta.pruning.method.masks import zero_where_false
 from wandazeta.pruning.methods import LRSchedule, Optimizer
+from wandazeta.utilities import triton_kernels
 from wandazeta.utilities.ranks import Ranks
 
-_logger = logging.getLogger(__name__)
-
+_KERNELS = "wandazeta.pruning.method.kernels"
 # precisions of weights that the kernels read and write
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # torch's defaults: decay of the average of the gradient and of its square, and what is added to the root of the square
@@ -31,25 +29,10 @@ def load_kernels(weights: Iterable[Tensor]) -> ModuleType | None:
     """
     weights = list(weights)
     fits = all(weight.is_cuda and weight.dtype in _KERNEL_DTYPES and weight.is_contiguous() for weight in weights)
-    return _tested_kernels(weights[0].device) if weights and fits else None
-
-
-@functools.cache
-def _tested_kernels(device: torch.device) -> ModuleType | None:
-    try:
-        # takes seconds, and Triton is not installed everywhere
-        from wandazeta.pruning.method import kernels
-
-        kernels.try_out(device)
-    except Exception as error:  # a missing package, compiler or driver, or an old card
-        _logger.warning(
-            "Triton cannot be used on %s, so that steps of the optimisation take several times as long: %s: %s",
-            device,
-            type(error).__name__,
-            error,
-        )
+    if not weights or not fits:
         return None
-    return kernels
+    otherwise = "steps of the optimisation take several times as long"
+    return triton_kernels.load_kernels(_KERNELS, weights[0].device, otherwise)
 
 
 class MasterWeights:

@@ -1,10 +1,7 @@
 """Fused steps and their kernels, on a GPU, or on a CPU in Triton's interpreter, which takes a process of its own."""
 
 import itertools
-import logging
 import os
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from helpers.architectures import build, token_batches
 from helpers.graphs import FailingGraphs, RecordedGraphs
+from helpers.interpreter import run_interpreted
 from helpers.prune_model import prune
 from torch import nn
 
@@ -30,15 +28,8 @@ needs_kernels = pytest.mark.skipif(
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    shown = run_interpreted("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__)
+    assert "skipped" not in shown
 
 
 def convert(values, source, target, rounding_mode):
@@ -241,18 +232,6 @@ def test_other_devices_and_precisions_take_torch():
     assert load_kernels([layer.weight]) is None
     if torch.cuda.is_available():
         assert load_kernels([layer.double().cuda().weight]) is None
-
-
-def test_without_triton_a_line_says_why_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wandazeta.pruning.method.kernels", None)
-    monkeypatch.delattr("wandazeta.pruning.method.kernels", raising=False)
-    optimizer._tested_kernels.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        found = [optimizer._tested_kernels(torch.device("cpu")) for _ in range(2)]
-    optimizer._tested_kernels.cache_clear()
-    assert found == [None, None]
-    (record,) = caplog.records
-    assert "Triton cannot be used on cpu" in record.getMessage()
 
 
 class TorchKernels:
