@@ -104,7 +104,7 @@ class Records:
         record = key | in_a_process(run) | {"commit": made_at}
         with self.lock:
             self.records.append(record)
-            write(self.path, describe("finetune", self.records))
+            write(self.path, describe(self.path.stem, self.records))
         what = " ".join(str(key[name]) for name in ("task", "model", "pattern", "method", "seed", "phase"))
         print(f"{what}: {record['accuracy']:.3f} after {record['forwards']:,} forwards", file=sys.stderr, flush=True)
         return record
@@ -115,7 +115,7 @@ class Records:
             others = [r for r in self.records if is_finished(cell, [r]) and not is_finished(settings, [r])]
             if others:
                 self.records = [record for record in self.records if record not in others]
-                write(self.path, describe("finetune", self.records))
+                write(self.path, describe(self.path.stem, self.records))
 
 
 def cells(config: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:

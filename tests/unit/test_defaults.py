@@ -156,9 +156,11 @@ FIRST = {
     "lr_scheduler": [partial(LinearLR, total_iters=3)],
     "seed": [3],
 }
+# stands for the directory of the model
+ITSELF = "the model"
 MODULES = {
     LanguageModel: {"loading": [*FIRST["loading"], LoadingOptions(stream_weights=True)]},
-    FirstOrderModule: FIRST | {"weight_decay": [0.1]},
+    FirstOrderModule: FIRST | {"weight_decay": [0.1], "teacher": [ITSELF]},
     ZerothOrderModule: FIRST
     | {
         "trainable": [LoRAAdapters(), Weights()],
@@ -183,7 +185,7 @@ def model_dir(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "name", "value"), given_alone(MODULES))
 def test_an_argument_of_a_module_may_be_given_alone(model_dir, kind, name, value):
     assert set(inspect.signature(kind).parameters) == {"model_name_or_path"} | MODULES[kind].keys()
-    kind(model_dir, **{name: value})
+    kind(model_dir, **{name: model_dir if value == ITSELF else value})
 
 
 def test_the_estimator_fits_the_head_and_the_objective_by_default(model_dir):

@@ -143,7 +143,7 @@ def recover(
         record = {"settings": settings, "perplexity_before": _perplexity(backbone, held_out, device, source.name)}
         write_json(progress / RECORD_FILE, record)
     start = perf_counter()
-    trainer = _trainer(module, None if lora_rank is not None else str(model), num_steps, batch_size, progress)
+    trainer = _make_trainer(module, None if lora_rank is not None else str(model), num_steps, batch_size, progress)
     epochs = num_steps * batch_size / len(train)
     rank_zero_info(
         f"{num_steps:,} steps of {batch_size} x {sequence_length} tokens: {settings['tokens']:,} tokens, "
@@ -236,7 +236,9 @@ def _require_same(saved: Mapping[str, Any], here: Mapping[str, Any], output: Pat
             )
 
 
-def _trainer(module: FirstOrderModule, masks: str | None, num_steps: int, batch_size: int, folder: Path) -> Trainer:
+def _make_trainer(
+    module: FirstOrderModule, masks: str | None, num_steps: int, batch_size: int, folder: Path
+) -> Trainer:
     # one window at a time is as fast on a CPU, and takes less memory
     accumulated = 1 if torch.cuda.is_available() else batch_size
     every = max(1, num_steps // _NUM_CHECKPOINTS)
