@@ -249,7 +249,7 @@ def test_the_formula_counts_what_is_multiplied(benchmark, monkeypatch, method):
     options = benchmark.records.used_options({"method": method, "rounds": 2, "samples_per_round": 3})
     cpu = torch.device("cpu")
     sizes = {"blocks": shape.blocks, "num_samples": num_samples, "sequence_length": length}
-    arguments = Namespace(device=cpu, home=cpu, peak_tflops=None, **sizes)
+    arguments = Namespace(device=cpu, home=cpu, peak_tflops=None, without_graphs=False, **sizes)
     with FlopCounterMode(display=False) as counter:
         module.measure_method("tiny", options, arguments)
     found = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
