@@ -162,11 +162,12 @@ def cost_list(demo: dict[str, Any], quality: dict[str, Any], memory: dict[str, A
     records = quality_groups(quality)["SmolLM2-135M", quality["calibration"]]
     best = [r for r in records if (settings_of(r), r["pattern"], r["text"]) == ("best", "2:4", "wikipedia")]
     threads = sorted({r["threads"] for r in best})
+    counted = f"{' or '.join(map(str, threads))} thread{'s' if threads[-1] > 1 else ''}"
     streamed = max(memory["records"], key=lambda r: r["model_gib"])
     return (
         f"- 135M parameters, {demo['hardware']['threads']} CPU threads: the demo (pruning, fine-tuning, all "
         f"evaluations) takes {minutes:.0f} minutes and at most {gib:.1f} GiB; pruning with the preset `best` takes "
-        f"{spread([r['seconds'] / 60 for r in best], '.0f')} minutes on {' or '.join(map(str, threads))} threads.\n"
+        f"{spread([r['seconds'] / 60 for r in best], '.0f')} minutes on {counted}.\n"
         f"- {streamed['model'].split()[-1].upper()} parameters, {streamed['threads']} CPU threads: pruning by "
         f"{streamed['method'].capitalize()} with weights streamed from disk takes {streamed['peak_gib']:.1f} GiB for a "
         f"model of {streamed['model_gib']:.1f} GiB, and {streamed['seconds'] / 60:.0f} minutes with "
