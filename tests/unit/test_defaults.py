@@ -185,7 +185,7 @@ def model_dir(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "name", "value"), given_alone(MODULES))
 def test_an_argument_of_a_module_may_be_given_alone(model_dir, kind, name, value):
     assert set(inspect.signature(kind).parameters) == {"model_name_or_path"} | MODULES[kind].keys()
-    kind(model_dir, **{name: model_dir if value == ITSELF else value})
+    kind(model_dir, **{name: model_dir if value is ITSELF else value})
 
 
 def test_the_estimator_fits_the_head_and_the_objective_by_default(model_dir):
