@@ -23,21 +23,24 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from records import RESULTS, ROOT, SMOLLM2, describe, finished, is_finished, quiet_trainer, write
 from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import PolynomialLR
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from wandazeta.adapters import PeftLoRA, Weights
-from wandazeta.callbacks import AtomicCheckpointIO, KeepSparsity, RunProgressBar
-from wandazeta.cli.recover import LEARNING_RATES, one_cycle, training_precision
+from wandazeta.callbacks import KeepSparsity
+from wandazeta.cli.recover import (
+    LEARNING_RATES,
+    distillation_trainer,
+    one_cycle,
+    training_precision,
+    window_loader,
+)
 from wandazeta.data.sources import SourceOptions, read_splits
-from wandazeta.data.windows import collate_windows, cut_windows
+from wandazeta.data.windows import cut_windows
 from wandazeta.datamodules import TextDataModule
-from wandazeta.datamodules.step_sampler import BatchDataset, StepSampler
 from wandazeta.models.loading import load_backbone
 from wandazeta.modules import FirstOrderModule
 from wandazeta.scoring.evaluation import mean_nll
@@ -237,30 +240,8 @@ def distil(model: Path, learning_rate: float, arguments: argparse.Namespace) -> 
     curve = Curve(settings, budgets, held)
     curve.measure(module.backbone.to(device), 0)
     folder = RUNS / f"{model.absolute().name}-{settings['pruning_key'][:8]}-{steps}-{learning_rate:g}-{arguments.seed}"
-    trainer = Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=training_precision(),  # type: ignore[arg-type]
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        accumulate_grad_batches=DISTIL_BATCH,
-        gradient_clip_val=1.0,
-        default_root_dir=folder,
-        logger=False,
-        enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[
-            RunProgressBar(),
-            KeepSparsity(str(model)),
-            curve,
-            ModelCheckpoint(
-                folder / "checkpoints", every_n_train_steps=max(1, steps // 40), save_top_k=0, save_last=True
-            ),
-        ],
-    )
-    sampler = StepSampler(train, 1, arguments.seed, trainer)
-    loader = DataLoader(BatchDataset(train, collate_windows), sampler=sampler, batch_size=None)
+    trainer = distillation_trainer(str(model), steps, DISTIL_BATCH, folder, [curve])
+    loader = window_loader(train, DISTIL_BATCH, arguments.seed, trainer)
     last = folder / "checkpoints" / "last.ckpt"
     console.print(
         f"{steps:,} steps of {step:,} tokens, {steps * DISTIL_BATCH / len(train):.2f} times the {len(train):,} windows"

@@ -146,7 +146,7 @@ class WandaPPPruneCallback(Callback):
         self._is_partial = False
         # pruned weights by name, each with its number of nonzero values
         self._pruned: dict[str, tuple[weakref.ref[nn.Parameter], int]] = {}
-        # modules that hold them, which adapters and strategies leave as they are
+        # the modules that hold the pruned weights: adapters and strategies may replace parameters, but not these
         self._owners: dict[str, weakref.ref[nn.Module]] = {}
         # of the blocks that `fast_dev_run` pruned, whose folder is gone
         self._trial_masks: dict[str, Tensor] | None = None

@@ -124,10 +124,10 @@ class LanguageModel(LightningModule):
             self._complete_sharding(mesh)
 
     def _complete_sharding(self, mesh: DeviceMesh) -> None:
-        """Adapt what is not a part of the sharded model.
+        """Prepare what FSDP2 leaves to the module: checkpoints, and in subclasses the gradients of adapters.
 
         Args:
-            mesh: The ranks that hold shards of it.
+            mesh: The ranks among which the model is sharded.
         """
         self.register_state_dict_post_hook(LanguageModel._remove_unsaved)
 

@@ -38,7 +38,15 @@ from wandazeta.scoring.evaluation import block_sparsity, mean_nll
 from wandazeta.utilities.arguments import check_at_least, check_range
 from wandazeta.utilities.files import check_writable, write_json
 
-__all__ = ["LEARNING_RATES", "RECORD_FILE", "one_cycle", "recover", "training_precision"]
+__all__ = [
+    "LEARNING_RATES",
+    "RECORD_FILE",
+    "distillation_trainer",
+    "one_cycle",
+    "recover",
+    "training_precision",
+    "window_loader",
+]
 
 RECORD_FILE = "recovery.json"
 LEARNING_RATES = {"weights": 1e-4, "lora": 5e-4}
@@ -143,13 +151,13 @@ def recover(
         record = {"settings": settings, "perplexity_before": _perplexity(backbone, held_out, device, source.name)}
         write_json(progress / RECORD_FILE, record)
     start = perf_counter()
-    trainer = _make_trainer(module, None if lora_rank is not None else str(model), num_steps, batch_size, progress)
+    trainer = distillation_trainer(None if lora_rank is not None else str(model), num_steps, batch_size, progress)
     epochs = num_steps * batch_size / len(train)
     rank_zero_info(
         f"{num_steps:,} steps of {batch_size} x {sequence_length} tokens: {settings['tokens']:,} tokens, "
         f"{epochs:.3g} times the text of {len(train) * sequence_length:,}."
     )
-    loader = _loader(train, batch_size, seed, trainer)
+    loader = window_loader(train, batch_size, seed, trainer)
     checkpoint = progress / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         # the perplexity is measured before and after
@@ -236,13 +244,23 @@ def _require_same(saved: Mapping[str, Any], here: Mapping[str, Any], output: Pat
             )
 
 
-def _make_trainer(
-    module: FirstOrderModule, masks: str | None, num_steps: int, batch_size: int, folder: Path
+def distillation_trainer(
+    masks: str | None, num_steps: int, batch_size: int, folder: Path, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
+    """Return the trainer of a recovery, which writes twenty checkpoints to the folder `checkpoints`.
+
+    Args:
+        masks: Directory with the masks to keep; None to keep none.
+        num_steps: Number of steps.
+        batch_size: Windows per step.
+        folder: Folder of checkpoints and targets.
+        callbacks: Further callbacks.
+    """
     # one window at a time is as fast on a CPU, and takes less memory
     accumulated = 1 if torch.cuda.is_available() else batch_size
     every = max(1, num_steps // _NUM_CHECKPOINTS)
     checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=every, save_top_k=0, save_last=True)
+    keeps = [KeepSparsity(masks)] if masks is not None else []
     return Trainer(
         accelerator="auto",
         devices=1,
@@ -256,11 +274,19 @@ def _make_trainer(
         logger=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[*([KeepSparsity(masks)] if masks is not None else []), _Pace(), RunProgressBar(), checkpoints],
+        callbacks=[*keeps, _Pace(), RunProgressBar(), *callbacks, checkpoints],
     )
 
 
-def _loader(train: list[Tensor], batch_size: int, seed: int, trainer: Trainer) -> DataLoader[Any]:
+def window_loader(train: list[Tensor], batch_size: int, seed: int, trainer: Trainer) -> DataLoader[Any]:
+    """Return the loader of the training windows, in the order of the seed.
+
+    Args:
+        train: Windows of token ids, each of shape (T,).
+        batch_size: Windows per step.
+        seed: Seed of the order.
+        trainer: The trainer of `distillation_trainer`.
+    """
     sampler = StepSampler(train, batch_size // trainer.accumulate_grad_batches, seed, trainer)
     return DataLoader(BatchDataset(train, collate_windows), sampler=sampler, batch_size=None)
 

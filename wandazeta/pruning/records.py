@@ -230,7 +230,7 @@ class PruneReport:
             return f"{words} A packed file format and sparse GPU kernels exist for the 2:4 pattern only."
         return (
             f"{words} The 2:4 packed file (`wandazeta prune --pack true`) stores the pruned weights in 0.56 of their "
-            "size in 16-bit precision, 0.53 in 32-bit; it has to be unpacked before the model is used. Only sparse "
+            "size in 16-bit precision, 0.53 in 32-bit; dense models are unpacked from it first. Only sparse "
             "kernels (`wandazeta.pruning.export.semi_structured`) can be faster; they need an NVIDIA GPU (Ampere or "
             "newer) and 16-bit weights."
         )
