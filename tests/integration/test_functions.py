@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers import left_threads
 from helpers.fit_config import wandazeta, write_inputs
 from helpers.two_ranks import clean_environment
 from safetensors.torch import load_file
@@ -70,7 +71,7 @@ def torchrun(folder, *args):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, "-m", "wandazeta", *args],
+        [*launcher, left_threads.__file__, *args],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import yaml
+from helpers import left_threads
 from helpers.fit_config import write_inputs
 from helpers.two_ranks import run, start
 
@@ -80,7 +81,7 @@ def assert_same(folder, expected):
 
 def test_with_ranks_that_lightning_starts(root):
     folder = root / "devices"
-    run(folder, [sys.executable, "-m", "wandazeta", *CONFIG, "--trainer.devices", "2"])
+    run(folder, [sys.executable, left_threads.__file__, *CONFIG, "--trainer.devices", "2"])
     assert_same(folder, root / "plain")
     environment = json.loads((folder / "run" / "log" / "prune" / "environment.json").read_text())
     assert environment["world_size"] == 2

@@ -294,11 +294,14 @@ def _process_group() -> Iterator[bool]:
     import torch
     import torch.distributed as dist
 
+    from wandazeta.utilities.ranks import prepare_to_join
+
     device = None
     if torch.cuda.is_available():
         # SLURM may show each process its own GPU only
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    prepare_to_join()
     # the others wait while rank 0 writes a large model
     dist.init_process_group("nccl" if device else "gloo", timeout=timedelta(days=1), device_id=device)
     try:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from wandazeta.callbacks import RankWatchdog, WandaPPPruneCallback
 from wandazeta.callbacks.run_record import RunRecord
 from wandazeta.lightning_compat import checkpoint_path
+from wandazeta.utilities.ranks import prepare_to_join
 
 
 class PruningTrainer(Trainer):
@@ -59,6 +60,8 @@ class PruningTrainer(Trainer):
         """Prune, as one of the processes that the launcher started."""
         from wandazeta.cli.prune import prune_module
 
+        if self.world_size > 1:
+            prepare_to_join()
         self.strategy.setup_environment()
         # of the other callbacks, only these work without a fit
         others = [callback for callback in self.callbacks if isinstance(callback, (RankWatchdog, RunRecord))]

@@ -1,6 +1,8 @@
 """Collective operations between the processes (ranks) of a run."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -142,3 +144,15 @@ class Ranks:
             exchange(sent)
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
+
+
+def prepare_to_join() -> None:
+    """Import what would keep a process group alive; to be called before the group is created.
+
+    Modules of torch and DeepSpeed have the default group of the moment of their import as default of an argument. It
+    then outlives `destroy_process_group` with gloo's threads, and these abort the process when the interpreter ends
+    under them. transformers imports DeepSpeed when it saves a model.
+    """
+    for module in ("torch.distributed.nn", "deepspeed.comm"):
+        with suppress(ModuleNotFoundError):
+            import_module(module)
