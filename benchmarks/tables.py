@@ -475,6 +475,34 @@ def zo_memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def revisions_table(result: dict[str, Any]) -> str:
+    """Seconds of the workloads of the CPU at two commits that took turns."""
+    records = result["records"]
+    body = []
+    for workload in dict.fromkeys(record["workload"] for record in records):
+        found = {
+            name: [r for r in records if (r["workload"], r["revision"]) == (workload, name)]
+            for name in ("before", "after")
+        }
+        is_step = "seconds_forwards" in found["after"][0]
+        # a step by the clock, beside its own forward passes; a pruning by its processor time
+        units = {
+            name: [r["seconds"] / r["seconds_forwards"] if is_step else r["cpu_seconds"] for r in runs]
+            for name, runs in found.items()
+        }
+        cells = [f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in units.values()]
+        unit = "per bare forward passes" if is_step else "seconds"
+        body.append([f"{workload}, {unit}", *cells, f"{median(units['after']) / median(units['before']):.2f}"])
+    first = records[0]
+    commits = {record["revision"]: record["revision_commit"] for record in records}
+    runs = len({record["repeat"] for record in records})
+    return (
+        f"{rows(['', *(f'{name}, `{commit}`' for name, commit in commits.items()), 'ratio'], body)}\n\n"
+        f"{first['model']} in float32, {first['num_samples']} x {first['sequence_length']} tokens, {first['threads']} "
+        f"thread, {result['hardware']['cpu']}; medians of {runs} runs in turn, with the range in brackets."
+    )
+
+
 def zo_step_table(result: dict[str, Any]) -> str:
     """Seconds of a step, relative to its forward passes and to a plain loop."""
     hardware, first = result["hardware"], result["records"][0]
