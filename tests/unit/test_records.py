@@ -63,10 +63,10 @@ def records(monkeypatch):
                 "sparsity_pattern": "2:4",
                 "method": {
                     "class_path": "wandazeta.pruning.WandaPP",
-                    "init_args": {"alpha": "auto", "optimisation": {"rounds": 12, "mask_mode": "fixed"}},
+                    "init_args": {"alpha": "auto", "optimisation": {"rounds": 12, "learning_rate": 1e-4}},
                 },
             },
-            {"sparsity_pattern": "2:4", "method": "wanda++", "alpha": "auto", "rounds": 12, "mask_mode": "fixed"},
+            {"sparsity_pattern": "2:4", "method": "wanda++", "alpha": "auto", "rounds": 12, "learning_rate": 1e-4},
         ),
         ({"method": "wanda", "seed": 0}, {"method": "wanda", "seed": 0}),
     ],
