@@ -244,13 +244,11 @@ class FusedBlockOptimizer(BlockOptimizer):
         ranks: Ranks,
         masks: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(master, ranks, masks)
+        as_bytes = {name: mask.to(torch.uint8, memory_format=torch.contiguous_format) for name, mask in masks.items()}
+        super().__init__(master, ranks, as_bytes)
         self.is_capturable = ranks.size == 1
         self._kernels = kernels
         self._betas = _BETAS[algorithm]
-        self._masks = {
-            name: mask.to(torch.uint8, memory_format=torch.contiguous_format) for name, mask in masks.items()
-        }
         device = next(iter(master.masters.values())).device
         self._layers: dict[str, Any] = {}
         for (name, parameter), rate in zip(master.masters.items(), rates, strict=True):
