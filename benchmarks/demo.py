@@ -5,10 +5,10 @@
     python benchmarks/demo.py seeds      # whole runs with several seeds: benchmarks/results/demo_seeds.json
     python benchmarks/demo.py prompts    # the choice of the prompt: benchmarks/results/prompts.json
 
-Examining a run measures the perplexity of the dense model and of its 2:4 prunings by magnitude, Wanda and Wanda++ from
-the directories that `wandazeta prune` writes, and the accuracy on the test split before and after fine-tuning, beside
-the majority class and TF-IDF with logistic regression on the same examples. It leaves the pruned model and the adapters
-in the run's folder.
+Examining a run measures the perplexity of the dense model and of its 2:4 prunings by magnitude, Wanda and the method of
+the run, from the directories that `wandazeta prune` writes, and the accuracy on the test split before and after
+fine-tuning, beside the majority class and TF-IDF with logistic regression on the same examples. It leaves the pruned
+model and the adapters in the run's folder.
 
 `seeds` changes the seed of the calibration text, the examples, the adapters and the directions. Every seed is a
 `wandazeta fit` and an examination in a folder of its own; a finished seed is not run again. The gain is the accuracy
@@ -37,7 +37,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from records import RESULTS, ROOT, describe, quiet_trainer, run_wandazeta, tfidf_accuracy, write
 from rich.console import Console
 from rich.table import Table
-from tables import interval
+from tables import METHODS, interval
 
 from wandazeta.callbacks import WandaPPPruneCallback
 from wandazeta.cli.main import PruningTrainer, command_line
@@ -49,7 +49,7 @@ DEMO = ROOT / "configs" / "demo.yaml"
 # test documents, which no pruning was calibrated on
 PERPLEXITY_WINDOW = 512
 PERPLEXITY_WINDOWS = 16
-METHODS = ("magnitude", "wanda", "wanda++")
+BASELINES = ("magnitude", "wanda")
 CANDIDATES = (
     # Gao et al. 2021 (LM-BFF), and MeZO, for SST-2
     ("{text} It was", [" terrible", " great"]),
@@ -156,7 +156,7 @@ def examine(demo: Demo, compare_dense: bool) -> dict[str, Any]:
         batch_size=1,
     )
     perplexities = {"dense": perplexity(demo.dense, text)}
-    for method in METHODS:
+    for method in (*BASELINES, demo.pruning.options.method.name):
         perplexities[method] = perplexity(demo.pruned_by(method), text)
 
     labels = demo.data.texts("test")[1]
@@ -202,14 +202,15 @@ def examine(demo: Demo, compare_dense: bool) -> dict[str, Any]:
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Return the summary as a table for the terminal."""
-    result = Table(title="SmolLM2-135M (dequantised from Q4_1), 2:4 by Wanda++, fine-tuned by AdaZeta")
+    result = Table(title="SmolLM2-135M (dequantised from Q4_1), pruned to 2:4, fine-tuned by AdaZeta")
     result.add_column("measure")
     result.add_column("value", justify="right")
     ppl, accuracy, minutes, memory = (summary[key] for key in ("perplexity", "accuracy", "minutes", "peak_memory_gib"))
     heading = f"perplexity, {ppl['num_tokens']:,} held-out tokens in windows of {ppl['sequence_length']}"
     result.add_row(heading, "", style="bold")
-    for key, name in (("dense", "dense"), ("magnitude", "magnitude"), ("wanda", "Wanda"), ("wanda++", "Wanda++")):
-        result.add_row(f"  {name}", f"{ppl[key]:,.1f}")
+    for key, name in METHODS.items():
+        if key in ppl:
+            result.add_row(f"  {name}", f"{ppl[key]:,.1f}")
     result.add_section()
     result.add_row(f"accuracy, {accuracy['num_examples']:,} test examples, balanced", "", style="bold")
     for key, name in (

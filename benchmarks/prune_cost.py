@@ -95,11 +95,8 @@ def options_of(method: str, num_samples: int, compute_dtype: str) -> dict[str, A
     if method in COMPARED:
         return {"compute_dtype": compute_dtype}
     chosen = prune_settings("paper")
-    kept = ("alpha", "optimizer", "learning_rate", "lr_schedule", "target", "mask_mode")
-    options = {name: chosen[name] for name in kept}
     # M = 32 of N = 128 samples, whatever N is here
-    return options | {
-        "rounds": chosen["rounds"],
+    return {name: chosen[name] for name in ("alpha", "learning_rate", "rounds")} | {
         "samples_per_round": max(1, num_samples // 4),
         "compute_dtype": compute_dtype,
     }

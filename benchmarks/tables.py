@@ -15,7 +15,14 @@ from scipy.stats import t as student
 from wandazeta.adapters import AdapterLayout
 
 TEXTS = {"wikipedia": "Wikipedia", "brown": "Brown"}
-METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "wanda++": "Wanda++"}
+# of the demo, which pruned by Wanda++ at first
+METHODS = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "wanda++": "Wanda++",
+    "tuned-ro": "tuned RO",
+}
 ACCURACIES = {
     "majority": "majority class",
     "zero_shot": "pruned model, zero-shot",
@@ -184,7 +191,8 @@ def demo_table(result: dict[str, Any]) -> str:
 
     first = records[0]
     body = [[f"perplexity, {first['perplexity']['num_tokens']:,} held-out tokens", *[""] * (len(records) + 1)]]
-    body += [line(name, [r["perplexity"][key] for r in records], ",.1f") for key, name in METHODS.items()]
+    methods = {key: name for key, name in METHODS.items() if key in first["perplexity"]}
+    body += [line(name, [r["perplexity"][key] for r in records], ",.1f") for key, name in methods.items()]
     body += [[f"accuracy, {first['accuracy']['num_examples']:,} test examples", *[""] * (len(records) + 1)]]
     body += [line(name, [r["accuracy"][key] for r in records], ".3f") for key, name in ACCURACIES.items()]
     body += [line("minutes in total", [r["minutes"]["total"] for r in records], ".1f")]
@@ -268,7 +276,9 @@ def ablation_table(result: dict[str, Any]) -> str:
         body = [
             [
                 r["name"],
-                "; ".join(f"{key} {value}" for key, value in r["changes"].items()) or "nothing (the base)",
+                # later records are not of changes to a base
+                "; ".join(f"{key} {value}" for key, value in r.get("changes", r["options"]).items())
+                or "nothing (the base)",
                 f"{r['perplexity']:.2f}" if "perplexity" in r else r["failure"],
                 f"{r['processor_seconds']:.0f}" if "processor_seconds" in r else "",
                 f"`{r['commit']}`",

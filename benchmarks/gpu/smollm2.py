@@ -35,8 +35,6 @@ def tiny_arguments(folder: Path, job: str) -> list[str]:
     if job == "best":
         data = ["--data.init_args.source", str(folder / "text.txt"), "--data.init_args.sequence_length", "16"]
         return [*sizes, *model, *data]
-    optimisation = "--prune.method.init_args.optimisation"
-    sizes += [f"{optimisation}.rounds", "1", f"{optimisation}.samples_per_round", "2"]
     data = ["--data.init_args.source", str(folder / "reviews.jsonl"), "--data.init_args.num_train", "64"]
     data += ["--data.init_args.num_val", "8", "--data.init_args.batch_size", "8"]
     text = "--data.init_args.calibration.init_args"

@@ -9,7 +9,7 @@ def write_prune_config(root, num_blocks=3, **options):
     """Write `model/`, `text.txt` and `config.yaml`; the run is to be started in a folder beside them."""
     (root / "text.txt").write_text("\n\n".join(f"paragraph {index} " * 8 for index in range(60)))
     save_tiny_llama(root / "model", num_blocks=num_blocks)
-    method = method_arguments(rounds=2, samples_per_round=4, target="dense_stream", learning_rate=1e-4)
+    method = method_arguments(rounds=2, samples_per_round=4, learning_rate=1e-4)
     small = {"method": method, "num_calibration_samples": 6, "output_dir": "progress"}
     pruning = {"class_path": "WandaPPPruneCallback", "init_args": small | options}
     config = {

@@ -22,14 +22,7 @@ def wandapp(alpha: float | str = 100.0, **changes: Any) -> Component:
 
 def paper(**changes: Any) -> Component:
     """Wanda++ with the options of wandazeta/presets/paper.yaml, except for the number of samples."""
-    options = {
-        "rounds": 5,
-        "samples_per_round": 8,
-        "optimizer": "rmsprop",
-        "learning_rate": 3e-7,
-        "target": "dense_block",
-        "mask_mode": "free",
-    }
+    options = {"rounds": 5, "samples_per_round": 8, "learning_rate": 3e-7}
     return wandapp(100.0, **(options | changes))
 
 
@@ -64,17 +57,6 @@ METHODS: dict[str, Component] = {
     "wanda++": wandapp(),
     "sparsegpt": ["SparseGPT", {}],
 }
-# Wanda++ with the options of wandazeta/presets/best.yaml, except for the number of rounds and samples
-BEST = wandapp(
-    "auto",
-    rounds=3,
-    samples_per_round=8,
-    optimizer="adamw",
-    learning_rate=6e-4,
-    lr_schedule="linear",
-    target="dense_stream",
-    mask_mode="straight_through",
-)
 IN_BFLOAT16 = {"compute_dtype": "bfloat16"}
 
 TENSOR_TRAINS = ["TensorTrainAdapters", {"rank": 2, "bottleneck": 8, "identity_start": False}]
@@ -119,34 +101,19 @@ _PRUNE = {
     **{f"{method} {pattern}": prune(method, pattern) for method in ("rgs", "ro") for pattern in ("2:4", "slope")},
     "paper": prune(paper()),
     "paper with a large rate": prune(paper(learning_rate=1e-3)),
-    "best": prune(BEST, options=IN_BFLOAT16),
-    "best in float32": prune(BEST),
-    "best, slope": prune(BEST, "slope"),
-    "best, wide": prune(BEST, model="wide llama"),
     "alpha auto": prune(wandapp("auto")),
     "no rounds": prune(wandapp(rounds=0)),
-    "dense stream": prune(wandapp(target="dense_stream")),
-    "mask fixed": prune(wandapp(mask_mode="fixed")),
-    "mask fixed, adamw": prune(
-        ["RO", {"optimisation": optimisation(mask_mode="fixed", optimizer="adamw", lr_schedule="linear")}]
-    ),
-    "straight through, rmsprop": prune(wandapp(mask_mode="straight_through")),
     "seed 5": prune("wanda++", options={"seed": 5}),
     "one row at a time": prune("wanda++", rows=1),
     **{f"{m}, products in bfloat16": prune(m, options=IN_BFLOAT16) for m in ("wanda++", "sparsegpt")},
     **{f"{m}, bfloat16 weights": prune(m, dtype="bfloat16") for m in ("wanda", "wanda++", "sparsegpt")},
-    "best, bfloat16 weights": prune(BEST, dtype="bfloat16", options=IN_BFLOAT16),
     **{f"{m}, padded": prune(m, padded=True) for m in ("wanda", "rgs", "wanda++", "sparsegpt")},
-    "best, padded": prune(BEST, padded=True),
     "excluded modules": prune("wanda++", options={"exclude_modules": ["q_proj", "layers.1"]}),
     **{f"{m}, bert": prune(m, model="bert", padded=True) for m in ("wanda++", "sparsegpt")},
     **{f"{m}, gpt2": prune(m, model="gpt2") for m in ("magnitude", "wanda++", "sparsegpt")},
-    "best, gpt2": prune(BEST, model="gpt2"),
-    "best, gemma2": prune(BEST, model="gemma2"),
 }
 _CALLBACK = {
     "any module": {"kind": "prune_module", "options": {"method": wandapp()}},
-    "any module, best": {"kind": "prune_module", "options": {"method": BEST}},
 }
 _ZEROTH = {
     **{
@@ -222,16 +189,12 @@ _FIRST = {
     "full, encoder": first(ENCODER | {"validate": True}, **CLASSES, trainable=WEIGHTS),
     "pruned, lora": first(PRUNED, trainable=PEFT_LORA),
     "pruned, held": first(HELD, trainable=WEIGHTS, weight_decay=0.1),
-    "pruned to the best, held": first(
-        {"keep_sparsity": True, "prune": {"method": BEST, "num_calibration_samples": 8}}, trainable=WEIGHTS
-    ),
 }
 _RANKS = {
     **{
         method: {"kind": "prune_module", "options": {"method": METHODS[method]}}
         for method in ("wanda", "wanda++", "sparsegpt")
     },
-    "best": {"kind": "prune_module", "options": {"method": BEST}},
     "queries": zeroth(),
     "queries, best": zeroth({"steps": 8}, **BEST_ZEROTH),
     "queries, weights": zeroth(trainable=WEIGHTS, learning_rate=1e-4),

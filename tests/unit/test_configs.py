@@ -111,8 +111,7 @@ def test_the_papers_settings():
     method = prune["method"]
     assert method["class_path"] == "wandazeta.pruning.WandaPP"
     assert method["init_args"]["alpha"] == 100
-    expected = {"rounds": 5, "samples_per_round": 32, "optimizer": "rmsprop", "learning_rate": 3e-7}
-    assert method["init_args"]["optimisation"].items() >= expected.items()
+    assert method["init_args"]["optimisation"] == {"rounds": 5, "samples_per_round": 32, "learning_rate": 3e-7}
     assert prune["num_calibration_samples"] == 128
     adazeta = yaml.safe_load((ROOT / "configs/finetune/adazeta_paper.yaml").read_text())
     model = adazeta["model"]["init_args"]

@@ -62,11 +62,7 @@ VALUES = {
     RegionalOptimisation: {
         "rounds": [0, 30],
         "samples_per_round": [1, 128],
-        "optimizer": ["adamw"],
         "learning_rate": [1e-4],
-        "lr_schedule": ["linear"],
-        "target": ["dense_stream"],
-        "mask_mode": ["fixed"],
     },
     RGS: {"alpha": [0.0, "auto"]},
     RO: {"optimisation": [RegionalOptimisation(rounds=1)]},

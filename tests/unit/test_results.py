@@ -40,7 +40,7 @@ def test_the_demo_keeps_its_promises():
     assert len({record["seed"] for record in result["records"]}) >= 3
     for record in result["records"]:
         perplexity, accuracy = record["perplexity"], record["accuracy"]
-        assert perplexity["wanda++"] < perplexity["wanda"] / 2
+        assert perplexity["tuned-ro"] < perplexity["wanda"] / 2
         assert perplexity["wanda"] < perplexity["magnitude"]
         assert accuracy["num_examples"] >= 1000
         assert accuracy["majority"] == 0.5

@@ -3,17 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from wandazeta.pruning.method.scores import Alpha, magnitude_score, regional_score
-from wandazeta.utilities.arguments import check_at_least, check_choice, closest_names
-
-Optimizer = Literal["rmsprop", "adamw"]
-LRSchedule = Literal["constant", "linear"]
-Target = Literal["dense_block", "dense_stream"]
-MaskMode = Literal["free", "fixed", "straight_through"]
+from wandazeta.utilities.arguments import check_at_least, closest_names
 
 # samples of a round, unless asked otherwise; the paper's M
 _SAMPLES_PER_ROUND = 32
@@ -26,20 +21,14 @@ _MAX_TUNING_ROUNDS = 4
 class RegionalOptimisation:
     """Options of the regional optimisation: each block is trained to reproduce its dense output (Wanda++, section 4.2).
 
+    Each round prunes the block, then trains it by RMSprop, which moves pruned weights away from zero. After the last
+    round the block is pruned once more.
+
     Args:
-        rounds: Number of rounds, K; each prunes the block, then takes optimizer steps.
+        rounds: Number of rounds, K.
         samples_per_round: Calibration samples of each round, M; one optimizer step per sample. By default 32, or all
             if there are fewer.
-        optimizer: `rmsprop` (the paper's) or `adamw`.
         learning_rate: Learning rate.
-        lr_schedule: `constant`, or `linear`, which falls to zero over all rounds.
-        target: Output that a pruned block is fitted to: `dense_block`, the dense block's on the same input (the
-            paper's), or `dense_stream`, the hidden states of the unpruned model at this depth.
-        mask_mode: State of pruned weights during the steps. `free`: they move away from zero, and the next round
-            prunes again (the paper's); the block is pruned once more after the last round. `fixed`: they stay zero,
-            so the mask of the first round is final. `straight_through`: the block runs with zeros, while a dense copy
-            of the weights gets the gradients (the straight-through estimator, as in SR-STE, arXiv 2102.04010), and
-            weights may come back in the next round.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -47,20 +36,12 @@ class RegionalOptimisation:
 
     rounds: int = 5
     samples_per_round: int | None = None
-    optimizer: Optimizer = "rmsprop"
     learning_rate: float = 3e-7
-    lr_schedule: LRSchedule = "constant"
-    target: Target = "dense_block"
-    mask_mode: MaskMode = "free"
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 0)
         if self.samples_per_round is not None:
             check_at_least("samples_per_round", self.samples_per_round, 1)
-        check_choice("optimizer", self.optimizer, get_args(Optimizer))
-        check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
-        check_choice("target", self.target, get_args(Target))
-        check_choice("mask_mode", self.mask_mode, get_args(MaskMode))
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"Expected argument `learning_rate` to be larger than 0, but got {self.learning_rate!r}")
 
@@ -117,11 +98,6 @@ class PruningMethod(ABC):
     def tuning_rounds(self) -> int:
         """Rounds of the optimisation that tunes itself; 0 if there is none."""
         return 0
-
-    @property
-    def target(self) -> Target | None:
-        """Output that a pruned block is fitted to, or None if the block is not optimised."""
-        return None if self.active_optimisation is None else self.active_optimisation.target
 
     @abstractmethod
     def score(self, weight: Tensor, input_norm: Tensor | None = None, gradient: Tensor | None = None) -> Tensor:
@@ -333,11 +309,6 @@ class TunedRO(SparseGPT):
     def tuning_rounds(self) -> int:
         """Rounds of the optimisation that tunes itself."""
         return _MAX_TUNING_ROUNDS if self.rounds is None else self.rounds
-
-    @property
-    def target(self) -> Target | None:
-        """Output that a pruned block is fitted to."""
-        return "dense_stream"
 
     def for_samples(self, num_samples: int) -> Self:
         """Return the method with `rounds` filled in; see `PruningMethod.for_samples`."""

@@ -234,7 +234,7 @@ def _keep(
 class _BlockSequence:
     """Runs the blocks one after another, with the state that goes from block to block.
 
-    The state is the hidden states of the pruned model and, with the target `dense_stream`, those of the dense model.
+    The state is the hidden states of the pruned model and, for the tuned optimisation, those of the dense model.
 
     Args:
         prepared: The pruning.
@@ -259,8 +259,7 @@ class _BlockSequence:
         self.device = device
         self.ranks = ranks
         self._placement = BlockPlacement(prepared.blocks, device, reader)
-        keeps_stream = self.options.method.target == "dense_stream"
-        self.dense_stream = list(samples.hidden) if samples is not None and keeps_stream else None
+        self.dense_stream = list(samples.hidden) if samples is not None and self.options.method.tuning_rounds else None
         # for the forward and backward passes of regional gradients and of each step, and the held-out errors: all other
         # forward passes run in batches, which keep a GPU busy. A graph is captured anew for every block. Graphs that
         # all blocks share would need their weights, masters and statistics at common addresses, and blocks that are
@@ -287,9 +286,7 @@ class _BlockSequence:
             feeds_next = self.samples is not None and index < len(self.blocks) - 1
             batches = self._batches(index) if feeds_next else Batches(())
             if self.dense_stream is not None and feeds_next:
-                # one by one where the dense outputs came with the gradients: batches round differently
-                alone = index == 0 and self.options.method.uses_gradients and weights
-                self._forward(index, self.dense_stream, batches.one_by_one() if alone else batches)
+                self._forward(index, self.dense_stream, batches)
             if result is not None:
                 for name, weight in weights.items():
                     weight.parameter.copy_(result.weights[name])
@@ -370,10 +367,10 @@ class _BlockSequence:
                     self._forward(index, hidden, block.batches)
             return {}, None
         # at the first block, pruned and dense model have the same hidden states
-        one_stream = self.dense_stream is None or index == 0
-        targets = block.measure(samples.hidden, keep_outputs=one_stream and block.method.target is not None)
+        starts_stream = self.dense_stream is not None and index == 0
+        targets = block.measure(samples.hidden, keep_outputs=starts_stream or block.optimisation is not None)
         if self.dense_stream is not None:
-            if not one_stream:
+            if not starts_stream:
                 self._forward(index, self.dense_stream, block.batches)
                 targets = self.dense_stream
             self.dense_stream = targets

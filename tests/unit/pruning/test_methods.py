@@ -10,11 +10,7 @@ from wandazeta.pruning import METHODS, RGS, RO, Magnitude, RegionalOptimisation,
         ({"rounds": 1.5}, "`rounds`"),
         ({"rounds": True}, "`rounds`"),
         ({"samples_per_round": 0}, "`samples_per_round`"),
-        ({"optimizer": "sgd"}, "rmsprop, adamw"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
-        ({"target": "dense"}, "dense_block, dense_stream"),
-        ({"lr_schedule": "cosine"}, "constant, linear"),
-        ({"mask_mode": "soft"}, "free, fixed, straight_through"),
     ],
 )
 def test_wrong_options_of_the_optimisation_are_named(change, message):
@@ -64,11 +60,7 @@ def test_defaults_are_the_papers():
         "alpha": 100.0,
         "rounds": 5,
         "samples_per_round": None,
-        "optimizer": "rmsprop",
         "learning_rate": 3e-7,
-        "lr_schedule": "constant",
-        "target": "dense_block",
-        "mask_mode": "free",
     }
     assert WandaPP().for_samples(128).to_dict()["samples_per_round"] == 32
 

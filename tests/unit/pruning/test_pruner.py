@@ -17,7 +17,7 @@ from wandazeta.utilities.ranks import Ranks
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_pruned(name):
     batches = [*BATCHES[:4], *(pad(batch, 3) for batch in BATCHES[4:])]
-    options = {"target": "dense_stream", "exclude_modules": EXCLUDED.get(name, ())}
+    options = {"exclude_modules": EXCLUDED.get(name, ())}
     _, blocks, report = tiny(name, batches=batches, token_mask=lambda b: b["attention_mask"], **options)
     for block, record in zip(blocks, report.blocks, strict=True):
         excluded = [
@@ -89,7 +89,7 @@ def test_inside_inference_mode():
 
 
 def test_excluded_modules_and_blocks_stay_dense():
-    _, blocks, report = tiny(exclude_modules=("q_proj", "layers.1"), target="dense_stream")
+    _, blocks, report = tiny(exclude_modules=("q_proj", "layers.1"), method="tuned-ro")
     dense, _ = build("llama")
     assert torch.equal(blocks[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
     assert equal(blocks[1], dense.model.layers[1])

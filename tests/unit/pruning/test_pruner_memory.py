@@ -51,8 +51,6 @@ def without_collection():
         {"method": "tuned-ro", "rounds": 2},
         {"method": "rgs"},
         {"method": "wanda++", "rounds": 2},
-        {"method": "wanda++", "rounds": 2, "mask_mode": "fixed", "target": "dense_stream", "lr_schedule": "linear"},
-        {"method": "wanda++", "rounds": 2, "mask_mode": "straight_through", "optimizer": "adamw"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -143,30 +143,3 @@ def test_sparsegpt_solves_every_layer_from_its_own_inputs():
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=name)
     assert all(block.loss_after is not None for block in report.blocks)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_straight_through_ends_exactly_sparse(name):
-    model, blocks, report = tiny(name, mask_mode="straight_through", rounds=3, learning_rate=1e-2)
-    for block in blocks:
-        for layer in linears(block):
-            rows = rows_of(layer)
-            assert ((rows != 0).reshape(-1, 4).sum(1) == 2).all()
-            assert not rows[rows == 0].signbit().any()
-    assert report.sparsity == 0.5
-    other, _, _ = tiny(name, mask_mode="free", rounds=3, learning_rate=1e-2)
-    assert not equal(model, other)
-
-
-def test_straight_through_ends_with_the_mask_of_its_last_steps():
-    # one round, so that its mask is the first score's, from which steps as large as these would lead away
-    options = {"method": "ro", "rounds": 1, "learning_rate": 0.1}
-    _, wanda, _ = tiny(method="wanda")
-    for mode, stays in (("straight_through", True), ("fixed", True), ("free", False)):
-        _, blocks, _ = tiny(mask_mode=mode, **options)
-        layers = zip(linears(blocks[:1]), linears(wanda[:1]), strict=True)
-        assert all(torch.equal(a.weight == 0, b.weight == 0) for a, b in layers) is stays
-
-
-def test_without_rounds_the_mask_mode_changes_nothing():
-    assert equal(tiny(mask_mode="straight_through", rounds=0)[0], tiny(rounds=0)[0])

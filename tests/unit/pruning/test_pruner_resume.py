@@ -8,11 +8,11 @@ from helpers.prune_model import Memory, equal, prune, tiny
 from wandazeta.pruning.pruner import PruningInterrupted
 
 
-@pytest.mark.parametrize("target", ["dense_block", "dense_stream"])
+@pytest.mark.parametrize("method", ["wanda++", "tuned-ro"])
 @pytest.mark.parametrize("stop", [0, 1])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_resumed_is_bit_identical(name, stop, target):
-    undisturbed, _, wanted = tiny(name, target=target)
+def test_resumed_is_bit_identical(name, stop, method):
+    undisturbed, _, wanted = tiny(name, method=method)
     progress, asked = Memory(), []
 
     def should_stop():
@@ -20,10 +20,10 @@ def test_resumed_is_bit_identical(name, stop, target):
         return len(asked) == stop + 1
 
     with pytest.raises(PruningInterrupted) as interrupt:
-        tiny(name, target=target, run={"progress": progress, "should_stop": should_stop})
+        tiny(name, method=method, run={"progress": progress, "should_stop": should_stop})
     assert interrupt.value.block_index == stop
     assert sorted(progress.results) == list(range(stop + 1))
-    resumed, _, report = tiny(name, target=target, run={"progress": progress})
+    resumed, _, report = tiny(name, method=method, run={"progress": progress})
     assert equal(resumed, undisturbed)
     assert [b.loss_after for b in report.blocks] == [b.loss_after for b in wanted.blocks]
 

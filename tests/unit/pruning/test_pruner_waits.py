@@ -25,8 +25,7 @@ METHODS = [
     {"method": "sparsegpt"},
     {"method": "rgs"},
     {"method": "wanda++"},
-    {"method": "wanda++", "alpha": "auto", "mask_mode": "fixed", "optimizer": "adamw", "lr_schedule": "linear"},
-    {"method": "wanda++", "mask_mode": "straight_through", "target": "dense_stream"},
+    {"method": "wanda++", "alpha": "auto"},
 ]
 
 

@@ -167,14 +167,13 @@ def test_statistics_of_a_round_of_replays_are_complete(backend):
         statistics, master = InputStatistics(layers), MasterWeights(layers)
         options, counts = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.1), []
 
-        def start_round(number, statistics=statistics, counts=counts):
+        def prune(statistics=statistics, counts=counts):
             counts.append(statistics.num_tokens("up"))
-            return {}
 
         optimise_block(
             lambda batch, states, block=block: block(states),
             master,
-            start_round,
+            prune,
             hidden,
             [torch.ones_like(states) for states in hidden],
             [None] * 6,

@@ -74,8 +74,7 @@ class BlockPruner:
         self.rates = rates
         self.num_probes = len(ranks.local_indices(range(NUM_PROBES)))
         self.statistics = InputStatistics(layers, with_gram=self.method.uses_gram)
-        keeps_pruned = self.optimisation is not None and self.optimisation.mask_mode == "straight_through"
-        self.master = MasterWeights(layers, keep_pruned=keeps_pruned)
+        self.master = MasterWeights(layers)
         self.gradients: dict[str, Tensor] = {}
         # of the layers of experts, in the dense block
         self.expert_tokens: dict[str, int] = {}
@@ -198,19 +197,17 @@ class BlockPruner:
 
     def _optimise(self, hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
         assert self.optimisation is not None
-        kept: dict[str, Tensor] = {}
 
-        def start_round(number: int) -> dict[str, Tensor]:
-            kept.update(self.mask_by_score())
-            if number == 0:
+        def prune() -> None:
+            self.mask_by_score()
+            if self.loss_before is None:
                 self.loss_before = self._probe_loss(hidden, targets)
-            return kept
 
         with self._trainable():
             optimise_block(
                 self.run,
                 self.master,
-                start_round,
+                prune,
                 hidden,
                 targets,
                 self.masks,
@@ -220,8 +217,6 @@ class BlockPruner:
                 self.ranks,
                 self.graphed,
             )
-        if self.optimisation.mask_mode != "free":
-            return kept
         # the last steps moved pruned weights away from zero
         self._measure_inputs(hidden)
         return self.mask_by_score()

@@ -51,7 +51,6 @@ def _step(
     beta1: tl.constexpr,
     beta2: tl.constexpr,
     epsilon: tl.constexpr,
-    keep_pruned: tl.constexpr,
     size: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
@@ -73,12 +72,9 @@ def _step(
         tl.store(average + at, m, inside)
     p = tl.load(master + at, inside, 0.0)
     p -= step_size * tl.div_rn(m, tl.sqrt_rn(v) * correction + epsilon)
-    if mask is None:
-        tl.store(master + at, p, inside)
-    else:
-        zeroed = tl.where(tl.load(mask + at, inside, 0) != 0, p, 0.0)
-        tl.store(master + at, p if keep_pruned else zeroed, inside)
-        p = zeroed
+    if mask is not None:
+        p = tl.where(tl.load(mask + at, inside, 0) != 0, p, 0.0)
+    tl.store(master + at, p, inside)
     if weight is not None:
         tl.store(weight + at, p.to(weight.dtype.element_ty), inside)
 
@@ -95,7 +91,6 @@ def step(
     layer: LayerState,
     gradient: Tensor | None,
     mask: Tensor | None,
-    keep_pruned: bool,
     schedule: Tensor,
     number: Tensor,
     scale: Tensor,
@@ -108,7 +103,6 @@ def step(
         layer: The layer.
         gradient: Gradient in any precision; None stands for zeros.
         mask: Unsigned 8-bit, zero where a weight is pruned; None if all may move.
-        keep_pruned: Mask the weight only, not the master.
         schedule: Shape (steps, 2), float32: the factor of the rate with the bias correction of the average, and the
             factor of the root of the square, its bias correction.
         number: Steps that were taken, a 32-bit integer; the row of the schedule.
@@ -133,7 +127,6 @@ def step(
             beta1=betas[0],
             beta2=betas[1],
             epsilon=epsilon,
-            keep_pruned=keep_pruned,
             size=_SIZE,
             num_warps=_WARPS,
         )
@@ -166,7 +159,7 @@ def try_out(device: torch.device) -> None:
     one, number = torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device)
     for average in (None, values):
         layer = LayerState(values.bfloat16(), values, values, average, one)
-        step(layer, values.bfloat16(), None, False, torch.ones(1, 2, device=device), number, one, (0.9, 0.99), 1e-8)
+        step(layer, values.bfloat16(), None, torch.ones(1, 2, device=device), number, one, (0.9, 0.99), 1e-8)
     add_square_(values, values.bfloat16())
     if device.type == "cuda":
         torch.cuda.synchronize(device)

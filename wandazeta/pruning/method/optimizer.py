@@ -3,21 +3,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from wandazeta.pruning.method.masks import zero_where_false
-from wandazeta.pruning.methods import LRSchedule, Optimizer
 from wandazeta.utilities import triton_kernels
 from wandazeta.utilities.ranks import Ranks
+
+Algorithm = Literal["rmsprop", "adamw"]
 
 _KERNELS = "wandazeta.pruning.method.kernels"
 # precisions of weights that the kernels read and write
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # torch's defaults: decay of the average of the gradient and of its square, and what is added to the root of the square
-_BETAS: dict[Optimizer, tuple[float, float]] = {"rmsprop": (0.0, 0.99), "adamw": (0.9, 0.999)}
+_BETAS: dict[Algorithm, tuple[float, float]] = {"rmsprop": (0.0, 0.99), "adamw": (0.9, 0.999)}
 _EPSILON = 1e-8
 
 
@@ -42,13 +43,9 @@ class MasterWeights:
 
     Args:
         layers: The layers by name.
-        keep_pruned: Keep the values of pruned weights in the masters, as the straight-through estimator needs them.
-            The masters are copies then, whatever the precision, and only the weights of the block are set to zero.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], keep_pruned: bool = False) -> None:
-        self.keep_pruned = keep_pruned
-        self._masks: Mapping[str, Tensor] = {}
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
         self.masters: dict[str, Tensor] = {name: self._master(weight) for name, weight in self.weights.items()}
         self._half = any(weight.dtype == torch.float16 for weight in self.weights.values())
@@ -64,31 +61,25 @@ class MasterWeights:
     def _master(self, weight: Tensor) -> Tensor:
         if weight.dtype in (torch.float16, torch.bfloat16):
             return nn.Parameter(weight.detach().float())
-        return nn.Parameter(weight.detach().clone()) if self.keep_pruned else weight
+        return weight
 
     @torch.no_grad()
     def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Set weights to zero where the mask is False, and so the masters, unless they keep pruned values.
+        """Set weights and masters to zero where the mask is False.
 
         Args:
             masks: Bool masks in the layout of the weights, True where a weight is kept.
         """
-        if self.keep_pruned:
-            self._masks = masks
-            self.publish()
-            return
         for name, mask in masks.items():
             zero_where_false(self.masters[name], mask)
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters to the weights, rounded to their precision, with zeros for pruned values."""
+        """Copy the masters to the weights, rounded to their precision."""
         for name, weight in self.weights.items():
             if self.masters[name] is not weight:
                 weight.copy_(self.masters[name])
-            if name in self._masks:
-                zero_where_false(weight, self._masks[name])
 
     @torch.no_grad()
     def take_gradients(self, scale: float) -> None:
@@ -119,7 +110,6 @@ class MasterWeights:
     def close(self) -> None:
         """Drop all tensors, whoever still refers to this object."""
         self.clear_gradients()
-        self._masks = {}
         self.weights.clear()
         self.masters.clear()
 
@@ -137,23 +127,16 @@ class BlockOptimizer(ABC):
     Args:
         master: The weights of the block.
         ranks: The ranks, whose gradients are summed.
+        masks: Bool masks in the layout of the weights, True where a weight is kept; all weights move if there are none.
     """
 
     is_capturable = False
     """Whether `take_gradients` and `step` can be part of a CUDA graph, which is the same for all steps of one scale."""
 
-    def __init__(self, master: MasterWeights, ranks: Ranks) -> None:
+    def __init__(self, master: MasterWeights, ranks: Ranks, masks: Mapping[str, Tensor]) -> None:
         self._master = master
         self._ranks = ranks
-        self._masks: dict[str, Tensor] = {}
-
-    @abstractmethod
-    def hold(self, masks: Mapping[str, Tensor]) -> None:
-        """Apply masks after each step from now on, as `MasterWeights.apply_masks` does.
-
-        Args:
-            masks: Bool masks in the layout of the weights, True where a weight is kept; always of the same layers.
-        """
+        self._masks = masks
 
     def take_gradients(self, gradients: Sequence[Tensor | None], num_values: int) -> None:
         """Take the gradients of a loss times `MasterWeights.loss_scale`.
@@ -188,17 +171,19 @@ class TorchBlockOptimizer(BlockOptimizer):
         rates: Learning rate of each weight.
         factors: Factor of the rates in each step.
         ranks: The ranks, whose gradients are summed.
+        masks: Masks that are applied after each step; none lets all weights move.
     """
 
     def __init__(
         self,
         master: MasterWeights,
-        algorithm: Optimizer,
+        algorithm: Algorithm,
         rates: Sequence[float],
         factors: Sequence[float],
         ranks: Ranks,
+        masks: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(master, ranks)
+        super().__init__(master, ranks, masks)
         self._factors = iter(factors)
         parameters = list(master.masters.values())
         by_rate: dict[float, list[Tensor]] = {}
@@ -212,10 +197,6 @@ class TorchBlockOptimizer(BlockOptimizer):
             # without decay, which would pull the weights away from the target
             fused = parameters[0].dtype == torch.float32
             self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
-
-    def hold(self, masks: Mapping[str, Tensor]) -> None:
-        """Apply masks after each step from now on; see `BlockOptimizer.hold`."""
-        self._masks = dict(masks)
 
     def _prepare(self, scale: float) -> None:
         self._master.take_gradients(scale)
@@ -250,18 +231,21 @@ class FusedBlockOptimizer(BlockOptimizer):
         rates: Learning rate of each weight.
         factors: Factor of the rates in each step.
         ranks: The ranks, whose gradients are summed.
+        masks: Masks that are applied after each step; none lets all weights move.
     """
 
     def __init__(
         self,
         kernels: ModuleType,
         master: MasterWeights,
-        algorithm: Optimizer,
+        algorithm: Algorithm,
         rates: Sequence[float],
         factors: Sequence[float],
         ranks: Ranks,
+        masks: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(master, ranks)
+        as_bytes = {name: mask.to(torch.uint8, memory_format=torch.contiguous_format) for name, mask in masks.items()}
+        super().__init__(master, ranks, as_bytes)
         self.is_capturable = ranks.size == 1
         self._kernels = kernels
         self._betas = _BETAS[algorithm]
@@ -285,14 +269,6 @@ class FusedBlockOptimizer(BlockOptimizer):
         self._number = torch.zeros((), dtype=torch.int32, device=device)
         self._scale = torch.ones((), dtype=torch.float32, device=device)
 
-    def hold(self, masks: Mapping[str, Tensor]) -> None:
-        """Apply masks after each step from now on; see `BlockOptimizer.hold`. They are copied."""
-        for name, mask in masks.items():
-            if name in self._masks:
-                self._masks[name].copy_(mask)
-            else:
-                self._masks[name] = mask.to(torch.uint8, memory_format=torch.contiguous_format)
-
     def _prepare(self, scale: float) -> None:
         if self._ranks.size > 1:
             self._master.take_gradients(scale)
@@ -312,7 +288,6 @@ class FusedBlockOptimizer(BlockOptimizer):
                 layer,
                 parameters[name].grad,
                 self._masks.get(name),
-                self._master.keep_pruned,
                 self._schedule,
                 self._number,
                 self._scale,
@@ -330,11 +305,11 @@ class FusedBlockOptimizer(BlockOptimizer):
 
 def make_optimizer(
     master: MasterWeights,
-    algorithm: Optimizer,
+    algorithm: Algorithm,
     rates: Sequence[float],
-    lr_schedule: LRSchedule,
-    num_steps: int,
+    factors: Sequence[float],
     ranks: Ranks,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> BlockOptimizer:
     """Make the optimizer of a block: fused where its kernels can be used, else torch's.
 
@@ -342,12 +317,13 @@ def make_optimizer(
         master: The weights of the block.
         algorithm: `rmsprop`, or `adamw` without weight decay.
         rates: Learning rate of each weight.
-        lr_schedule: `constant`, or `linear`, which falls to zero over all steps.
-        num_steps: Number of all steps.
+        factors: Factor of the rates in each step.
         ranks: The ranks, whose gradients are summed.
+        masks: Bool masks in the layout of the weights, True where a weight is kept, applied after each step; None lets
+            all weights move.
     """
-    factors = [1 - number / num_steps if lr_schedule == "linear" else 1.0 for number in range(num_steps)]
+    masks = masks or {}
     kernels = load_kernels(master.weights.values())
     if kernels is None:
-        return TorchBlockOptimizer(master, algorithm, rates, factors, ranks)
-    return FusedBlockOptimizer(kernels, master, algorithm, rates, factors, ranks)
+        return TorchBlockOptimizer(master, algorithm, rates, factors, ranks, masks)
+    return FusedBlockOptimizer(kernels, master, algorithm, rates, factors, ranks, masks)

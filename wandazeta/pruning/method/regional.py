@@ -126,7 +126,7 @@ def regional_gradients(
 def optimise_block(
     run: RunBlock,
     master: MasterWeights,
-    start_round: Callable[[int], dict[str, Tensor]],
+    prune: Callable[[], object],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
     masks: Sequence[Tensor | None],
@@ -143,9 +143,9 @@ def optimise_block(
     Args:
         run: Runs the block.
         master: The weights of the block.
-        start_round: Called with the index of the round; scores and prunes the block, and returns the masks.
+        prune: Scores and prunes the block; called at the start of each round.
         hidden: Input of the block for each sample of this rank.
-        targets: Target output for each sample.
+        targets: Dense output for each sample.
         masks: For each sample, which positions are no padding; None if all are.
         statistics: Input statistics; collected anew in the forwards of each round.
         optimisation: The options, with `samples_per_round` filled in.
@@ -178,17 +178,14 @@ def optimise_block(
 
     optimizer = make_optimizer(
         master,
-        optimisation.optimizer,
+        "rmsprop",
         [optimisation.learning_rate] * len(parameters),
-        optimisation.lr_schedule,
-        optimisation.rounds * optimisation.samples_per_round,
+        [1.0] * (optimisation.rounds * optimisation.samples_per_round),
         ranks,
     )
     with closing(optimizer), closing(graphed(take_step, copies=False)) as call:
-        for number in range(optimisation.rounds):
-            kept = start_round(number)
-            if optimisation.mask_mode != "free":
-                optimizer.hold(kept)
+        for _ in range(optimisation.rounds):
+            prune()
             statistics.reset()
             order = torch.randperm(num_samples, generator=generator, device="cpu")
             drawn = order[: optimisation.samples_per_round].tolist()

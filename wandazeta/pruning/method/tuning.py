@@ -194,9 +194,8 @@ class BlockTuner:
 
     def _start(self, rate: float, num_steps: int) -> _Trial:
         rates = [rate * size for size in self._sizes]
-        optimizer = make_optimizer(self._master, "adamw", rates, "linear", num_steps, self._ranks)
-        optimizer.hold(self._kept)
-        return _Trial(rate, optimizer)
+        factors = [1 - number / num_steps for number in range(num_steps)]
+        return _Trial(rate, make_optimizer(self._master, "adamw", rates, factors, self._ranks, self._kept))
 
     def _draw(self) -> list[int]:
         order = torch.randperm(len(self._train), generator=self._generator, device="cpu")

@@ -14,7 +14,13 @@ from helpers.prune_model import prune
 from torch import nn
 
 from wandazeta.pruning.method import optimizer, regional
-from wandazeta.pruning.method.optimizer import FusedBlockOptimizer, MasterWeights, load_kernels, make_optimizer
+from wandazeta.pruning.method.optimizer import (
+    FusedBlockOptimizer,
+    MasterWeights,
+    TorchBlockOptimizer,
+    load_kernels,
+    make_optimizer,
+)
 from wandazeta.pruning.method.statistics import InputStatistics
 from wandazeta.pruning.methods import RegionalOptimisation
 from wandazeta.utilities.graphs import GraphedCall
@@ -65,7 +71,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tensors = dict.fromkeys(("master", "square", "average", "rate", "schedule", "scale", "total"), "*fp32")
     tensors |= {"gradient": "*bf16", "weight": "*bf16", "mask": "*u8", "number": "*i32", "num_values": "i32"}
-    constants = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "keep_pruned": True, "size": 4096}
+    constants = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "size": 4096}
     for kernel in (kernels._step, kernels._add_square):
         types = {name: tensors.get(name, "constexpr") for name in kernel.arg_names}
         values = {(at,): constants[name] for at, name in enumerate(kernel.arg_names) if name in constants}
@@ -96,59 +102,65 @@ class TwoRanks(Ranks):
 
 RATES = {"odd": 0.01, "large": 0.002}
 NUM_STEPS = 5
+FACTORS = [1 - number / NUM_STEPS for number in range(NUM_STEPS)]
 
 
-def reference(start, gradients, algorithm, masks, mode):
-    """The steps by torch's optimizers on float32 weights, written out; returns masters and weights without rounding."""
+def reference(start, gradients, algorithm, masks):
+    """The steps by torch's optimizers on float32 weights, written out."""
     masters = {name: nn.Parameter(weight.float()) for name, weight in start.items()}
     groups = [{"params": [masters[name]], "lr": rate} for name, rate in RATES.items()]
     steps = torch.optim.RMSprop(groups) if algorithm == "rmsprop" else torch.optim.AdamW(groups, weight_decay=0.0)
-    weights = {}
     for number in range(NUM_STEPS):
         for group, rate in zip(steps.param_groups, RATES.values(), strict=True):
-            group["lr"] = rate * (1 - number / NUM_STEPS)
+            group["lr"] = rate * FACTORS[number]
         for name, master in masters.items():
             gradient = gradients[number].get(name)
             master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
         steps.step()
         with torch.no_grad():
             for name, master in masters.items():
-                kept = torch.ones_like(master) if mode == "free" else masks[number][name]
-                weights[name] = master * kept
-                if mode == "fixed":
-                    master.copy_(weights[name])
-    return masters, weights
+                if masks is not None:
+                    master.mul_(masks[name])
+    return masters
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-STEPS = [*itertools.product(DTYPES, ["rmsprop", "adamw"], ["free", "fixed", "straight_through"], [Ranks])]
-STEPS += [(torch.bfloat16, "adamw", "fixed", TwoRanks), (torch.float32, "rmsprop", "straight_through", TwoRanks)]
+ALGORITHMS = [("rmsprop", False), ("adamw", True)]
+STEPS = [(*algorithm, dtype, Ranks) for algorithm, dtype in itertools.product(ALGORITHMS, DTYPES)]
+STEPS += [("adamw", True, torch.bfloat16, TwoRanks), ("rmsprop", False, torch.float32, TwoRanks)]
 
 
 @pytest.mark.gpu
 @needs_kernels
-@pytest.mark.parametrize(("dtype", "algorithm", "mode", "ranks"), STEPS)
-def test_a_fused_step_equals_torch_optimizers_with_masks_and_a_cast(dtype, algorithm, mode, ranks, device, use_kernels):
+@pytest.mark.parametrize(("algorithm", "masked", "dtype", "ranks"), STEPS)
+def test_a_fused_step_equals_torch_optimizers_with_masks_and_a_cast(
+    algorithm, masked, dtype, ranks, device, use_kernels
+):
     use_kernels()
+    check_steps(FusedBlockOptimizer, algorithm, masked, dtype, ranks(), device)
+
+
+@pytest.mark.parametrize(("algorithm", "masked", "dtype", "ranks"), STEPS)
+def test_a_step_of_torch_is_masked_and_cast(algorithm, masked, dtype, ranks):
+    check_steps(TorchBlockOptimizer, algorithm, masked, dtype, ranks(), torch.device("cpu"))
+
+
+def check_steps(kind, algorithm, masked, dtype, ranks, device):
     torch.manual_seed(0)
     # the second takes more than one program, and no multiple of what a thread reads
     layers = {"odd": nn.Linear(7, 13), "large": nn.Linear(67, 65)}
     layers = {name: layer.to(device, dtype) for name, layer in layers.items()}
     start = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    # masks change once, as between rounds, and in one step no token reaches a layer
-    draws = [{name: torch.rand_like(weight.float()) < 0.5 for name, weight in start.items()} for _ in range(2)]
-    masks = [draws[number >= 3] for number in range(NUM_STEPS)]
+    masks = {name: torch.rand_like(weight.float()) < 0.5 for name, weight in start.items()} if masked else None
     gradients = [{name: 0.1 * torch.randn_like(weight) for name, weight in start.items()} for _ in range(NUM_STEPS)]
+    # in one step no token reaches a layer
     del gradients[2]["odd"]
-    ranks = ranks()
 
-    master = MasterWeights(layers, keep_pruned=mode == "straight_through")
-    steps = make_optimizer(master, algorithm, list(RATES.values()), "linear", NUM_STEPS, ranks)
-    assert isinstance(steps, FusedBlockOptimizer)
+    master = MasterWeights(layers)
+    steps = make_optimizer(master, algorithm, list(RATES.values()), FACTORS, ranks, masks)
+    assert type(steps) is kind
     addresses = set()
     for number in range(NUM_STEPS):
-        if mode != "free":
-            steps.hold(masks[number])
         losses = [(layers[name].weight.float() * gradient).sum() for name, gradient in gradients[number].items()]
         # another factor in float16 each time, as a constant one would cancel
         num_values = 2 ** (6 + number)
@@ -156,23 +168,25 @@ def test_a_fused_step_equals_torch_optimizers_with_masks_and_a_cast(dtype, algor
         steps.take_gradients([layer.weight.grad for layer in layers.values()], num_values)
         steps.step()
         assert all(parameter.grad is None for parameter in (*master.weights.values(), *master.masters.values()))
-        state = [*steps._masks.values(), *(t for layer in steps._layers.values() for t in vars(layer).values())]
-        addresses.add(tuple(tensor.data_ptr() for tensor in state if tensor is not None))
+        state = [*master.weights.values(), *master.masters.values(), *steps._masks.values()]
+        if kind is FusedBlockOptimizer:
+            state += [t for layer in steps._layers.values() for t in vars(layer).values() if t is not None]
+        addresses.add(tuple(tensor.data_ptr() for tensor in state))
     assert len(addresses) == 1
 
     if ranks.size == 2:
         assert ranks.dtypes == {torch.float32}
         gradients = [{name: 2 * gradient.float() for name, gradient in step.items()} for step in gradients]
-    masters, weights = reference(start, gradients, algorithm, masks, mode)
+    masters = reference(start, gradients, algorithm, masks)
     for name, layer in layers.items():
         # some roundings of numbers below one, and of steps of up to a tenth
         torch.testing.assert_close(master.masters[name], masters[name], rtol=0, atol=1e-6)
-        kept = torch.ones_like(layer.weight, dtype=torch.bool) if mode == "free" else masks[-1][name]
-        rounded = torch.where(kept, master.masters[name], 0.0).to(dtype)
+        rounded = master.masters[name].to(dtype)
+        if masked:
+            rounded = torch.where(masks[name], rounded, 0.0)
         assert layer.weight.dtype == dtype
         # the bits, so that zeros are positive
         assert torch.equal(layer.weight.detach().view(torch.uint8), rounded.detach().view(torch.uint8))
-        torch.testing.assert_close(layer.weight.float(), weights[name], rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -201,7 +215,7 @@ def test_squares_of_gradients_are_summed_without_a_copy(dtype, device, use_kerne
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "wanda++", "mask_mode": "straight_through", "optimizer": "adamw", "lr_schedule": "linear"},
+        {"method": "wanda++"},
         {"method": "tuned-ro", "rounds": 2},
     ],
 )
@@ -242,13 +256,12 @@ class TorchKernels:
     def __init__(self):
         self.num_steps = 0
 
-    def step(self, layer, gradient, mask, keep_pruned, schedule, number, scale, betas, epsilon):
+    def step(self, layer, gradient, mask, schedule, number, scale, betas, epsilon):
         self.num_steps += 1
         gradient = gradient / scale
         layer.square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         factor = layer.rate * schedule.index_select(0, number.view(1).long())[0, 0]
         layer.master.sub_(factor * gradient / (layer.square.sqrt() + epsilon))
-        layer.master.mul_(mask)
 
 
 def test_a_graph_contains_the_steps(monkeypatch):
@@ -258,19 +271,17 @@ def test_a_graph_contains_the_steps(monkeypatch):
         monkeypatch.setattr(optimizer, "load_kernels", lambda weights, kernels=kernels: kernels)
         torch.manual_seed(0)
         layers = {"up": nn.Linear(4, 3)}
-        masks = [torch.rand_like(layers["up"].weight) < 0.5 for _ in range(2)]
+        master, mask = MasterWeights(layers), torch.rand_like(layers["up"].weight) < 0.5
         hidden = list(torch.randn(6, 1, 2, 4))
         regional.optimise_block(
             lambda batch, states, layers=layers: layers["up"](states),
-            MasterWeights(layers),
-            lambda number, masks=masks: {"up": masks[number]},
+            master,
+            partial(master.apply_masks, {"up": mask}),
             hidden,
             [torch.ones(1, 2, 3)] * 6,
             [None] * 6,
             InputStatistics(layers),
-            RegionalOptimisation(
-                rounds=2, samples_per_round=5, learning_rate=0.1, mask_mode="fixed", lr_schedule="linear"
-            ),
+            RegionalOptimisation(rounds=2, samples_per_round=5, learning_rate=0.1),
             torch.Generator().manual_seed(0),
             Ranks(),
             partial(GraphedCall, keys=["a"] * 6, backend=backend),
@@ -278,7 +289,6 @@ def test_a_graph_contains_the_steps(monkeypatch):
         weights.append(layers["up"].weight)
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
-    assert torch.equal(weights[0] != 0, masks[1])
     # one as usual, one in the capture, and all others in replays
     assert kernels.num_steps == 2
     assert backend.num_replays == 9

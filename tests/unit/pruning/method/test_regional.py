@@ -1,4 +1,4 @@
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -68,16 +68,12 @@ def test_losses():
     assert regional_loss(output.bfloat16()).dtype == torch.float32
 
 
-def halve(block, keep_pruned=False):
+def halve(block):
     """A pruning that is easy to follow: the even columns go."""
-    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned)
+    master = MasterWeights({"up": block.up, "down": block.down})
     kept = {name: torch.arange(weight.shape[1]).expand_as(weight) % 2 == 1 for name, weight in master.masters.items()}
 
-    def prune(number=0):
-        master.apply_masks(kept)
-        return kept
-
-    return master, prune
+    return master, partial(master.apply_masks, kept)
 
 
 def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
@@ -89,12 +85,11 @@ def run_rounds(block, options, hidden=HIDDEN, masks=MASKS, targets=None):
     return norms
 
 
-def reference(block, options, optimizer_class):
+def reference(block, options):
     """The rounds, written out for float32 weights."""
     targets = [block(h).detach() for h in HIDDEN]
     weights, generator = [block.up.weight, block.down.weight], torch.Generator().manual_seed(0)
-    optimizer = optimizer_class(weights, lr=options.learning_rate)
-    steps_left = num_steps = options.rounds * options.samples_per_round
+    optimizer = torch.optim.RMSprop(weights, lr=options.learning_rate)
     for _ in range(options.rounds):
         for weight in weights:
             weight.data[:, ::2] = 0
@@ -102,89 +97,20 @@ def reference(block, options, optimizer_class):
         for i in drawn:
             count = 5 if i == 2 else None
             (block(HIDDEN[i]) - targets[i])[:, :count].pow(2).mean().backward()
-            if options.lr_schedule == "linear":
-                optimizer.param_groups[0]["lr"] = options.learning_rate * steps_left / num_steps
             optimizer.step()
             optimizer.zero_grad()
-            steps_left -= 1
 
 
-@pytest.mark.parametrize("lr_schedule", ["constant", "linear"])
-@pytest.mark.parametrize(("optimizer", "cls"), [("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.Adam)])
-def test_rounds_equal_a_plain_loop(optimizer, cls, lr_schedule):
-    options = RegionalOptimisation(
-        rounds=3,
-        samples_per_round=4,
-        learning_rate=1e-2,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-    )
+def test_rounds_equal_a_plain_loop():
+    options = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=1e-2)
     torch.manual_seed(0)
     ours = Block()
     torch.manual_seed(0)
     theirs = Block()
     run_rounds(ours, options)
-    reference(theirs, options, cls)
+    reference(theirs, options)
     torch.testing.assert_close(ours.up.weight, theirs.up.weight)
     torch.testing.assert_close(ours.down.weight, theirs.down.weight)
-
-
-def test_updates_are_masked_only_when_asked(block):
-    options = {"rounds": 1, "samples_per_round": 2, "learning_rate": 1e-2}
-    run_rounds(block, RegionalOptimisation(mask_mode="free", **options))
-    assert (block.up.weight[:, ::2] != 0).any()
-    run_rounds(block, RegionalOptimisation(mask_mode="fixed", **options))
-    assert (block.up.weight[:, ::2] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_straight_through_equals_a_plain_loop(dtype):
-    # masks by the size of the weights as they are, so that some come back
-    options = RegionalOptimisation(rounds=3, samples_per_round=4, learning_rate=0.05, mask_mode="straight_through")
-    torch.manual_seed(0)
-    block = Block().to(dtype)
-    hidden = [h.to(dtype) for h in HIDDEN]
-    targets = [torch.randn_like(h) for h in hidden]
-    dense = {"up": block.up.weight.detach().clone(), "down": block.down.weight.detach().clone()}
-    dense = {name: weight if dtype == torch.float64 else weight.float() for name, weight in dense.items()}
-
-    def mask_of(weight):
-        return weight.abs() >= weight.abs().median(1, keepdim=True).values
-
-    # the reference: the gradient of a product with a mask, handed on as if there were none
-    optimizer = torch.optim.RMSprop([nn.Parameter(weight) for weight in dense.values()], lr=0.05)
-    parameters = dict(zip(dense, optimizer.param_groups[0]["params"], strict=True))
-    generator, first_masks = torch.Generator().manual_seed(0), None
-    twin = copy.deepcopy(block)
-    for _ in range(3):
-        masks = {name: mask_of(parameter.detach()) for name, parameter in parameters.items()}
-        first_masks = first_masks or masks
-        for i in torch.randperm(4, generator=generator).tolist():
-            sparse = {f"{n}.weight": (p.detach() * masks[n]).to(dtype).requires_grad_() for n, p in parameters.items()}
-            output = torch.func.functional_call(twin, sparse, (hidden[i],))
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            count = 5 if i == 2 else None
-            (output.to(wide) - targets[i].to(wide))[:, :count].pow(2).mean().backward()
-            for name, parameter in parameters.items():
-                parameter.grad = sparse[f"{name}.weight"].grad.to(parameter.dtype)
-            optimizer.step()
-
-    run, _, norms = parts(block)
-    master = MasterWeights({"up": block.up, "down": block.down}, keep_pruned=True)
-
-    def prune(number=0):
-        kept = {name: mask_of(weight.detach()) for name, weight in master.masters.items()}
-        master.apply_masks(kept)
-        return kept
-
-    generator.manual_seed(0)
-    optimise_block(run, master, prune, hidden, targets, MASKS, norms, options, generator, Ranks())
-    assert any((masks[name] & ~first_masks[name]).any() for name in masks)
-    for name, weight in (("up", block.up.weight), ("down", block.down.weight)):
-        torch.testing.assert_close(master.masters[name], parameters[name])
-        assert weight.dtype == dtype
-        assert not weight[~masks[name]].any()
-        torch.testing.assert_close(weight.detach(), (parameters[name].detach() * masks[name]).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -267,7 +193,7 @@ def test_half_precision_steps_do_not_vanish():
         before = master.masters["down"].detach().clone()
         targets = [block(states[0]).detach().float() + 1e-4]
         options, draw = RegionalOptimisation(rounds=1, samples_per_round=1, learning_rate=1e-4), torch.Generator()
-        optimise_block(run, master, lambda _: {}, states, targets, [None], norms, options, draw, Ranks())
+        optimise_block(run, master, lambda: None, states, targets, [None], norms, options, draw, Ranks())
         updates.append(master.masters["down"].detach() - before)
     assert (updates[1] != 0).all()
     assert (updates[0].sign() == updates[1].sign()).float().mean() > 0.9
