@@ -127,7 +127,6 @@ def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
         return spread([r["accuracy"] for r in found], ".3f")
 
     body = [[name, *perplexities(method), ""] for method, name in patterns.items()]
-    tuned_by_hand = " and ".join(perplexities("best_straight_through"))
     body[0][-1] = accuracy("zero_shot", "dense")
     forward_only = "fine-tuned with **forward passes alone**"
     body += [[f"dense, {forward_only}", "", "", accuracy("best", "dense")]]
@@ -138,7 +137,7 @@ def readme_table(quality: dict[str, Any], finetune: dict[str, Any]) -> str:
     (tuned, *_) = (r for r in final if r["method"] == "best")
     return (
         f"{rows(heading, body)}\n\nMeans over up to {len({r['seed'] for r in final})} seeds, range in brackets; "
-        f"calibrated on {quality['calibration']} of Wikipedia. Wanda++ with settings for this model: {tuned_by_hand}. "
+        f"calibrated on {quality['calibration']} of Wikipedia. "
         f"{_second_decoder(quality)} Fine-tuning: "
         f"{tuned['data']['num_train']} examples, {tuned['forwards']} forward passes of {tuned['data']['batch_size']} "
         "examples each, or the same cost by back-propagation. The accuracy in the dense row is zero-shot."
