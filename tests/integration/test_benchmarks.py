@@ -174,6 +174,34 @@ def test_the_table_of_zeroth_order_steps_shows_their_ratio_to_forward_passes_whe
     assert "forwards" not in tables.gpu_zo_table(result)
 
 
+def test_two_commits_are_compared_by_processor_time_or_by_their_own_forward_passes(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from tables import revisions_table
+
+    def record(workload, revision, repeat, **seconds):
+        shared = {"model": "tiny", "num_samples": 4, "sequence_length": 8, "threads": 1}
+        return shared | {
+            "workload": workload,
+            "revision": revision,
+            "revision_commit": revision[0],
+            "repeat": repeat,
+            **seconds,
+        }
+
+    records = []
+    for repeat, (before, after) in enumerate([(2.0, 1.0), (4.0, 3.0), (6.0, 9.0)]):
+        # the clock of a pruning is not looked at
+        records += [record("wanda", "before", repeat, seconds=90.0, cpu_seconds=before)]
+        records += [record("wanda", "after", repeat, seconds=10.0, cpu_seconds=after)]
+        records += [record("step", "before", repeat, seconds=before, seconds_forwards=before)]
+        records += [record("step", "after", repeat, seconds=after, seconds_forwards=2 * after)]
+    shown = revisions_table({"records": records, "hardware": {"cpu": "CPU"}})
+    assert "| wanda, seconds | 4.00 (2.00 to 6.00) | 3.00 (1.00 to 9.00) | 0.75 |" in shown
+    assert "| step, per bare forward passes | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) | 0.50 |" in shown
+    assert "before, `b`" in shown
+    assert "medians of 3 runs" in shown
+
+
 @pytest.mark.samples
 def test_zo_step_measures_all_three_side_by_side(tmp_path):
     model, result = tmp_path / "model", tmp_path / "zo_step.json"
