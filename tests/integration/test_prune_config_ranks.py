@@ -1,4 +1,4 @@
-"""`prune -c` on two ranks, in memory and streamed: the bytes of `prune MODEL` on two ranks, and what one rank holds."""
+"""`prune -c` on two ranks, in memory and streamed: the bytes of `prune MODEL` in one process, and what a rank holds."""
 
 import json
 import sys
@@ -14,6 +14,9 @@ pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CONFIG = ["prune", "-c", "../config.yaml", "--output_dir", "out"]
 NUM_SAMPLES = 7
+# as many tokens as go through a block at once: no sample shares a product with others, whose number would decide how it
+# is rounded
+LENGTH = "2048"
 
 # what a rank holds while it runs a block; with a file `kill` in the folder, rank 1 is killed at the second block
 WATCHED = """
@@ -53,11 +56,13 @@ WATCHED = """
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The inputs, a configuration, and what `prune MODEL` writes on two ranks with the same settings in `plain`."""
+    """The inputs, a configuration, and what `prune MODEL` writes in one process with the same settings in `plain`."""
     root = tmp_path_factory.mktemp("ranks")
     write_inputs(root, num_blocks=3)
+    text = (root / "text.txt").read_text()
+    (root / "text.txt").write_text(text * (NUM_SAMPLES * int(LENGTH) // len(text) + 1))
     reading = {"split_fractions": [1.0, 0.0, 0.0]}
-    data = {"source": "../text.txt", "sequence_length": 16, "reading": reading}
+    data = {"source": "../text.txt", "sequence_length": int(LENGTH), "reading": reading}
     config = {
         "run_dir": "run",
         "prune": {"method": "wanda++", "num_calibration_samples": NUM_SAMPLES},
@@ -68,9 +73,10 @@ def root(tmp_path_factory):
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     (root / "watched.py").write_text(textwrap.dedent(WATCHED))
-    options = ["--text", "../text.txt", "--sequence_length", "16", "--num_samples", str(NUM_SAMPLES)]
+    options = ["--text", "../text.txt", "--sequence_length", LENGTH, "--num_samples", str(NUM_SAMPLES)]
     plain = ["prune", "../model", *options, "--method", "wanda++", "--output_dir", "out"]
-    run(root / "plain", [*TORCHRUN, "-m", "wandazeta", *plain])
+    # torchrun gives each rank one thread, unless told otherwise
+    run(root / "plain", ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "wandazeta", *plain])
     return root
 
 
@@ -81,7 +87,7 @@ def assert_same(folder, expected):
 
 def test_with_ranks_that_lightning_starts(root):
     folder = root / "devices"
-    run(folder, [sys.executable, left_threads.__file__, *CONFIG, "--trainer.devices", "2"])
+    run(folder, ["env", "OMP_NUM_THREADS=1", sys.executable, left_threads.__file__, *CONFIG, "--trainer.devices", "2"])
     assert_same(folder, root / "plain")
     environment = json.loads((folder / "run" / "log" / "prune" / "environment.json").read_text())
     assert environment["world_size"] == 2
