@@ -209,8 +209,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     heading = f"perplexity, {ppl['num_tokens']:,} held-out tokens in windows of {ppl['sequence_length']}"
     result.add_row(heading, "", style="bold")
     for key, name in METHODS.items():
-        if key in ppl:
-            result.add_row(f"  {name}", f"{ppl[key]:,.1f}")
+        result.add_row(f"  {name}", f"{ppl[key]:,.1f}")
     result.add_section()
     result.add_row(f"accuracy, {accuracy['num_examples']:,} test examples, balanced", "", style="bold")
     for key, name in (

@@ -127,9 +127,8 @@ def demo_bars(result: dict[str, Any], path: Path) -> None:
     plt = pyplot()
     records = result["records"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    methods = {key: name for key, name in METHODS.items() if key in records[0]["perplexity"]}
-    values = [mean(r["perplexity"][key] for r in records) for key in methods]
-    bars = left.barh(list(methods.values()), values, color=[PLAIN, PLAIN, PLAIN, OURS])
+    values = [mean(r["perplexity"][key] for r in records) for key in METHODS]
+    bars = left.barh(list(METHODS.values()), values, color=[PLAIN, PLAIN, PLAIN, OURS])
     left.bar_label(bars, fmt="{:,.0f}", padding=3)
     # 1 is the smallest perplexity
     left.set(xscale="log", xlim=(1, max(values) * 8), title="SmolLM2-135M pruned to 2:4: lower is better")

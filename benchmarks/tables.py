@@ -15,14 +15,8 @@ from scipy.stats import t as student
 from wandazeta.adapters import AdapterLayout
 
 TEXTS = {"wikipedia": "Wikipedia", "brown": "Brown"}
-# of the demo, which pruned by Wanda++ at first
-METHODS = {
-    "dense": "dense",
-    "magnitude": "magnitude",
-    "wanda": "Wanda",
-    "wanda++": "Wanda++",
-    "tuned-ro": "tuned RO",
-}
+# of the demo
+METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "tuned-ro": "tuned RO"}
 ACCURACIES = {
     "majority": "majority class",
     "zero_shot": "pruned model, zero-shot",
@@ -190,8 +184,7 @@ def demo_table(result: dict[str, Any]) -> str:
 
     first = records[0]
     body = [[f"perplexity, {first['perplexity']['num_tokens']:,} held-out tokens", *[""] * (len(records) + 1)]]
-    methods = {key: name for key, name in METHODS.items() if key in first["perplexity"]}
-    body += [line(name, [r["perplexity"][key] for r in records], ",.1f") for key, name in methods.items()]
+    body += [line(name, [r["perplexity"][key] for r in records], ",.1f") for key, name in METHODS.items()]
     body += [[f"accuracy, {first['accuracy']['num_examples']:,} test examples", *[""] * (len(records) + 1)]]
     body += [line(name, [r["accuracy"][key] for r in records], ".3f") for key, name in ACCURACIES.items()]
     body += [line("minutes in total", [r["minutes"]["total"] for r in records], ".1f")]

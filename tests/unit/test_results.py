@@ -44,7 +44,7 @@ def test_the_demo_keeps_its_promises():
         assert perplexity["wanda"] < perplexity["magnitude"]
         assert accuracy["num_examples"] >= 1000
         assert accuracy["majority"] == 0.5
-        assert record["minutes"]["total"] < 20
+        assert record["minutes"]["total"] < 15
     assert result["gain"]["mean"] >= 0.10
     assert result["gain"]["lower_95"] > 0.05
 
@@ -55,10 +55,11 @@ def test_forward_passes_alone_take_less_memory_than_back_propagation():
         assert peaks[method] < 0.75 * peaks[f"{other}_backprop"], method
 
 
-def test_the_demo_asks_with_the_best_prompt():
-    best = max(load("prompts")["records"], key=lambda record: record["accuracy"])
+def test_the_prompt_of_the_demo_is_among_those_that_were_compared():
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["data"]["init_args"]
-    assert (demo["template"], demo["options"]) == (best["template"], best["options"])
+    compared = [(record["template"], record["options"]) for record in load("prompts")["records"]]
+    assert len(compared) >= 4
+    assert (demo["template"], demo["options"]) in compared
 
 
 def test_the_results_are_of_the_demo_as_it_is():
