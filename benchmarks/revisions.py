@@ -79,7 +79,7 @@ def commit_of(revision: str) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, both commits in turn; the result file is written after each run."""
+    """Run each workload at both commits in turn, unless the result file has that run, and write the file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", required=True, help="the earlier commit")
     parser.add_argument("--after", default="HEAD", help="the later commit")

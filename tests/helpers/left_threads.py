@@ -1,6 +1,6 @@
 """`python left_threads.py …` is `wandazeta …`; it fails if threads of gloo are alive after the command.
 
-Such a thread aborts the process, if it needs the interpreter while that ends: about one run in ten on a busy machine.
+Such a thread aborts the process now and then: when it needs the interpreter while that ends.
 """
 
 import time
